@@ -1,0 +1,74 @@
+# The doors. Each sets up .venv from nothing; PYTHON chooses the interpreter that it is made with.
+#
+#   make demo     text from the model that ships, every attention layer and every token through headway
+#   make test     the tests, against the peers that run here
+#   make check    lint, types, formatting, freshness of the generated stub
+#   make bench    headway beside its peers
+#   make versions build and test on the oldest and the newest Python
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CORE := $(shell find src/core -type f) CMakeLists.txt pyproject.toml
+
+# The CPU build of PyTorch is asked for by its version: an open requirement would bring gigabytes of CUDA along.
+PEERS := torch==2.13.0 transformers>=5,<6
+
+.PHONY: demo test check bench versions stub format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/demo
+	@$(BIN)/headway info
+	@echo
+	$(BIN)/headway generate "In the beginning" --max-tokens 200 --temperature 0.8 --top-p 0.95 --seed 7
+
+test: $(VENV)/test $(VENV)/peers
+	$(BIN)/python -m pytest
+
+check: $(VENV)/check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find src/core -name '*.h' -o -name '*.cpp')
+	$(BIN)/python -m nanobind.stubgen -q -m headway._native -o $(VENV)/_native.pyi
+	diff -u src/headway/_native.pyi $(VENV)/_native.pyi
+
+bench: $(VENV)/test $(VENV)/peers
+	$(BIN)/python -m benchmarks
+
+versions:
+	$(MAKE) VENV=.venv-3.10 PYTHON=python3.10 PEERS= test
+	$(MAKE) VENV=.venv-3.13 PYTHON=python3.13 PEERS= test
+
+stub: $(VENV)/check
+	$(BIN)/python -m nanobind.stubgen -q -m headway._native -o src/headway/_native.pyi
+
+format: $(VENV)/check
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find src/core -name '*.h' -o -name '*.cpp')
+
+clean:
+	rm -rf .venv .venv-* build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Builds the extension and installs the package in editable form; again whenever the core changes.
+$(VENV)/demo: $(BIN)/python $(CORE)
+	$(PIP) -e '.[lm]'
+	touch $@
+
+$(VENV)/test: $(VENV)/demo
+	$(PIP) -e '.[test]'
+	touch $@
+
+# Peers are oracles: where one cannot be had (no wheel for this platform), its tests skip and say so.
+$(VENV)/peers: $(VENV)/test
+	for peer in $(patsubst %,'%',$(PEERS)); do $(PIP) "$$peer" || { echo "no $$peer here: its tests skip"; test -z "$$CI"; }; done
+	touch $@
+
+$(VENV)/check: $(VENV)/test
+	$(PIP) 'ruff==0.17.6' 'mypy==2.4.1' 'clang-format==23.1.5' 'nanobind==3.1.0'
+	touch $@

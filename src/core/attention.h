@@ -1,0 +1,513 @@
+// Attention: softmax(scale q k^T + bias, masked) v, in chunks of keys, never as an L x S array.
+//
+// A unit of work is a block of rows that share one key/value head: the queries of a group's heads, row i * repeat + h.
+// For each chunk of 512 keys (anchored at absolute position 0) the block packs K and V once; then a few rows at a time
+//   1. scores   one chain of fused multiply-adds over D                          gemm.h
+//   2. softmax  scale, softcap, bias, mask; one maximum; exponentials; their sum   soften()
+//   3. weighted sum of V, one chain over the chunk's keys                        gemm.h
+// leave a state (maximum, total weight, weighted sum). The states meet in the fixed tree of tree.h. Nothing is rescaled
+// within a chunk, and an absent chunk changes no bit, so a row is a function of the keys that it may attend to.
+#pragma once
+#include "exp.h"
+#include "gemm.h"
+#include "tree.h"
+
+namespace headway {
+namespace {
+
+constexpr int64_t kRowBlock = 96; // rows that share one packing of K and V; a multiple of every kTileRows
+
+enum class Produce { output, nodes, weights };
+
+template <class T> constexpr T kMinusInfinity = -T(__builtin_inff());
+
+// One state of the tree: what a run of keys contributes to `rows` rows. A row that attends to none of the keys has
+// maximum -inf, and joins as nothing.
+template <class T> struct States {
+  T *maximum, *total; // (rows)
+  T* sum;             // (rows, width)
+  int64_t width;
+};
+
+// Folds state b into a, for one row. The smaller side is scaled to the larger's maximum and added with one rounding.
+template <class T> void join_row(T& maximum, T& total, T* sum, T b_maximum, T b_total, const T* b_sum, int64_t width) {
+  if (b_maximum == kMinusInfinity<T>) return;
+  const bool take = maximum == kMinusInfinity<T>, keep_a = maximum >= b_maximum;
+  const Vec<T> weight = exp(Vec<T>(keep_a ? b_maximum - maximum : maximum - b_maximum));
+  const auto joined = [&](Vec<T> a, Vec<T> b) { return take ? b : keep_a ? fma(b, weight, a) : fma(a, weight, b); };
+  T lane[16];
+  joined(Vec<T>(total), Vec<T>(b_total)).store(lane);
+  total = lane[0];
+  for (int64_t e = 0; e < width; e += 16) joined(Vec<T>::load(sum + e), Vec<T>::load(b_sum + e)).store(sum + e);
+  if (!keep_a) maximum = b_maximum;
+}
+template <class T> void join(const States<T>& a, const States<T>& b, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r)
+    join_row(a.maximum[r], a.total[r], a.sum + r * a.width, b.maximum[r], b.total[r], b.sum + r * b.width, a.width);
+}
+
+// Where one row's mask and bias lie, and the keys it may reach, all relative to a chunk's first key.
+template <class T> struct RowRules {
+  int64_t low, high;
+  const uint8_t* mask;
+  int64_t mask_stride;
+  const T* bias;
+  int64_t bias_stride;
+  bool free() const { return !mask && !bias; }
+};
+
+template <class T> Vec<T> load_strided(const T* p, int64_t stride, int64_t n) {
+  if (stride == 1 && n >= 16) return Vec<T>::load(p);
+  T x[16] = {};
+  for (int64_t i = 0; i < least(n, 16); ++i) x[i] = p[i * stride];
+  return Vec<T>::load(x);
+}
+
+// Which of the keys j .. j + 15 the row may attend to. A bias of -inf forbids as a mask does.
+template <class T> Mask<T> allowed(const RowRules<T>& row, int64_t j) {
+  using Int = typename IntOf<T>::type;
+  const Vec<Int> key = convert<Int>(lane_index()) + Vec<Int>(Int(j));
+  Mask<T> keep = (key >= Vec<Int>(Int(row.low))) & (key < Vec<Int>(Int(row.high)));
+  if (row.mask) {
+    Int x[16] = {};
+    for (int64_t i = most(row.low - j, 0); i < least(row.high - j, 16); ++i) x[i] = row.mask[(j + i) * row.mask_stride];
+    keep = keep & (Vec<Int>::load(x) != Vec<Int>(Int(0)));
+  }
+  if (row.bias)
+    keep = keep &
+           (load_strided(row.bias + j * row.bias_stride, row.bias_stride, row.high - j) != Vec<T>(kMinusInfinity<T>));
+  return keep;
+}
+
+// Raw products of keys begin .. end (multiples of 16) become scores, -inf where the row may not attend. Returns their
+// maximum: -inf where nothing is allowed, else finite or +inf, so that the exponentials of -inf scores are 0. A NaN
+// score does not decide the maximum; it reaches the row through its exponential.
+template <class T> T score_row(T* s, int64_t begin, int64_t end, const RowRules<T>& row, T scale, T softcap) {
+  using Int = typename IntOf<T>::type;
+  Vec<T> top = kMinusInfinity<T>;
+  Mask<T> seen = Int(0);
+  for (int64_t j = begin; j < end; j += 16) {
+    Vec<T> x = Vec<T>::load(s + j) * Vec<T>(scale);
+    if (softcap > 0) x = Vec<T>(softcap) * tanh(x / Vec<T>(softcap));
+    if (row.free() && row.low <= j && j + 16 <= row.high) {
+      seen = Mask<T>(Int(-1));
+    } else {
+      if (row.bias) x = x + load_strided(row.bias + j * row.bias_stride, row.bias_stride, row.high - j);
+      const Mask<T> keep = allowed(row, j);
+      seen = seen | keep;
+      x = select(keep, x, Vec<T>(kMinusInfinity<T>));
+    }
+    x.store(s + j);
+    top = larger(x, top);
+  }
+  if (!any(seen)) return kMinusInfinity<T>;
+  const T m = maximum(top);
+  return m > Constants<T>::lowest ? m : Constants<T>::lowest;
+}
+
+// Scores become exp(score - maximum); returns their sum over 16 lanes and one tree.
+template <class T> T soften(T* s, int64_t begin, int64_t end, T m) {
+  Vec<T> total = T(0);
+  for (int64_t j = begin; j < end; j += 16) {
+    const Vec<T> p = exp(Vec<T>::load(s + j) - Vec<T>(m));
+    p.store(s + j);
+    total = total + p;
+  }
+  return sum(total);
+}
+
+// Whether some number of a (rows, width) array is infinite or NaN.
+template <class T> bool non_finite(const T* v, int64_t row, int64_t rows, int64_t width) {
+  Vec<T> poison = T(0); // x * 0 is 0 for finite x alone
+  for (int64_t j = 0; j < rows; ++j)
+    for (int64_t e = 0; e < width; e += 16) poison = poison + Vec<T>::load(v + j * row + e) * Vec<T>(T(0));
+  return any(poison != poison);
+}
+
+// The computation of one block of rows against its key/value head.
+template <class T, Produce produce> struct AttentionBlock {
+  const Attention& task;
+  int64_t repeat, keys, width, slots; // heads per group; E rounded up to 16; tree slots
+  // scratch
+  T *queries, *panels, *values, *row_buffer, *scores;
+  T *state_maximum, *state_total, *state_sum; // (slots, kRowBlock [, width])
+  // the block
+  int64_t item, group, first_row, rows;
+  int64_t low[kRowBlock], high[kRowBlock]; // keys that a row may reach, relative to key 0 of the task
+  ChunkStack stack[kRowBlock / kTileRows]; // one per tile of rows
+  // the chunk at hand
+  const T *chunk_keys, *chunk_values;
+  int64_t key_row, key_block, value_row;
+  int values_poisoned; // -1: not looked at yet
+
+  AttentionBlock(const Attention& t, Arena& arena) : task(t) {
+    repeat = task.H / task.G;
+    keys = task.S;
+    width = round_up(task.E, 16);
+    slots = stack_slots((task.key_offset + keys + kChunk - 1) / kChunk, produce == Produce::nodes);
+    queries = arena.take<T>(kRowBlock * task.D);
+    panels = arena.take<T>(kChunk * task.D);
+    values = arena.take<T>(kChunk * width);
+    row_buffer = arena.take<T>(most(task.D * 16, most(width, task.S * (produce == Produce::weights))));
+    scores = arena.take<T>(kTileRows * kChunk);
+    state_maximum = arena.take<T>(slots * kRowBlock);
+    state_total = arena.take<T>(slots * kRowBlock);
+    state_sum = arena.take<T>(slots * kRowBlock * width);
+  }
+
+  int64_t query_of(int64_t r) const { return (first_row + r) / repeat; }
+  int64_t head_of(int64_t r) const { return group * repeat + (first_row + r) % repeat; }
+  States<T> state(int64_t slot, int64_t tile_row) const {
+    const int64_t at = slot * kRowBlock + tile_row;
+    return {state_maximum + at, state_total + at, state_sum + at * width, width};
+  }
+
+  void begin(int64_t unit) {
+    const int64_t group_rows = task.L * repeat, blocks = (group_rows + kRowBlock - 1) / kRowBlock;
+    // The last rows first: under a causal mask they are the longest, and threads end together.
+    first_row = (blocks - 1 - unit % blocks) * kRowBlock;
+    group = unit / blocks % task.G;
+    item = unit / blocks / task.G;
+    rows = least(kRowBlock, group_rows - first_row);
+    int64_t n = task.total;
+    if (task.kv_lengths.data)
+      n = *reinterpret_cast<const int64_t*>(static_cast<char*>(task.kv_lengths.data) +
+                                            batch_offset(task.batch, task.kv_lengths, item) * 8);
+    const int64_t shift = task.bottom_right ? n - task.L : 0, q_offset = batch_offset(task.batch, task.q, item);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t position = query_of(r) + shift;
+      int64_t from = task.window_left == kUnset ? 0 : position - task.window_left;
+      int64_t to = task.causal ? least(n, position + 1) : n;
+      if (task.window_right != kUnset) to = least(to, position + task.window_right + 1);
+      low[r] = least(most(from - task.key_offset, 0), keys);
+      high[r] = most(low[r], least(to - task.key_offset, keys));
+      read_row(address(task.q, q_offset, head_of(r), query_of(r)), task.q.dtype, task.q.stride[2], task.D,
+               queries + r * task.D);
+    }
+  }
+
+  // Keys begin .. end of the chunk that starts at key `chunk` (all relative to key 0), in panels of 16, and their
+  // values.
+  void pack(int64_t chunk, int64_t begin, int64_t end) {
+    const View &k = task.k, &v = task.v;
+    const int64_t k_offset = batch_offset(task.batch, k, item), v_offset = batch_offset(task.batch, v, item);
+    key_row = 16, key_block = 16 * task.D;
+    chunk_keys = panels;
+    if (task.k_in_panels && k.dtype == dtype_of<T>) {
+      chunk_keys = reinterpret_cast<T*>(address(k, k_offset, group, chunk / 16));
+      key_block = k.stride[1];
+    } else {
+      for (int64_t p = begin / 16 * 16; p < end; p += 16) {
+        T* panel = panels + (p - chunk) * task.D;
+        if (task.k_in_panels) {
+          read_row(address(k, k_offset, group, p / 16), k.dtype, 1, 16 * task.D, panel);
+          continue;
+        }
+        const int64_t count = least(16, keys - p);
+        for (int64_t i = 0; i < count; ++i)
+          read_row(address(k, k_offset, group, p + i), k.dtype, k.stride[2], task.D, row_buffer + i * task.D);
+        for (int64_t d = 0; d < task.D; ++d)
+          for (int64_t i = 0; i < 16; ++i) panel[d * 16 + i] = i < count ? row_buffer[i * task.D + d] : T(0);
+      }
+    }
+    values_poisoned = -1;
+    if (v.dtype == dtype_of<T> && v.stride[2] == 1 && task.E == width) {
+      chunk_values = reinterpret_cast<T*>(address(v, v_offset, group, chunk));
+      value_row = v.stride[1];
+    } else {
+      for (int64_t j = begin; j < end; ++j) {
+        T* row = values + (j - chunk) * width;
+        read_row(address(v, v_offset, group, j), v.dtype, v.stride[2], task.E, row);
+        for (int64_t e = task.E; e < width; ++e) row[e] = T(0);
+      }
+      chunk_values = values;
+      value_row = width;
+    }
+  }
+
+  RowRules<T> rules(int64_t r, int64_t chunk) const {
+    RowRules<T> row{};
+    row.low = least(most(low[r] - chunk, 0), kChunk);
+    row.high = least(most(high[r] - chunk, 0), kChunk);
+    row.mask_stride = task.mask.stride[2];
+    row.bias_stride = task.bias.stride[2];
+    if (task.mask.data)
+      row.mask = reinterpret_cast<const uint8_t*>(
+          address(task.mask, batch_offset(task.batch, task.mask, item), head_of(r), query_of(r), chunk));
+    if (task.bias.data)
+      row.bias = reinterpret_cast<const T*>(
+          address(task.bias, batch_offset(task.batch, task.bias, item), head_of(r), query_of(r), chunk));
+    return row;
+  }
+
+  // Rows tile .. tile + count against one chunk: scores, softened, weighted sum, into `into`.
+  void attend(int64_t tile_row, int64_t count, int64_t chunk, const States<T>& into) {
+    int64_t from = kChunk, to = 0; // the keys that some row of the tile may reach, relative to the chunk
+    for (int64_t r = tile_row; r < tile_row + count; ++r) {
+      if (high[r] <= low[r]) continue;
+      from = least(from, most(low[r] - chunk, 0));
+      to = most(to, least(high[r] - chunk, kChunk));
+    }
+    if (from >= to) {
+      for (int64_t r = 0; r < count; ++r) into.maximum[r] = kMinusInfinity<T>, into.total[r] = T(0);
+      memset(into.sum, 0, size_t(count * width) * sizeof(T));
+      return;
+    }
+    const int64_t begin = from / 16 * 16, end = round_up(to, 16);
+    multiply<T>(count, end - begin, task.D, queries + tile_row * task.D, task.D, chunk_keys + begin / 16 * key_block,
+                key_row, key_block, scores + begin, kChunk);
+    bool holes = false; // whether some row of the tile passes over a key that another one uses
+    for (int64_t r = 0; r < count; ++r) {
+      const RowRules<T> row = rules(tile_row + r, chunk);
+      T* s = scores + r * kChunk;
+      const T m = score_row(s, begin, end, row, T(task.scale), T(task.softcap));
+      into.maximum[r] = m;
+      into.total[r] = T(0);
+      if (m == kMinusInfinity<T>)
+        memset(s + begin, 0, size_t(end - begin) * sizeof(T));
+      else
+        into.total[r] = soften(s, begin, end, m);
+      holes |= !row.free() || row.low > from || row.high < to;
+    }
+    if (width == 0) return;
+    if (holes && values_poisoned != 0) { // only then does it matter, and only once a chunk is it looked at
+      if (values_poisoned < 0) {
+        const int64_t all = least(kChunk, keys - chunk);
+        int64_t first = all, last = 0;
+        for (int64_t r = 0; r < rows; ++r)
+          if (low[r] < high[r]) {
+            first = least(first, most(low[r] - chunk, 0));
+            last = most(last, least(high[r] - chunk, all));
+          }
+        values_poisoned = non_finite(chunk_values + first * value_row, value_row, last - first, width);
+      }
+    }
+    if (holes && values_poisoned)
+      select_values(tile_row, count, chunk, begin, end, into);
+    else
+      multiply<T>(count, width, to - from, scores + from, kChunk, chunk_values + from * value_row, value_row, 16,
+                  into.sum, width);
+  }
+
+  // The weighted sum where V holds NaN or infinity that some row must not see: 0 * NaN is NaN, so masked keys are
+  // stepped over one by one. The chain over the other keys is the same as the tile's.
+  void select_values(int64_t tile_row, int64_t count, int64_t chunk, int64_t begin, int64_t end,
+                     const States<T>& into) {
+    using Int = typename IntOf<T>::type;
+    for (int64_t r = 0; r < count; ++r) {
+      const RowRules<T> row = rules(tile_row + r, chunk);
+      T* sum = into.sum + r * width;
+      memset(sum, 0, size_t(width) * sizeof(T));
+      for (int64_t j = begin; j < end; j += 16) {
+        Int keep[16];
+        allowed(row, j).store(keep);
+        for (int64_t i = 0; i < 16; ++i) {
+          if (!keep[i]) continue;
+          const Vec<T> p = scores[r * kChunk + j + i];
+          const T* v = chunk_values + (j + i) * value_row;
+          for (int64_t e = 0; e < width; e += 16) fma(p, Vec<T>::load(v + e), Vec<T>::load(sum + e)).store(sum + e);
+        }
+      }
+    }
+  }
+
+  // Calls visit(chunk) for each chunk of keys that some row of the block may reach, packed.
+  template <class Visit> void for_each_chunk(Visit visit) {
+    int64_t from = keys, to = 0;
+    for (int64_t r = 0; r < rows; ++r)
+      if (low[r] < high[r]) from = least(from, low[r]), to = most(to, high[r]);
+    if (produce == Produce::nodes) from = 0, to = keys; // a part hands on the same nodes for every row
+    for (int64_t chunk = from / kChunk * kChunk; chunk < to; chunk += kChunk) {
+      pack(chunk, most(from, chunk), least(to, chunk + kChunk));
+      visit(chunk);
+    }
+  }
+
+  bool reaches(int64_t tile_row, int64_t count, int64_t chunk) const {
+    for (int64_t r = tile_row; r < tile_row + count; ++r)
+      if (low[r] < high[r] && low[r] < chunk + kChunk && high[r] > chunk) return true;
+    return false;
+  }
+
+  void run(int64_t unit) {
+    begin(unit);
+    const int64_t first_chunk = task.key_offset / kChunk;
+    for (int64_t t = 0; t < rows; t += kTileRows) {
+      stack[t / kTileRows] = ChunkStack();
+      if (produce == Produce::nodes) stack[t / kTileRows].before = first_chunk - 1;
+    }
+    for_each_chunk([&](int64_t chunk) {
+      for (int64_t t = 0; t < rows; t += kTileRows) {
+        const int64_t count = least(kTileRows, rows - t);
+        if (produce != Produce::nodes && !reaches(t, count, chunk)) continue;
+        const int slot = stack[t / kTileRows].push(first_chunk + chunk / kChunk, joiner(t, count));
+        attend(t, count, chunk, state(slot, t));
+      }
+    });
+    for (int64_t t = 0; t < rows; t += kTileRows) {
+      const int64_t count = least(kTileRows, rows - t);
+      if (produce == Produce::nodes) {
+        stack[t / kTileRows].settle(first_chunk + (keys + kChunk - 1) / kChunk, joiner(t, count));
+        for (int64_t n = 0; n < task.nodes; ++n) hand_on(n, t, count);
+        continue;
+      }
+      stack[t / kTileRows].finish(joiner(t, count));
+      if (stack[t / kTileRows].size == 0) attend_to_nothing(t, count);
+    }
+    if (produce == Produce::output)
+      for (int64_t r = 0; r < rows; ++r) finish_row(task, item, head_of(r), query_of(r), state(0, r), row_buffer);
+    if (produce == Produce::weights) write_weights();
+  }
+
+  auto joiner(int64_t t, int64_t count) {
+    return [this, t, count](int slot) { join(state(slot, t), state(slot + 1, t), count); };
+  }
+  void attend_to_nothing(int64_t t, int64_t count) {
+    const States<T> s = state(0, t);
+    for (int64_t r = 0; r < count; ++r) s.maximum[r] = kMinusInfinity<T>, s.total[r] = T(0);
+    memset(s.sum, 0, size_t(count * width) * sizeof(T));
+  }
+
+  void hand_on(int64_t node, int64_t t, int64_t count) {
+    const States<T> s = state(node, t);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t row = ((node * task.batch.size() + item) * task.H + head_of(t + r)) * task.L + query_of(t + r);
+      static_cast<T*>(task.maximum)[row] = s.maximum[r];
+      static_cast<T*>(task.total_weight)[row] = canonical(s.total[r]);
+      for (int64_t e = 0; e < task.E; ++e)
+        static_cast<T*>(task.weighted_sum)[row * task.E + e] = canonical(s.sum[r * width + e]) + T(0);
+    }
+  }
+
+  // The second walk over the keys, for attention_weights: exp(score - maximum) / total.
+  void write_weights() {
+    const int64_t offset = batch_offset(task.batch, task.out, item);
+    for (int64_t r = 0; r < rows; ++r) {
+      memset(row_buffer, 0, size_t(keys) * sizeof(T));
+      write_row(row_buffer, keys, address(task.out, offset, head_of(r), query_of(r)), task.out.dtype);
+      const T sink = read_sink(task, item, head_of(r));
+      const States<T> s = state(0, r);
+      add_sink(sink, s.maximum[0], s.total[0]);
+    }
+    for_each_chunk([&](int64_t chunk) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const RowRules<T> row = rules(r, chunk);
+        const States<T> s = state(0, r);
+        if (row.low >= row.high || s.maximum[0] == kMinusInfinity<T>) continue;
+        const int64_t begin = row.low / 16 * 16, end = round_up(row.high, 16);
+        multiply<T>(1, end - begin, task.D, queries + r * task.D, task.D, chunk_keys + begin / 16 * key_block, key_row,
+                    key_block, scores + begin, kChunk);
+        score_row(scores, begin, end, row, T(task.scale), T(task.softcap));
+        soften(scores, begin, end, s.maximum[0]);
+        for (int64_t j = row.low; j < row.high; ++j) scores[j] /= s.total[0];
+        char* out = address(task.out, offset, head_of(r), query_of(r), chunk + row.low);
+        write_row(scores + row.low, row.high - row.low, out, task.out.dtype);
+      }
+    });
+  }
+
+  static T read_sink(const Attention& task, int64_t item, int64_t head) {
+    if (!task.sinks.data) return kMinusInfinity<T>;
+    return *reinterpret_cast<const T*>(address(task.sinks, batch_offset(task.batch, task.sinks, item), head));
+  }
+  // A sink is a score without a value: it joins the total alone. Returns what the weighted sum is to be scaled by.
+  static T add_sink(T sink, T& m, T& total) {
+    if (sink == kMinusInfinity<T> || m == kMinusInfinity<T>) return T(1);
+    const T joint = m > sink ? m : sink, scale = exp(m - joint);
+    total = total * scale + exp(sink - joint);
+    m = joint;
+    return scale;
+  }
+
+  // State to result: the sink, one division an element, the log-sum-exp over the keys alone.
+  static void finish_row(const Attention& task, int64_t item, int64_t head, int64_t query, const States<T>& s,
+                         T* buffer) {
+    T m = s.maximum[0], total = s.total[0];
+    if (task.lse.data) {
+      const T lse = m == kMinusInfinity<T> ? m : m + log(total);
+      write_row(&lse, 1, address(task.lse, batch_offset(task.batch, task.lse, item), head, query), task.lse.dtype);
+    }
+    const T scale = add_sink(read_sink(task, item, head), m, total);
+    for (int64_t e = 0; e < s.width; e += 16) {
+      const Vec<T> sum = Vec<T>::load(s.sum + e) * Vec<T>(scale);
+      const Vec<T> out = m == kMinusInfinity<T> ? Vec<T>(T(0)) : sum / Vec<T>(total) + Vec<T>(T(0)); // -0 + 0 is 0
+      out.store(buffer + e);
+    }
+    write_row(buffer, task.E, address(task.out, batch_offset(task.batch, task.out, item), head, query), task.out.dtype);
+  }
+};
+
+template <class T, Produce produce> Plan plan_attention_as(const Attention& task) {
+  Arena counting{nullptr};
+  const AttentionBlock<T, produce> block(task, counting);
+  const int64_t blocks = (task.L * (task.H / task.G) + kRowBlock - 1) / kRowBlock;
+  return {task.batch.size() * task.G * blocks, counting.used};
+}
+template <Produce produce> Plan plan_attention(const Attention& task) {
+  return task.compute == DType::f64 ? plan_attention_as<double, produce>(task)
+                                    : plan_attention_as<float, produce>(task);
+}
+template <Produce produce> void run_attention(const Attention& task, int64_t unit, void* workspace) {
+  Arena arena{static_cast<char*>(workspace)};
+  if (task.compute == DType::f64)
+    AttentionBlock<double, produce>(task, arena).run(unit);
+  else
+    AttentionBlock<float, produce>(task, arena).run(unit);
+}
+
+// Joining states that were computed apart: nodes (nodes, batch, H, L) in order of their chunks. A unit is one head.
+template <class T> struct AttentionMerge {
+  const Attention& task;
+  int64_t width;
+  T *maximum, *total, *sums, *buffer; // (slots), (slots), (slots, width), (width)
+
+  AttentionMerge(const Attention& t, Arena& arena) : task(t) {
+    const int64_t slots = stack_slots(task.nodes ? task.node_chunk[task.nodes - 1] + 1 : 1, false);
+    width = round_up(task.E, 16);
+    maximum = arena.take<T>(slots);
+    total = arena.take<T>(slots);
+    sums = arena.take<T>(slots * width);
+    buffer = arena.take<T>(width);
+  }
+  void run(int64_t unit) {
+    const int64_t item = unit / task.H, head = unit % task.H;
+    const auto joiner = [&](int i) {
+      join_row(maximum[i], total[i], sums + i * width, maximum[i + 1], total[i + 1], sums + (i + 1) * width, width);
+    };
+    for (int64_t query = 0; query < task.L; ++query) {
+      ChunkStack stack;
+      maximum[0] = kMinusInfinity<T>, total[0] = T(0);
+      memset(sums, 0, size_t(width) * sizeof(T));
+      for (int64_t n = 0; n < task.nodes; ++n) {
+        const int64_t row = ((n * task.batch.size() + item) * task.H + head) * task.L + query;
+        const int slot = stack.push(task.node_chunk[n], joiner);
+        maximum[slot] = static_cast<T*>(task.maximum)[row];
+        total[slot] = static_cast<T*>(task.total_weight)[row];
+        T* sum = sums + slot * width;
+        for (int64_t e = 0; e < width; ++e)
+          sum[e] = e < task.E ? static_cast<T*>(task.weighted_sum)[row * task.E + e] : T(0);
+      }
+      stack.finish(joiner);
+      AttentionBlock<T, Produce::output>::finish_row(task, item, head, query, {maximum, total, sums, width}, buffer);
+    }
+  }
+};
+
+inline Plan plan_merge(const Attention& task) {
+  Arena counting{nullptr};
+  if (task.compute == DType::f64)
+    AttentionMerge<double>(task, counting);
+  else
+    AttentionMerge<float>(task, counting);
+  return {task.batch.size() * task.H, counting.used};
+}
+inline void run_merge(const Attention& task, int64_t unit, void* workspace) {
+  Arena arena{static_cast<char*>(workspace)};
+  if (task.compute == DType::f64)
+    AttentionMerge<double>(task, arena).run(unit);
+  else
+    AttentionMerge<float>(task, arena).run(unit);
+}
+
+} // namespace
+} // namespace headway

@@ -1,0 +1,357 @@
+// The only file that knows Python. Arrays arrive checked and broadcast by the Python layer; here they become plain
+// structs, and the GIL is dropped. uint16 carries the bits of bfloat16, uint8 a mask.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "threads.h"
+#include "tree.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace headway {
+namespace {
+
+using In = nb::ndarray<nb::ro, nb::device::cpu>;
+using Out = nb::ndarray<nb::device::cpu>;
+using Shape = std::vector<int64_t>;
+
+DType dtype_of_array(const nb::dlpack::dtype& t, const char* name) {
+  using Code = nb::dlpack::dtype_code;
+  if (t.lanes == 1) {
+    if (t.code == uint8_t(Code::Float) && t.bits == 64) return DType::f64;
+    if (t.code == uint8_t(Code::Float) && t.bits == 32) return DType::f32;
+    if (t.code == uint8_t(Code::Float) && t.bits == 16) return DType::f16;
+    if (t.code == uint8_t(Code::UInt) && t.bits == 16) return DType::bf16;
+    if (t.code == uint8_t(Code::UInt) && t.bits == 8) return DType::boolean;
+    if (t.code == uint8_t(Code::Int) && t.bits == 64) return DType::f64; // 8 bytes; only its reader knows better
+  }
+  throw std::invalid_argument(std::string(name) + ": unsupported dtype");
+}
+
+// The view of an array with the shape (batch..., core...).
+template <class Array> View view(const Array& a, const char* name, const Batch& batch, const Shape& core) {
+  if (a.ndim() != size_t(batch.axes) + core.size())
+    throw std::invalid_argument(std::string(name) + ": wrong number of axes");
+  View v;
+  v.data = const_cast<void*>(static_cast<const void*>(a.data()));
+  v.dtype = dtype_of_array(a.dtype(), name);
+  for (int i = 0; i < batch.axes; ++i) {
+    if (int64_t(a.shape(size_t(i))) != batch.shape[i])
+      throw std::invalid_argument(std::string(name) + ": wrong batch shape");
+    v.batch[i] = a.stride(size_t(i));
+  }
+  for (size_t i = 0; i < core.size(); ++i) {
+    if (int64_t(a.shape(size_t(batch.axes) + i)) != core[i])
+      throw std::invalid_argument(std::string(name) + ": wrong shape");
+    v.stride[i] = a.stride(size_t(batch.axes) + i);
+  }
+  return v;
+}
+template <class Array>
+View view(const std::optional<Array>& a, const char* name, const Batch& batch, const Shape& core) {
+  return a ? view(*a, name, batch, core) : View{};
+}
+
+Batch batch_of(const In& a, size_t core_axes) {
+  Batch batch;
+  if (a.ndim() < core_axes || a.ndim() - core_axes > size_t(kMaxBatchAxes))
+    throw std::invalid_argument("array: expected at most " + std::to_string(kMaxBatchAxes) + " leading axes");
+  batch.axes = int(a.ndim() - core_axes);
+  for (int i = 0; i < batch.axes; ++i) batch.shape[i] = int64_t(a.shape(size_t(i)));
+  return batch;
+}
+
+DType computing_type(bool wide) { return wide ? DType::f64 : DType::f32; }
+
+template <class Task> void run(const Kernel<Task>& kernel, const Task& task) {
+  const nb::gil_scoped_release released;
+  execute(kernel, task);
+}
+
+// What every attention function shares.
+struct Options {
+  double scale, softcap;
+  bool causal, bottom_right;
+  std::optional<int64_t> window_left, window_right;
+  int64_t total, key_offset;
+  bool wide, k_in_panels;
+};
+
+Attention attention_task(const In& q, const In& k, const std::optional<In>& v, const std::optional<In>& mask,
+                         const std::optional<In>& bias, const std::optional<In>& sinks,
+                         const std::optional<In>& kv_lengths, const Options& o) {
+  Attention t{};
+  t.batch = batch_of(q, 3);
+  const size_t axes = size_t(t.batch.axes);
+  t.H = int64_t(q.shape(axes)), t.L = int64_t(q.shape(axes + 1)), t.D = int64_t(q.shape(axes + 2));
+  if (k.ndim() != axes + (o.k_in_panels ? 4 : 3)) throw std::invalid_argument("k: wrong number of axes");
+  t.G = int64_t(k.shape(axes));
+  t.k_in_panels = o.k_in_panels;
+  if (o.k_in_panels) {
+    t.S = o.total - o.key_offset;
+    const int64_t panels = int64_t(k.shape(axes + 1));
+    if (panels * kLanes < t.S) throw std::invalid_argument("k: too few panels");
+    View& view_k = t.k;
+    view_k.data = const_cast<void*>(k.data());
+    view_k.dtype = dtype_of_array(k.dtype(), "k");
+    if (int64_t(k.shape(axes + 2)) != t.D || int64_t(k.shape(axes + 3)) != kLanes || k.stride(axes + 3) != 1 ||
+        k.stride(axes + 2) != kLanes)
+      throw std::invalid_argument("k: wrong panel shape");
+    for (int i = 0; i < t.batch.axes; ++i) {
+      if (int64_t(k.shape(size_t(i))) != t.batch.shape[i]) throw std::invalid_argument("k: wrong batch shape");
+      view_k.batch[i] = k.stride(size_t(i));
+    }
+    view_k.stride[0] = k.stride(axes), view_k.stride[1] = k.stride(axes + 1);
+  } else {
+    t.S = int64_t(k.shape(axes + 1));
+    t.k = view(k, "k", t.batch, {t.G, t.S, t.D});
+  }
+  if (t.G < 1 || t.H % t.G) throw std::invalid_argument("k: heads must divide those of q");
+  if (v) t.E = int64_t(v->shape(axes + 2));
+  t.q = view(q, "q", t.batch, {t.H, t.L, t.D});
+  t.v = view(v, "v", t.batch, {t.G, t.S, t.E});
+  t.mask = view(mask, "mask", t.batch, {t.H, t.L, t.S});
+  t.bias = view(bias, "bias", t.batch, {t.H, t.L, t.S});
+  t.sinks = view(sinks, "sinks", t.batch, {t.H});
+  t.kv_lengths = view(kv_lengths, "kv_lengths", t.batch, {});
+  t.compute = computing_type(o.wide);
+  for (const View* x : {&t.bias, &t.sinks})
+    if (x->data && x->dtype != t.compute) throw std::invalid_argument("bias, sinks: expected the computing type");
+  t.scale = o.scale, t.softcap = o.softcap;
+  t.causal = o.causal, t.bottom_right = o.bottom_right;
+  t.window_left = o.window_left.value_or(kUnset), t.window_right = o.window_right.value_or(kUnset);
+  t.total = o.total, t.key_offset = o.key_offset;
+  return t;
+}
+
+void attention(const In& q, const In& k, const In& v, const std::optional<In>& mask, const std::optional<In>& bias,
+               const std::optional<In>& sinks, const std::optional<In>& kv_lengths, const Options& options,
+               const Out& out, const std::optional<Out>& lse) {
+  Attention t = attention_task(q, k, v, mask, bias, sinks, kv_lengths, options);
+  t.out = view(out, "out", t.batch, {t.H, t.L, t.E});
+  t.lse = view(lse, "lse", t.batch, {t.H, t.L});
+  run(kernels().attention, t);
+}
+
+void attention_weights(const In& q, const In& k, const std::optional<In>& mask, const std::optional<In>& bias,
+                       const std::optional<In>& sinks, const std::optional<In>& kv_lengths, const Options& options,
+                       const Out& out) {
+  Attention t = attention_task(q, k, std::nullopt, mask, bias, sinks, kv_lengths, options);
+  t.out = view(out, "out", t.batch, {t.H, t.L, t.S});
+  run(kernels().attention_weights, t);
+}
+
+// The first chunks of the tree nodes that the chunks first .. end - 1 leave, in order.
+std::vector<int64_t> node_chunks(int64_t first, int64_t end) {
+  ChunkStack stack;
+  stack.before = first - 1;
+  const auto nothing = [](int) {};
+  for (int64_t c = first; c < end; ++c) stack.push(c, nothing);
+  stack.settle(end, nothing);
+  return {stack.chunk, stack.chunk + stack.size};
+}
+
+void check_nodes(const Attention& t, const Out& maximum, const Out& total, const Out& sum, size_t nodes) {
+  const size_t rows = size_t(t.batch.size() * t.H * t.L);
+  const auto item = size_t(t.compute == DType::f64 ? 8 : 4);
+  if (maximum.size() != nodes * rows || total.size() != nodes * rows || sum.size() != nodes * rows * size_t(t.E) ||
+      maximum.itemsize() != item || total.itemsize() != item || sum.itemsize() != item)
+    throw std::invalid_argument("nodes: wrong shape or dtype");
+}
+
+void attention_nodes(const In& q, const In& k, const In& v, const std::optional<In>& mask,
+                     const std::optional<In>& bias, const std::optional<In>& kv_lengths, const Options& options,
+                     const Out& maximum, const Out& total_weight, const Out& weighted_sum) {
+  Attention t = attention_task(q, k, v, mask, bias, std::nullopt, kv_lengths, options);
+  const int64_t first = t.key_offset / kChunk;
+  const auto chunks = node_chunks(first, first + (t.S + kChunk - 1) / kChunk);
+  check_nodes(t, maximum, total_weight, weighted_sum, chunks.size());
+  t.node_chunk = chunks.data();
+  t.nodes = int64_t(chunks.size());
+  t.maximum = maximum.data(), t.total_weight = total_weight.data(), t.weighted_sum = weighted_sum.data();
+  run(kernels().attention_nodes, t);
+}
+
+void attention_merge(const std::vector<int64_t>& chunks, const Out& maximum, const Out& total_weight,
+                     const Out& weighted_sum, const std::optional<In>& sinks, bool wide, const In& out,
+                     const std::optional<Out>& lse) {
+  Attention t{};
+  t.batch = batch_of(out, 3);
+  const size_t axes = size_t(t.batch.axes);
+  t.H = int64_t(out.shape(axes)), t.L = int64_t(out.shape(axes + 1)), t.E = int64_t(out.shape(axes + 2));
+  t.compute = computing_type(wide);
+  check_nodes(t, maximum, total_weight, weighted_sum, chunks.size());
+  for (size_t i = 1; i < chunks.size(); ++i)
+    if (chunks[i] <= chunks[i - 1]) throw std::invalid_argument("chunks: expected rising order");
+  t.node_chunk = chunks.data();
+  t.nodes = int64_t(chunks.size());
+  t.maximum = maximum.data(), t.total_weight = total_weight.data(), t.weighted_sum = weighted_sum.data();
+  t.sinks = view(sinks, "sinks", t.batch, {t.H});
+  t.out = view(out, "out", t.batch, {t.H, t.L, t.E});
+  t.lse = view(lse, "lse", t.batch, {t.H, t.L});
+  run(kernels().attention_merge, t);
+}
+
+void linear(const In& x, const In& w, const std::optional<In>& b, bool wide, const Out& y) {
+  if (x.ndim() != 2 || w.ndim() != 2) throw std::invalid_argument("linear: expected matrices");
+  Linear t{};
+  t.M = int64_t(x.shape(0)), t.K = int64_t(x.shape(1)), t.N = int64_t(w.shape(1));
+  t.x = view(x, "x", {}, {t.M, t.K});
+  t.w = view(w, "w", {}, {t.K, t.N});
+  t.b = view(b, "b", {}, {t.N});
+  t.y = view(y, "y", {}, {t.M, t.N});
+  t.compute = computing_type(wide);
+  run(kernels().linear, t);
+}
+
+void rotary(const In& x, const In& positions, const In& frequencies, bool wide, const Out& y) {
+  Rotary t{};
+  t.batch = batch_of(x, 2);
+  const size_t axes = size_t(t.batch.axes);
+  t.L = int64_t(x.shape(axes)), t.D = int64_t(x.shape(axes + 1));
+  t.x = view(x, "x", t.batch, {t.L, t.D});
+  t.y = view(y, "y", t.batch, {t.L, t.D});
+  t.positions = view(positions, "positions", t.batch, {t.L});
+  if (frequencies.ndim() != 1 || int64_t(frequencies.shape(0)) * 2 != t.D || frequencies.itemsize() != 8 ||
+      (t.D && frequencies.stride(0) != 1))
+    throw std::invalid_argument("frequencies: wrong shape");
+  t.frequencies = static_cast<const double*>(frequencies.data());
+  t.compute = computing_type(wide);
+  run(kernels().rotary, t);
+}
+
+void rotary_frequencies(double base, const Out& frequencies) {
+  const StandardFloats floats;
+  kernels().rotary_frequencies(base, int64_t(frequencies.shape(0)), static_cast<double*>(frequencies.data()));
+}
+
+RowWise row_wise(const In& x, const In& other, bool wide, const Out& y) {
+  RowWise t{};
+  t.rows = int64_t(x.shape(0)), t.columns = int64_t(x.shape(1));
+  t.x = view(x, "x", {}, {t.rows, t.columns});
+  t.y = view(y, "y", {}, {t.rows, t.columns});
+  t.other = view(other, "weight", {}, {t.rows, t.columns});
+  t.compute = computing_type(wide);
+  return t;
+}
+void rms_norm(const In& x, const In& weight, double eps, bool wide, const Out& y) {
+  RowWise t = row_wise(x, weight, wide, y);
+  t.eps = eps;
+  run(kernels().rms_norm, t);
+}
+void swiglu(const In& gate, const In& up, bool wide, const Out& y) {
+  run(kernels().swiglu, row_wise(gate, up, wide, y));
+}
+
+// One value for all rows, or one for each: 8 bytes of any type that the kernel expects.
+template <class T> PerRow<T> per_row(const In& a, const char* name, int64_t rows) {
+  if (a.ndim() != 1 || a.itemsize() != sizeof(T) || (a.shape(0) != 1 && int64_t(a.shape(0)) != rows))
+    throw std::invalid_argument(std::string(name) + ": expected one number, or one per row");
+  return {static_cast<const T*>(a.data()), a.shape(0) == 1 ? 0 : a.stride(0)};
+}
+template <class T> T* rows_out(const std::optional<Out>& a, const char* name, int64_t size, size_t item) {
+  if (!a) return nullptr;
+  if (int64_t(a->size()) != size || a->itemsize() != item)
+    throw std::invalid_argument(std::string(name) + ": wrong shape or dtype");
+  return static_cast<T*>(a->data());
+}
+
+void sample(const In& logits, const std::optional<In>& bias, const std::optional<In>& allowed, bool packed,
+            const In& temperature, const In& top_k, const In& top_p, const In& min_p, bool keep_ties, bool joint,
+            const std::optional<In>& seed, const std::optional<In>& position, bool streams,
+            const std::optional<In>& uniform, const std::optional<Out>& tokens, const std::optional<Out>& probabilities,
+            const std::optional<Out>& filtered, const Out& status) {
+  Sampling t{};
+  t.batch = batch_of(logits, 1);
+  t.V = int64_t(logits.shape(size_t(t.batch.axes)));
+  if (t.V < 1 || t.V > INT32_MAX) throw std::invalid_argument("logits: expected a vocabulary of 1 to 2^31 - 1");
+  const int64_t rows = t.batch.size();
+  t.logits = view(logits, "logits", t.batch, {t.V});
+  t.bias = view(bias, "bias", t.batch, {t.V});
+  if (bias && t.bias.dtype != DType::f32) throw std::invalid_argument("bias: expected float32");
+  t.allowed = view(allowed, "allowed", t.batch, {packed ? (t.V + 31) / 32 * 4 : t.V});
+  if (allowed && t.allowed.dtype != DType::boolean) throw std::invalid_argument("allowed: expected uint8");
+  t.packed = packed;
+  t.temperature = per_row<double>(temperature, "temperature", rows);
+  t.top_k = per_row<int64_t>(top_k, "top_k", rows);
+  t.top_p = per_row<double>(top_p, "top_p", rows);
+  t.min_p = per_row<double>(min_p, "min_p", rows);
+  t.keep_ties = keep_ties, t.joint = joint;
+  if (tokens && !uniform && !(seed && position))
+    throw std::invalid_argument("tokens: expected seed and position, or uniform");
+  if (seed) t.seed = per_row<uint64_t>(*seed, "seed", rows);
+  if (position) t.position = per_row<uint64_t>(*position, "position", rows);
+  t.streams = streams;
+  if (uniform) t.uniform = per_row<double>(*uniform, "uniform", rows);
+  const size_t item = t.logits.dtype == DType::f64 ? 8 : 4;
+  t.tokens = rows_out<int64_t>(tokens, "tokens", rows, 8);
+  t.probabilities = rows_out<void>(probabilities, "probabilities", rows * t.V, item);
+  t.filtered = rows_out<void>(filtered, "filtered", rows * t.V, logits.itemsize());
+  t.status = rows_out<int64_t>(status, "status", rows, 8);
+  run(kernels().sampling, t);
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < supported_kernels().size; ++i) names.emplace_back(supported_kernels().table[i]->name);
+  return names;
+}
+
+} // namespace
+} // namespace headway
+
+NB_MODULE(_native, m) {
+  using namespace headway;
+  m.doc() = "The kernels of headway behind plain arrays. Everything is checked by the Python layer; call that.";
+
+  nb::class_<Options>(m, "Options")
+      .def(nb::init<double, double, bool, bool, std::optional<int64_t>, std::optional<int64_t>, int64_t, int64_t, bool,
+                    bool>(),
+           nb::kw_only(), "scale"_a, "softcap"_a, "causal"_a, "bottom_right"_a, "window_left"_a.none(),
+           "window_right"_a.none(), "total"_a, "key_offset"_a, "wide"_a, "k_in_panels"_a);
+
+  m.attr("CHUNK") = kChunk;
+  m.attr("LANES") = kLanes;
+  m.attr("SAMPLING_FAULTS") = kSamplingFaults;
+  m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "mask"_a.none(), "bias"_a.none(), "sinks"_a.none(),
+        "kv_lengths"_a.none(), "options"_a, "out"_a, "lse"_a.none());
+  m.def("attention_weights", &attention_weights, "q"_a, "k"_a, "mask"_a.none(), "bias"_a.none(), "sinks"_a.none(),
+        "kv_lengths"_a.none(), "options"_a, "out"_a);
+  m.def("node_chunks", &node_chunks, "first"_a, "end"_a);
+  m.def("attention_nodes", &attention_nodes, "q"_a, "k"_a, "v"_a, "mask"_a.none(), "bias"_a.none(),
+        "kv_lengths"_a.none(), "options"_a, "maximum"_a, "total_weight"_a, "weighted_sum"_a);
+  m.def("attention_merge", &attention_merge, "chunks"_a, "maximum"_a, "total_weight"_a, "weighted_sum"_a,
+        "sinks"_a.none(), "wide"_a, "out"_a, "lse"_a.none());
+  m.def("linear", &linear, "x"_a, "w"_a, "b"_a.none(), "wide"_a, "y"_a);
+  m.def("rotary", &rotary, "x"_a, "positions"_a, "frequencies"_a, "wide"_a, "y"_a);
+  m.def("rotary_frequencies", &rotary_frequencies, "base"_a, "frequencies"_a);
+  m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "wide"_a, "y"_a);
+  m.def("swiglu", &swiglu, "gate"_a, "up"_a, "wide"_a, "y"_a);
+  m.def("sample", &sample, "logits"_a, "bias"_a.none(), "allowed"_a.none(), "packed"_a, "temperature"_a, "top_k"_a,
+        "top_p"_a, "min_p"_a, "keep_ties"_a, "joint"_a, "seed"_a.none(), "position"_a.none(), "streams"_a,
+        "uniform"_a.none(), "tokens"_a.none(), "probabilities"_a.none(), "filtered"_a.none(), "status"_a);
+  m.def("isa", [] { return std::string(kernels().name); });
+  m.def("isas", &isas);
+  m.def("get_num_threads", &get_num_threads);
+  m.def("set_num_threads", &set_num_threads, "n"_a, nb::call_guard<nb::gil_scoped_release>());
+  // A bfloat16 tensor of another library, as its bits: NumPy has no name for the type and refuses it.
+  m.def("bfloat16_bits", [](nb::ndarray<nb::ro, nb::device::cpu> x) {
+    if (x.dtype() != nb::dlpack::dtype{uint8_t(nb::dlpack::dtype_code::Bfloat), 16, 1})
+      throw std::invalid_argument("expected a bfloat16 array");
+    std::vector<size_t> shape;
+    std::vector<int64_t> strides;
+    for (size_t i = 0; i < x.ndim(); ++i) shape.push_back(x.shape(i)), strides.push_back(x.stride(i));
+    auto* owner = new nb::ndarray<nb::ro, nb::device::cpu>(x);
+    nb::capsule keep(owner, [](void* p) noexcept { delete static_cast<nb::ndarray<nb::ro, nb::device::cpu>*>(p); });
+    return nb::ndarray<nb::numpy, const uint16_t>(x.data(), x.ndim(), shape.data(), keep, strides.data());
+  });
+}

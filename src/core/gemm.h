@@ -1,0 +1,57 @@
+// The matrix micro-kernel that scores, weighted sums and linear layers share.
+//
+// C (rows x columns) = A B, each element one chain of fused multiply-adds over k in order, from 0. The chain is the
+// contract of bits; the tile is only speed: R x P accumulators stay in registers while k walks, so each step loads P
+// Vecs of B and R numbers of A for R * P fused multiply-adds. A tile over rows and columns never changes the order
+// within one element, so any R and P give the same bits.
+//
+// B comes in columns of 16: row k of column block j is at b + j * b_block + k * b_row. A row-major matrix has b_block
+// 16; panels of 16 keys, each (D, 16), have b_row 16 and b_block 16 D.
+#pragma once
+#include "vec.h"
+
+namespace headway {
+namespace {
+
+template <class T, int R, int P>
+void tile(int64_t k_count, const T* __restrict a, int64_t a_row, const T* __restrict b, int64_t b_row, int64_t b_block,
+          T* __restrict c, int64_t c_row) {
+  Vec<T> sum[R][P];
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) sum[r][p] = Vec<T>(T(0));
+  for (int64_t k = 0; k < k_count; ++k) {
+    Vec<T> row[P];
+    for (int p = 0; p < P; ++p) row[p] = Vec<T>::load(b + k * b_row + p * b_block);
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> x = a[r * a_row + k];
+      for (int p = 0; p < P; ++p) sum[r][p] = fma(x, row[p], sum[r][p]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) sum[r][p].store(c + r * c_row + 16 * p);
+}
+
+template <class T, int R>
+void tile_columns(int64_t columns, int64_t k_count, const T* a, int64_t a_row, const T* b, int64_t b_row,
+                  int64_t b_block, T* c, int64_t c_row) {
+  int64_t j = 0;
+  for (; j + 16 * kTileVecs <= columns; j += 16 * kTileVecs)
+    tile<T, R, kTileVecs>(k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, c + j, c_row);
+  for (; j < columns; j += 16) tile<T, R, 1>(k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, c + j, c_row);
+}
+
+// C = A B. columns is a multiple of 16; rows may be any number: full tiles, then fours, then ones.
+template <class T>
+void multiply(int64_t rows, int64_t columns, int64_t k_count, const T* a, int64_t a_row, const T* b, int64_t b_row,
+              int64_t b_block, T* c, int64_t c_row) {
+  int64_t i = 0;
+  for (; i + kTileRows <= rows; i += kTileRows)
+    tile_columns<T, kTileRows>(columns, k_count, a + i * a_row, a_row, b, b_row, b_block, c + i * c_row, c_row);
+  for (; i + 4 <= rows; i += 4)
+    tile_columns<T, 4>(columns, k_count, a + i * a_row, a_row, b, b_row, b_block, c + i * c_row, c_row);
+  for (; i < rows; ++i)
+    tile_columns<T, 1>(columns, k_count, a + i * a_row, a_row, b, b_row, b_block, c + i * c_row, c_row);
+}
+
+} // namespace
+} // namespace headway

@@ -1,0 +1,33 @@
+// One table of kernels. The build compiles this file once per instruction set, with HEADWAY_ISA naming the set and its
+// compiler flags; everything that the headers define is internal to the object, so no copy can leak into another.
+#include "attention.h"
+#include "kernels.h"
+#include "layers.h"
+
+#define HEADWAY_JOIN_(a, b) a##b
+#define HEADWAY_JOIN(a, b) HEADWAY_JOIN_(a, b)
+#define HEADWAY_TEXT_(a) #a
+#define HEADWAY_TEXT(a) HEADWAY_TEXT_(a)
+
+namespace headway {
+
+// isa_sampling.cpp
+Plan HEADWAY_JOIN(plan_sampling_, HEADWAY_ISA)(const Sampling&);
+void HEADWAY_JOIN(run_sampling_, HEADWAY_ISA)(const Sampling&, int64_t, void*);
+
+extern const Kernels HEADWAY_JOIN(kernels_, HEADWAY_ISA);
+const Kernels HEADWAY_JOIN(kernels_, HEADWAY_ISA) = {
+    HEADWAY_TEXT(HEADWAY_ISA),
+    {plan_attention<Produce::output>, run_attention<Produce::output>},
+    {plan_attention<Produce::weights>, run_attention<Produce::weights>},
+    {plan_attention<Produce::nodes>, run_attention<Produce::nodes>},
+    {plan_merge, run_merge},
+    {plan_linear, run_linear},
+    {plan_rotary, run_rotary},
+    rotary_frequencies,
+    {plan_row_wise, run_rms_norm},
+    {plan_row_wise, run_swiglu},
+    {HEADWAY_JOIN(plan_sampling_, HEADWAY_ISA), HEADWAY_JOIN(run_sampling_, HEADWAY_ISA)},
+};
+
+} // namespace headway

@@ -1,0 +1,147 @@
+// The plain structs that cross from bindings.cpp to the kernels, and the table of kernels.
+//
+// Shape alphabet: B batch, H query heads, G key/value heads, L queries, S keys, D head size of q and k,
+// E head size of v, M and N rows and columns of a matrix product, V vocabulary. Strides count elements.
+#pragma once
+#include <cstdint>
+
+namespace headway {
+
+enum class DType : int32_t { f64, f32, f16, bf16, boolean };
+
+constexpr int kMaxBatchAxes = 8;
+
+// The contract of bits names these numbers: changing one changes results.
+constexpr int64_t kLanes = 16;        // every sum over lanes runs over 16 of them, whatever a register holds
+constexpr int64_t kChunk = 512;       // keys that share one maximum; anchored at absolute position 0
+constexpr int64_t kChain = 256;       // longest chain of fused multiply-adds in linear
+constexpr int64_t kUnset = INT64_MIN; // "no bound" for an integer option
+
+struct Batch {
+  int axes = 0;
+  int64_t shape[kMaxBatchAxes] = {};
+  int64_t size() const {
+    int64_t n = 1;
+    for (int i = 0; i < axes; ++i) n *= shape[i];
+    return n;
+  }
+};
+
+// A (batch..., x, y, z) array, or a broadcast of one: stride 0 where it is broadcast. data == nullptr: absent.
+struct View {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t batch[kMaxBatchAxes] = {};
+  int64_t stride[3] = {};
+};
+
+struct Attention {
+  Batch batch;
+  int64_t H, G, L, S, D, E;
+  View q, k, v;          // (H, L, D), (G, S, D), (G, S, E)
+  bool k_in_panels;      // k is (G, panels, D, 16 keys), as KVCache keeps it
+  View mask, bias;       // (H, L, S): boolean, and of the computing type
+  View sinks;            // (H): of the computing type
+  View kv_lengths;       // (): int64, one number per batch item; absolute
+  DType compute;         // f64 or f32
+  double scale, softcap; // softcap 0: none
+  bool causal;
+  bool bottom_right;    // query i stands at i + n - L instead of i, n the absolute number of keys
+  int64_t total;        // that n, where kv_lengths is absent
+  int64_t window_left;  // kUnset: unbounded
+  int64_t window_right; // kUnset: unbounded
+  int64_t key_offset;   // absolute position of key 0, a multiple of kChunk
+  View out;             // (H, L, E) of any dtype; for weights (H, L, S)
+  View lse;             // (H, L) of the computing type, or absent
+  // Nodes of the chunk tree, (nodes, batch, H, L) and (nodes, batch, H, L, E), contiguous, of the computing type.
+  void *maximum, *total_weight, *weighted_sum;
+  const int64_t* node_chunk; // first chunk of each node
+  int64_t nodes;
+};
+
+struct Linear {
+  int64_t M, K, N;
+  View x, w, b; // stride[0], stride[1]: rows and columns; b: stride[0]
+  View y;
+  DType compute;
+};
+
+struct Rotary {
+  Batch batch;
+  int64_t L, D;
+  View x, y;                 // (L, D): stride[0], stride[1]
+  View positions;            // (L): int64
+  const double* frequencies; // (D / 2)
+  DType compute;
+};
+
+struct RowWise { // rms_norm: x, weight -> y; swiglu: gate x, up other -> y
+  int64_t rows, columns;
+  View x, other, y;
+  double eps;
+  DType compute;
+};
+
+// A setting that is the same for all rows (step 0), or one per row in C order (step 1).
+template <class T> struct PerRow {
+  const T* data = nullptr;
+  int64_t step = 0;
+  const T& operator[](int64_t row) const { return data[row * step]; }
+};
+
+// What can be wrong with a row of logits. A status is 0, or token * kSamplingFaults + fault.
+enum class SamplingFault : int64_t { none, nan, infinite, overflow, empty };
+constexpr int64_t kSamplingFaults = 8;
+
+struct Sampling {
+  Batch batch; // a row each
+  int64_t V;
+  View logits;  // (V)
+  View bias;    // (V): float32, or absent
+  View allowed; // (V): boolean; packed: bytes, token 0 in the lowest bit of the first; or absent
+  bool packed;
+  PerRow<double> temperature, top_p, min_p; // off: 1, 1, 0
+  PerRow<int64_t> top_k;                    // off: V or more
+  bool keep_ties, joint;
+  PerRow<uint64_t> seed, position;
+  bool streams;           // row i draws from stream i of its seed, not from stream 0
+  PerRow<double> uniform; // instead of seed and position, or absent
+  // Each of these may be absent. (rows), and (rows, V) contiguous: float64 for float64 logits, else float32; the
+  // logits'.
+  int64_t* tokens;
+  void *probabilities, *filtered;
+  int64_t* status; // (rows)
+};
+
+// What a kernel needs of memory, and how many independent units its work falls into. Units may run in any
+// order on any thread: none of them writes what another reads.
+struct Plan {
+  int64_t units;
+  int64_t workspace; // bytes per thread, 64-byte aligned
+};
+
+template <class Task> struct Kernel {
+  Plan (*plan)(const Task&);
+  void (*run)(const Task&, int64_t unit, void* workspace);
+};
+
+struct Kernels {
+  const char* name;
+  Kernel<Attention> attention, attention_weights, attention_nodes, attention_merge;
+  Kernel<Linear> linear;
+  Kernel<Rotary> rotary;
+  void (*rotary_frequencies)(double base, int64_t half, double* out);
+  Kernel<RowWise> rms_norm, swiglu;
+  Kernel<Sampling> sampling;
+};
+
+// dispatch.cpp: the tables that this machine can run, best first, and the one chosen at the first call: the best, or
+// the one that HEADWAY_ISA names. Throws std::invalid_argument where it names none of them.
+struct KernelList {
+  const Kernels* table[4];
+  int size;
+};
+const KernelList& supported_kernels();
+const Kernels& kernels();
+
+} // namespace headway

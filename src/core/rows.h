@@ -1,0 +1,102 @@
+// Rows of any floating type, read and written as the computing type. 16-bit numbers widen exactly and narrow to
+// nearest even; on the way out there is one NaN, and no negative zero is made that the sum's history decides.
+#pragma once
+#include "kernels.h"
+#include "vec.h"
+
+namespace headway {
+namespace {
+
+inline int64_t item_size(DType t) {
+  switch (t) {
+  case DType::f64: return 8;
+  case DType::f32: return 4;
+  case DType::boolean: return 1;
+  default: return 2;
+  }
+}
+
+template <class T> constexpr DType dtype_of = sizeof(T) == 8 ? DType::f64 : DType::f32;
+
+// The address of element (x, y, z) of one batch item.
+inline char* address(const View& v, int64_t offset, int64_t x = 0, int64_t y = 0, int64_t z = 0) {
+  return static_cast<char*>(v.data) +
+         (offset + x * v.stride[0] + y * v.stride[1] + z * v.stride[2]) * item_size(v.dtype);
+}
+// Where batch item `index` (in C order) begins, in elements.
+inline int64_t batch_offset(const Batch& batch, const View& v, int64_t index) {
+  int64_t offset = 0;
+  for (int i = batch.axes - 1; i >= 0; --i) {
+    offset += index % batch.shape[i] * v.batch[i];
+    index /= batch.shape[i];
+  }
+  return offset;
+}
+
+template <class T, class From, class Convert>
+void read_as(const void* from, int64_t stride, int64_t n, T* to, Convert widen) {
+  const From* p = static_cast<const From*>(from);
+  if (stride == 1)
+    for (int64_t i = 0; i < n; ++i) to[i] = T(widen(p[i]));
+  else
+    for (int64_t i = 0; i < n; ++i) to[i] = T(widen(p[i * stride]));
+}
+
+inline void read_halves(const uint16_t* p, int64_t n, float* to) {
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
+#endif
+  for (; i < n; ++i) to[i] = half_to_float(p[i]);
+}
+
+template <class T> void read_row(const void* from, DType dtype, int64_t stride, int64_t n, T* to) {
+  switch (dtype) {
+  case DType::f64: return read_as<T, double>(from, stride, n, to, [](double x) { return x; });
+  case DType::f32: return read_as<T, float>(from, stride, n, to, [](float x) { return x; });
+  case DType::bf16: return read_as<T, uint16_t>(from, stride, n, to, bfloat_to_float);
+  case DType::boolean: return read_as<T, uint8_t>(from, stride, n, to, [](uint8_t x) { return x; });
+  case DType::f16:
+    if constexpr (sizeof(T) == 4)
+      if (stride == 1) return read_halves(static_cast<const uint16_t*>(from), n, to);
+    return read_as<T, uint16_t>(from, stride, n, to, half_to_float);
+  }
+}
+
+// Rows are written where the last axis is contiguous: the bindings allocate them so.
+template <class T> void write_row(const T* from, int64_t n, void* to, DType dtype) {
+  switch (dtype) {
+  case DType::f64:
+    for (int64_t i = 0; i < n; ++i) static_cast<double*>(to)[i] = canonical(double(from[i]));
+    return;
+  case DType::f32:
+    for (int64_t i = 0; i < n; ++i) static_cast<float*>(to)[i] = canonical(float(from[i]));
+    return;
+  case DType::f16:
+    for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(to)[i] = float_to_half(float(from[i]));
+    return;
+  case DType::bf16:
+    for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(to)[i] = float_to_bfloat(float(from[i]));
+    return;
+  case DType::boolean: return;
+  }
+}
+
+// A workspace is handed out front to back, every piece on a 64-byte line. With no memory it only counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <class T> T* take(int64_t n) {
+    T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (n * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return p;
+  }
+};
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+} // namespace
+} // namespace headway

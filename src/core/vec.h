@@ -1,0 +1,263 @@
+// Sixteen lanes of one type, on any instruction set.
+//
+// A Vec is 16 lanes whatever a register holds: one AVX-512 register of floats, two of AVX2, four of NEON. All
+// arithmetic is lane by lane and IEEE (round to nearest even), so every target computes the same bits. GCC's and
+// Clang's vector extensions give + - * / compare and select; only the fused multiply-add needs to be named per
+// target. The build passes -ffp-contract=off: nothing fuses unless fma() says so.
+//
+// This header is compiled once per instruction set: everything in it has internal linkage, and no function of the
+// C++ library is used, or the linker could keep one target's copy for all of them.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#ifdef __FAST_MATH__
+#error "headway promises bits: fast-math would break them"
+#endif
+
+namespace headway {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+
+// The register tile of the matrix micro-kernel, rows x Vecs of columns (gemm.h). It must leave room for the operands:
+// AVX-512: 12 x 2 accumulators + 2 of 32 registers; AVX2: 6 x 2 + 3 of 16; NEON: 6 x 4 + 5 of 32.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 12, kTileVecs = 2;
+#else
+constexpr int kTileRows = 6, kTileVecs = 1;
+#endif
+
+template <class T, int Bytes> struct VectorType {
+  typedef T type __attribute__((vector_size(Bytes)));
+};
+
+template <class T> struct IntOf;
+template <> struct IntOf<float> {
+  using type = int32_t;
+};
+template <> struct IntOf<double> {
+  using type = int64_t;
+};
+template <> struct IntOf<int32_t> {
+  using type = int32_t;
+};
+template <> struct IntOf<uint32_t> {
+  using type = int32_t;
+};
+template <> struct IntOf<int64_t> {
+  using type = int64_t;
+};
+template <> struct IntOf<uint64_t> {
+  using type = int64_t;
+};
+
+template <class T> struct Vec {
+  using Reg = typename VectorType<T, kRegisterBytes>::type;
+  using Whole = typename VectorType<T, 16 * sizeof(T)>::type;
+  static constexpr int parts = 16 * int(sizeof(T)) / kRegisterBytes;
+  Reg part[parts];
+
+  Vec() = default;
+  Vec(T x) {
+    for (int i = 0; i < parts; ++i) part[i] = x - Reg{}; // broadcast; x - 0 is x for every x, -0 included
+  }
+  static Vec load(const T* p) {
+    Vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  void store(T* p) const { memcpy(p, this, sizeof *this); }
+};
+
+template <class T> using Mask = Vec<typename IntOf<T>::type>; // lanes of 0 or -1
+
+#define HEADWAY_LANEWISE(op)                                                    \
+  template <class T> Vec<T> operator op(Vec<T> a, Vec<T> b) {                   \
+    for (int i = 0; i < Vec<T>::parts; ++i) a.part[i] = a.part[i] op b.part[i]; \
+    return a;                                                                   \
+  }
+#define HEADWAY_COMPARE(op)                                                     \
+  template <class T> Mask<T> operator op(Vec<T> a, Vec<T> b) {                  \
+    Mask<T> m;                                                                  \
+    for (int i = 0; i < Vec<T>::parts; ++i) m.part[i] = a.part[i] op b.part[i]; \
+    return m;                                                                   \
+  }
+// clang-format off
+HEADWAY_LANEWISE(+) HEADWAY_LANEWISE(-) HEADWAY_LANEWISE(*) HEADWAY_LANEWISE(/)
+HEADWAY_LANEWISE(&) HEADWAY_LANEWISE(|) HEADWAY_LANEWISE(^)
+HEADWAY_COMPARE(<) HEADWAY_COMPARE(<=) HEADWAY_COMPARE(>) HEADWAY_COMPARE(>=) HEADWAY_COMPARE(==) HEADWAY_COMPARE(!=)
+// clang-format on
+#undef HEADWAY_LANEWISE
+#undef HEADWAY_COMPARE
+
+template <class T> Vec<T> operator<<(Vec<T> a, int n) {
+  for (int i = 0; i < Vec<T>::parts; ++i) a.part[i] = a.part[i] << n;
+  return a;
+}
+template <class T> Vec<T> operator>>(Vec<T> a, int n) {
+  for (int i = 0; i < Vec<T>::parts; ++i) a.part[i] = a.part[i] >> n;
+  return a;
+}
+
+template <class T> Vec<T> select(Mask<T> m, Vec<T> yes, Vec<T> no) {
+  for (int i = 0; i < Vec<T>::parts; ++i) no.part[i] = m.part[i] ? yes.part[i] : no.part[i];
+  return no;
+}
+// The larger of two; where either is NaN, b. (The hardware's own max differs between targets there.)
+template <class T> Vec<T> larger(Vec<T> a, Vec<T> b) { return select(a > b, a, b); }
+
+template <class To, class From> Vec<To> bits(Vec<From> v) {
+  static_assert(sizeof(To) == sizeof(From));
+  Vec<To> r;
+  memcpy(&r, &v, sizeof r);
+  return r;
+}
+template <class To, class From> Vec<To> convert(Vec<From> v) {
+  typename Vec<From>::Whole from;
+  memcpy(&from, &v, sizeof from);
+  const auto to = __builtin_convertvector(from, typename Vec<To>::Whole);
+  Vec<To> r;
+  memcpy(&r, &to, sizeof r);
+  return r;
+}
+
+// a * b + c, rounded once ---------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+inline Vec<float>::Reg fma_reg(Vec<float>::Reg a, Vec<float>::Reg b, Vec<float>::Reg c) {
+  return (Vec<float>::Reg)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+inline Vec<double>::Reg fma_reg(Vec<double>::Reg a, Vec<double>::Reg b, Vec<double>::Reg c) {
+  return (Vec<double>::Reg)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif defined(__AVX2__)
+inline Vec<float>::Reg fma_reg(Vec<float>::Reg a, Vec<float>::Reg b, Vec<float>::Reg c) {
+  return (Vec<float>::Reg)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+inline Vec<double>::Reg fma_reg(Vec<double>::Reg a, Vec<double>::Reg b, Vec<double>::Reg c) {
+  return (Vec<double>::Reg)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#elif defined(__aarch64__)
+inline Vec<float>::Reg fma_reg(Vec<float>::Reg a, Vec<float>::Reg b, Vec<float>::Reg c) {
+  return (Vec<float>::Reg)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+inline Vec<double>::Reg fma_reg(Vec<double>::Reg a, Vec<double>::Reg b, Vec<double>::Reg c) {
+  return (Vec<double>::Reg)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+}
+#else
+// Without the instruction. The product of two floats is exact in double; their sum with c is not, and rounding it to
+// double and then to float would round twice. Rounding to odd in between (the last bit set where anything was lost)
+// makes the second rounding the only one that counts (Boldo and Melquiond, 2008).
+inline Vec<float>::Reg fma_reg(Vec<float>::Reg a, Vec<float>::Reg b, Vec<float>::Reg c) {
+  using Wide = VectorType<double, 2 * kRegisterBytes>::type;
+  using WideInt = VectorType<int64_t, 2 * kRegisterBytes>::type;
+  const Wide p = __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide);
+  const Wide z = __builtin_convertvector(c, Wide);
+  const Wide sum = p + z;
+  const Wide from_z = sum - p;
+  const Wide error = (p - (sum - from_z)) + (z - from_z); // exact (Knuth, TwoSum); NaN where the sum is not finite
+  WideInt s = (WideInt)sum;
+  // Lost and even: one step away from zero if the error points outward, else one step towards it.
+  const WideInt lost = ((error < 0) | (error > 0)) & ((s & 1) == 0);
+  const WideInt outward = ((error > 0) == (sum > 0));
+  s += lost & ((outward & 1) | ((~outward) & -1));
+  return __builtin_convertvector((Wide)s, Vec<float>::Reg);
+}
+inline Vec<double>::Reg fma_reg(Vec<double>::Reg a, Vec<double>::Reg b, Vec<double>::Reg c) {
+  for (int i = 0; i < 2; ++i) c[i] = __builtin_fma(a[i], b[i], c[i]); // libm's is correctly rounded, and slow
+  return c;
+}
+#endif
+
+template <class T> Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  for (int i = 0; i < Vec<T>::parts; ++i) c.part[i] = fma_reg(a.part[i], b.part[i], c.part[i]);
+  return c;
+}
+
+// Sums and maxima over lanes, by one fixed tree ------------------------------------------------------------------
+
+template <class T, class Op> T reduce(Vec<T> v, Op op) {
+  T x[16];
+  v.store(x);
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] = op(x[i], x[i + half]);
+  return x[0];
+}
+template <class T> T sum(Vec<T> v) {
+  return reduce(v, [](T a, T b) { return a + b; });
+}
+template <class T> T maximum(Vec<T> v) {
+  return reduce(v, [](T a, T b) { return a > b ? a : b; });
+}
+template <class T> bool any(Vec<T> mask) {
+  return reduce(mask, [](T a, T b) { return a | b; }) != 0;
+}
+
+// Loads and stores with conversion -------------------------------------------------------------------------------
+
+inline Vec<int32_t> lane_index() {
+  constexpr int32_t k[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return Vec<int32_t>::load(k);
+}
+
+// binary16 <-> binary32 in integers, where there is no instruction for it.
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16;
+  uint32_t rest = h & 0x7fff, u;
+  if (rest >= 0x7c00) {
+    u = sign | 0x7f800000 | (rest & 0x3ff) << 13;
+  } else if (rest >= 0x400) {
+    u = sign | ((rest << 13) + (uint32_t(127 - 15) << 23));
+  } else {
+    const float f = float(rest) * 0x1p-24f; // exact: subnormals are multiples of 2^-24
+    memcpy(&u, &f, 4);
+    u |= sign;
+  }
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+inline uint16_t float_to_half(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  const uint16_t sign = uint16_t(u >> 16 & 0x8000);
+  u &= 0x7fffffff;
+  if (u > 0x7f800000) return 0x7e00;
+  if (u >= 0x477ff000) return sign | 0x7c00; // rounds to 2^16 or more
+  if (u >= 0x38800000) return sign | uint16_t((u - 0x38000000 + 0xfff + (u >> 13 & 1)) >> 13);
+  float magnitude; // a subnormal: adding 2^-1 * 2^0 leaves the multiple of 2^-24, rounded to even, in the low bits
+  memcpy(&magnitude, &u, 4);
+  magnitude += 0.5f;
+  memcpy(&u, &magnitude, 4);
+  return sign | uint16_t(u - 0x3f000000);
+}
+inline float bfloat_to_float(uint16_t h) {
+  const uint32_t u = uint32_t(h) << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+inline uint16_t float_to_bfloat(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  if ((u & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+  return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+template <class T> T canonical(T x) { return x == x ? x : T(__builtin_nanf("")); } // one NaN for all targets
+
+} // namespace
+} // namespace headway

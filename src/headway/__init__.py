@@ -1,0 +1,25 @@
+"""headway: attention and next-token sampling for LLM inference. The contract is docs/semantics.md."""
+
+from .attention import AttentionState, attention, attention_weights, merge_attention, partial_attention
+from .cache import KVCache
+from .layers import linear, rms_norm, rotary, swiglu
+from .multihead import multi_head_attention
+from .runtime import Info, get_num_threads, info, set_num_threads
+
+__all__ = [
+    "AttentionState",
+    "Info",
+    "KVCache",
+    "attention",
+    "attention_weights",
+    "get_num_threads",
+    "info",
+    "linear",
+    "merge_attention",
+    "multi_head_attention",
+    "partial_attention",
+    "rms_norm",
+    "rotary",
+    "set_num_threads",
+    "swiglu",
+]

@@ -1,0 +1,160 @@
+"""Which kind of array is it? One way in and one way out for NumPy, torch, JAX, lists and anything with DLPack.
+
+Inside headway every array is a NumPy array; ``bfloat16``, which NumPy has no name for, travels as ``uint16``
+bits. No framework is imported here: a framework that made an array is in ``sys.modules`` already.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _native
+
+FLOATING = ("float64", "float32", "float16", "bfloat16")
+_CPU = (1, 3)  # DLPack's kDLCPU and kDLCUDAHost: memory that the processor can read
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A user's array, ready for the kernels.
+
+    ``data`` holds bfloat16 as uint16 bits; ``dtype`` says what the numbers are; ``wrap`` turns a NumPy array (with
+    the dtype's name) into the kind of array that the user gave.
+    """
+
+    data: NDArray[Any]
+    dtype: str
+    wrap: Callable[[NDArray[Any], str], Any]
+
+    def astype(self, dtype: str) -> NDArray[Any]:
+        """Return the numbers in another of the four types, rounded to nearest even where they narrow."""
+        if self.dtype == dtype:
+            return self.data
+        wide = (self.data.astype(np.uint32) << 16).view(np.float32) if self.dtype == "bfloat16" else self.data
+        return wide.astype(dtype, copy=False) if dtype != "bfloat16" else _bfloat16_bits(wide.astype(np.float32))
+
+
+def unwrap(x: Any, name: str) -> Operand:
+    """Take an array of floating numbers in, without a copy where its memory allows.
+
+    An Operand passes through. Lists and integers become float64, as in NumPy. Raises TypeError for bool, complex,
+    object and text, for an array on another device, and for anything that is no array.
+    """
+    if isinstance(x, Operand):
+        return x
+    data, wrap = _to_numpy(x, name)
+    kind = data.dtype.kind
+    if _is_bfloat16(x):
+        data, dtype = data.view(np.uint16), "bfloat16"
+    elif data.dtype.name in FLOATING:
+        dtype = data.dtype.name
+    elif kind in "iu" or (data.size == 0 and isinstance(x, (list, tuple))):
+        data, dtype = data.astype(np.float64), "float64"
+    elif kind == "f":
+        raise TypeError(f"{name}: expected one of {', '.join(FLOATING)}, got {data.dtype.name}; convert it first")
+    else:
+        raise TypeError(
+            f"{name}: expected floating-point numbers, got {data.dtype.name}; convert it with "
+            f"np.asarray({name}, dtype=np.float32)"
+        )
+    return Operand(_addressable(data), dtype, wrap)
+
+
+def plain(x: Any, name: str) -> NDArray[Any]:
+    """Take any array in as NumPy sees it: for masks, positions, lengths and ids."""
+    return _addressable(_to_numpy(x, name)[0])
+
+
+def promote(*dtypes: str) -> str:
+    """Return the type that operands of these types meet in, as NumPy promotes: float16 with bfloat16 is float32."""
+    widest = min(dtypes, key=FLOATING.index)
+    return "float32" if {"float16", "bfloat16"} <= set(dtypes) and widest == "float16" else widest
+
+
+def compute_dtype(dtype: str) -> str:
+    """Return the type that the kernels compute in: float64 for float64, float32 for all others."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def storage(dtype: str) -> np.dtype[Any]:
+    """Return the NumPy type that numbers of this type are stored in."""
+    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+
+
+def _bfloat16_bits(wide: NDArray[np.float32]) -> NDArray[np.uint16]:
+    bits = wide.view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(wide), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _is_bfloat16(x: Any) -> bool:
+    return str(getattr(x, "dtype", "")).rpartition(".")[2] == "bfloat16"
+
+
+def _to_numpy(x: Any, name: str) -> tuple[NDArray[Any], Callable[[NDArray[Any], str], Any]]:
+    if isinstance(x, np.ndarray):
+        return np.asarray(x), as_numpy
+    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
+        if int(x.__dlpack_device__()[0]) not in _CPU:
+            raise TypeError(f"{name}: expected an array in CPU memory, got one on another device; copy it to the CPU")
+        return _from_dlpack(x, name), _KINDS.get(type(x).__module__.partition(".")[0], as_numpy)
+    try:
+        return np.asarray(x), as_numpy
+    except ValueError as error:
+        raise ValueError(f"{name}: expected an array, got nested lists of unequal lengths; pad them") from error
+
+
+def _from_dlpack(x: Any, name: str) -> NDArray[Any]:
+    if getattr(x, "requires_grad", False):
+        x = x.detach()  # headway computes no gradients, and torch exports no tensor that waits for one
+    try:
+        if _is_bfloat16(x):
+            return _native.bfloat16_bits(x)
+        return np.from_dlpack(x)
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise TypeError(
+            f"{name}: expected an array that DLPack can hand over, got {type(x).__name__} ({error}); "
+            f"convert it to NumPy first"
+        ) from error
+
+
+def _addressable(data: NDArray[Any]) -> NDArray[Any]:
+    """Copy only what a kernel cannot address: foreign byte order, unaligned memory, strides between elements."""
+    fits = data.dtype.isnative and data.flags.aligned
+    if fits and all(stride % data.itemsize == 0 for stride in data.strides):
+        return data
+    return data.astype(data.dtype.newbyteorder("="), order="C", copy=True)
+
+
+def as_bits(data: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Return the array as it is stored: between the steps of one call there is no user to wrap for."""
+    return data
+
+
+def as_numpy(data: NDArray[Any], dtype: str) -> Any:
+    """Return the array itself; bfloat16 bits become ml_dtypes.bfloat16, the type NumPy users have them in."""
+    if dtype != "bfloat16":
+        return data
+    import ml_dtypes
+
+    return data.view(ml_dtypes.bfloat16)
+
+
+def _as_torch(data: NDArray[Any], dtype: str) -> Any:
+    torch = sys.modules["torch"]
+    if dtype == "bfloat16":
+        return torch.from_numpy(data.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(data)
+
+
+def _as_jax(data: NDArray[Any], dtype: str) -> Any:
+    return sys.modules["jax"].numpy.asarray(as_numpy(data, dtype))
+
+
+_KINDS: dict[str, Callable[[NDArray[Any], str], Any]] = {"torch": _as_torch, "jaxlib": _as_jax, "jax": _as_jax}

@@ -1,0 +1,463 @@
+"""Scaled dot-product attention: whole, in parts, and its weights.
+
+Shapes: ... any number of leading batch axes, H query heads, G key/value heads (G divides H), L queries, S keys,
+D head size of q and k, E head size of v.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _check, _native
+from ._arrays import Operand, as_numpy, compute_dtype, promote, storage, unwrap
+
+__all__ = ["AttentionState", "attention", "attention_weights", "merge_attention", "partial_attention"]
+
+CHUNK: int = _native.CHUNK
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The key side of a call: an array (..., G, S, D), or a cache's panels (..., G, panels, D, 16)."""
+
+    operand: Operand
+    batch: tuple[int, ...]
+    heads: int
+    length: int
+    size: int
+    in_panels: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """One checked call: arrays broadcast to the batch, ready for the kernels."""
+
+    q: NDArray[Any]
+    k: NDArray[Any]
+    v: NDArray[Any] | None
+    mask: NDArray[Any] | None
+    bias: NDArray[Any] | None
+    sinks: NDArray[Any] | None
+    kv_lengths: NDArray[Any] | None
+    options: _native.Options
+    shape: tuple[int, ...]  # (..., H, L)
+    keys: int
+    dtype: str  # of the result
+    like: Operand
+
+    @property
+    def compute(self) -> str:
+        return compute_dtype(self.dtype)
+
+
+def key_array(k: Any) -> Keys:
+    """Take k (..., G, S, D) in."""
+    operand = unwrap(k, "k")
+    if operand.data.ndim < 3:
+        raise ValueError(f"k: expected shape (..., G, S, D), got {operand.data.shape}; add an axis for the heads")
+    *batch, heads, length, size = operand.data.shape
+    return Keys(operand, tuple(batch), heads, length, size)
+
+
+def prepare(
+    q: Any,
+    keys: Keys,
+    v: Any,
+    *,
+    mask: Any = None,
+    bias: Any = None,
+    causal: Any = None,
+    window: Any = None,
+    scale: Any = None,
+    softcap: Any = None,
+    sinks: Any = None,
+    kv_lengths: Any = None,
+    key_offset: int = 0,
+    of_a_part: bool = False,
+) -> Call:
+    """Check a call of any of the attention functions. v may be None, where only scores matter."""
+    query = unwrap(q, "q")
+    if query.data.ndim < 3:
+        raise ValueError(f"q: expected shape (..., H, L, D), got {query.data.shape}; add an axis for the heads")
+    *batch, heads, length, size = query.data.shape
+    if size < 1:
+        raise ValueError(f"q: expected a head size D of at least 1, got shape {query.data.shape}")
+    if size != keys.size:
+        raise ValueError(f"k: expected the head size D = {size} of q in its last axis, got {keys.size}")
+    if keys.heads < 1 or heads % keys.heads:
+        raise ValueError(f"k: expected a number of heads that divides the {heads} of q, got {keys.heads}")
+    batches = {"q": tuple(batch), "k": keys.batch}
+    operands = [query, keys.operand]
+    if v is not None:
+        value = unwrap(v, "v")
+        if value.data.ndim < 3 or value.data.shape[-3:-1] != (keys.heads, keys.length):
+            raise ValueError(
+                f"v: expected shape (..., {keys.heads}, {keys.length}, E) to go with k, got {value.data.shape}"
+            )
+        batches["v"] = value.data.shape[:-3]
+        operands.append(value)
+    shape = _check.batch_shape(**batches)
+    dtype = promote(*(operand.dtype for operand in operands))
+    compute = compute_dtype(dtype)
+    scores = (*shape, heads, length, keys.length)
+
+    total = key_offset + keys.length
+    if kv_lengths is not None:
+        highest = 2**62 if of_a_part else total
+        lengths = _check.integers(kv_lengths, "kv_lengths", 0, highest)
+        kv_lengths = _check.broadcast(lengths, shape, "kv_lengths", "the batch (...)")
+    _check.choice(causal, "causal", (None, False, True, "top_left", "bottom_right"))
+    if causal is True and length != keys.length:
+        raise ValueError(
+            f"causal: expected 'top_left' or 'bottom_right' where the numbers of queries and keys differ, got True "
+            f"with {length} queries and {keys.length} keys: say which corner the triangle starts from"
+        )
+    left, right = _window(window)
+    if window is not None and causal in (None, False) and length != keys.length:
+        raise ValueError(
+            f"window: expected causal='top_left' or 'bottom_right' beside it where the numbers of queries and keys "
+            f"differ, got {length} queries and {keys.length} keys: say where the queries stand, or use a mask"
+        )
+    if mask is not None:
+        allowed = _check.mask(mask).view(np.uint8)
+        mask = _check.broadcast(allowed, scores, "mask", "(..., H, L, S)")
+    if bias is not None:
+        added = unwrap(bias, "bias").astype(compute)
+        bias = _check.broadcast(added, scores, "bias", "(..., H, L, S)")
+    if sinks is not None:
+        sinks = _sinks(sinks, (*shape, heads), compute)
+    options = _native.Options(
+        scale=1 / math.sqrt(size) if scale is None else _check.number(scale, "scale"),
+        softcap=0.0 if softcap is None else _check.number(softcap, "softcap", "a number > 0 or None", above=0.0),
+        causal=causal not in (None, False),
+        bottom_right=causal == "bottom_right",
+        window_left=left,
+        window_right=right,
+        total=total,
+        key_offset=key_offset,
+        wide=compute == "float64",
+        k_in_panels=keys.in_panels,
+    )
+    core = keys.operand.data.shape[len(keys.batch) :]
+    return Call(
+        q=np.broadcast_to(query.data, (*shape, heads, length, size)),
+        k=np.broadcast_to(keys.operand.data, (*shape, *core)),
+        v=None if v is None else np.broadcast_to(value.data, (*shape, *value.data.shape[-3:])),
+        mask=mask,
+        bias=bias,
+        sinks=sinks,
+        kv_lengths=kv_lengths,
+        options=options,
+        shape=(*shape, heads, length),
+        keys=keys.length,
+        dtype=dtype,
+        like=query,
+    )
+
+
+def _window(window: Any) -> tuple[int | None, int | None]:
+    if window is None:
+        return None, None
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window: expected (left, right), each an integer >= 0 or None, got {window!r}")
+    left, right = (
+        None if side is None else _check.integer(side, "window", 0, 2**62, "; None opens a side") for side in window
+    )
+    return left, right
+
+
+def _sinks(sinks: Any, shape: tuple[int, ...], compute: str) -> NDArray[Any]:
+    array = unwrap(sinks, "sinks").astype(compute)
+    if np.isnan(array).any() or (array == np.inf).any():
+        raise ValueError("sinks: expected numbers below infinity, got NaN or inf")
+    return _check.broadcast(array, shape, "sinks", "(..., H)")
+
+
+def run(call: Call, return_lse: bool) -> Any:
+    """Run a checked call of attention; the result is of q's kind."""
+    assert call.v is not None
+    out = np.empty((*call.shape, call.v.shape[-1]), storage(call.dtype))
+    lse = np.empty(call.shape, call.compute) if return_lse else None
+    _native.attention(call.q, call.k, call.v, call.mask, call.bias, call.sinks, call.kv_lengths, call.options, out, lse)
+    result = call.like.wrap(out, call.dtype)
+    return result if lse is None else (result, call.like.wrap(lse, call.compute))
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    mask: Any = None,
+    bias: Any = None,
+    causal: bool | str | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Any = None,
+    kv_lengths: Any = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attend: softmax(q k^T * scale) v, head by head (Vaswani et al., 2017, "Attention Is All You Need").
+
+    Args:
+        q: queries (..., H, L, D), of float64, float32, float16 or bfloat16; the leading axes of q, k and v broadcast.
+        k: keys (..., G, S, D). Query head h uses key/value head h // (H / G).
+        v: values (..., G, S, E).
+        mask: booleans, or numbers that are all 0 or 1, broadcasting to (..., H, L, S); 1 = may attend. What a masked
+            key holds, NaN included, has no influence. A row that may attend to nothing gives 0.
+        bias: added to the scaled scores, broadcasting to (..., H, L, S); -inf masks.
+        causal: None; "top_left": query i sees keys 0 .. i; "bottom_right": the last query sees all keys, as when
+            queries continue a cache; True where L == S, and the two agree.
+        window: (left, right): query at position p sees keys p - left .. p + right; None leaves a side open.
+        scale: of the scores; 1 / sqrt(D) by default.
+        softcap: c > 0 replaces each scaled score s by c tanh(s / c) (Gemma 2, 2024), before bias and mask.
+        sinks: (H,) or (..., H): a score per head that joins the softmax's denominator alone (Xiao et al., 2023).
+        kv_lengths: integers broadcasting to the batch (...): how many keys each batch item really has.
+        return_lse: also return the log-sum-exp of each row's scores (natural logarithm, without sinks).
+
+    Returns:
+        (..., H, L, E) of q's kind, in the type that q, k and v promote to; with return_lse a pair, the second
+        (..., H, L) in float32, or float64 for float64. Each row depends, bit for bit, only on its query, the keys
+        and values that it may attend to, their positions and the options.
+
+    Raises:
+        TypeError: not an array of floating numbers, or not in CPU memory.
+        ValueError: shapes that do not fit, a floating mask that is no 0/1 mask, an option out of range.
+
+    >>> import numpy as np, headway as hw
+    >>> q, k, v = np.random.default_rng(0).normal(size=(3, 2, 4, 8))  # H = 2, L = S = 4, D = E = 8
+    >>> hw.attention(q, k, v, causal=True).shape
+    (2, 4, 8)
+    """
+    call = prepare(
+        q,
+        key_array(k),
+        v,
+        mask=mask,
+        bias=bias,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        kv_lengths=kv_lengths,
+    )
+    return run(call, return_lse)
+
+
+def attention_weights(
+    q: Any,
+    k: Any,
+    *,
+    mask: Any = None,
+    bias: Any = None,
+    causal: bool | str | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Any = None,
+    kv_lengths: Any = None,
+) -> Any:
+    """Return the weights (..., H, L, S) that `attention` gives to the values, for looking at.
+
+    The arguments are those of `attention`. Rows sum to 1, less what a sink takes; a row that may attend to nothing
+    is 0. This array is the L x S one that attention itself never makes.
+
+    >>> import numpy as np, headway as hw
+    >>> hw.attention_weights(np.zeros((1, 2, 4)), np.zeros((1, 2, 4)), causal=True)
+    array([[[1. , 0. ],
+            [0.5, 0.5]]])
+    """
+    call = prepare(
+        q,
+        key_array(k),
+        None,
+        mask=mask,
+        bias=bias,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        kv_lengths=kv_lengths,
+    )
+    out = np.empty((*call.shape, call.keys), storage(call.dtype))
+    _native.attention_weights(call.q, call.k, call.mask, call.bias, call.sinks, call.kv_lengths, call.options, out)
+    return call.like.wrap(out, call.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionState:
+    """What a part of the keys contributes to attention: the result of `partial_attention`.
+
+    A few nodes of the fixed tree over chunks of keys, each a maximum, a total weight (..., H, L) and an unnormalised
+    weighted sum (..., H, L, E) per row. States pickle, so that parts can be computed anywhere; a state that has
+    been unpickled gives NumPy arrays.
+    """
+
+    maximum: NDArray[Any]  # (nodes, ..., H, L)
+    total_weight: NDArray[Any]  # (nodes, ..., H, L)
+    weighted_sum: NDArray[Any]  # (nodes, ..., H, L, E)
+    chunks: tuple[int, ...] | None  # the first chunk of each node; None: from another library
+    end: int  # the chunk after the last
+    dtype: str  # of the result
+    _wrap: Any = field(default=as_numpy, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_wrap": as_numpy}
+
+    @staticmethod
+    def from_lse(out: Any, lse: Any) -> AttentionState:
+        """Make a state of another library's partial result: out (..., H, L, E), lse (..., H, L), natural logarithm.
+
+        Merging it is exact up to rounding; the promise of equal bits holds for states from `partial_attention` alone.
+        """
+        result, logs = unwrap(out, "out"), unwrap(lse, "lse")
+        if result.data.ndim < 3 or logs.data.shape != result.data.shape[:-1]:
+            raise ValueError(
+                f"lse: expected the shape of out (..., H, L, E) without its last axis, got out {result.data.shape} "
+                f"and lse {logs.data.shape}"
+            )
+        compute = compute_dtype(result.dtype)
+        maximum = np.array(logs.astype(compute))[None]
+        total = np.where(maximum == -np.inf, 0, 1).astype(compute)
+        weighted = np.array(result.astype(compute))[None]
+        return AttentionState(maximum, total, weighted, None, 0, result.dtype, result.wrap)
+
+
+def partial_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    key_offset: int = 0,
+    mask: Any = None,
+    bias: Any = None,
+    causal: bool | str | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    kv_lengths: Any = None,
+) -> AttentionState:
+    """Attend to a part of the keys, which stand at positions key_offset, key_offset + 1, ... of the whole.
+
+    Args:
+        q: all queries, as for `attention`.
+        k: the part's keys (..., G, S, D).
+        v: the part's values (..., G, S, E).
+        key_offset: the position of the part's first key, a multiple of ``hw.info().chunk_length``.
+        mask: over the part's keys, broadcasting to (..., H, L, S).
+        bias: over the part's keys, broadcasting to (..., H, L, S).
+        causal: None, "top_left", or "bottom_right", which needs kv_lengths to know where the keys end.
+        window: as for `attention`.
+        scale: as for `attention`.
+        softcap: as for `attention`.
+        kv_lengths: the lengths of the whole, not of the part.
+
+    Returns:
+        A state. `merge_attention` of the states of all parts equals `attention` over the whole, bit for bit.
+
+    >>> import numpy as np, headway as hw
+    >>> q, k, v = np.random.default_rng(0).normal(size=(3, 1, 1000, 8))
+    >>> parts = [hw.partial_attention(q, k[:, :512], v[:, :512]),
+    ...          hw.partial_attention(q, k[:, 512:], v[:, 512:], key_offset=512)]
+    >>> bool((hw.merge_attention(parts) == hw.attention(q, k, v)).all())
+    True
+    """
+    offset = _check.integer(key_offset, "key_offset", 0, 2**53)
+    if offset % CHUNK:
+        raise ValueError(f"key_offset: expected a multiple of the chunk length {CHUNK}, got {offset}; split there")
+    if causal is True:
+        raise ValueError("causal: expected None, 'top_left' or 'bottom_right' for a part of the keys, got True")
+    if causal == "bottom_right" and kv_lengths is None:
+        raise ValueError(
+            "kv_lengths: expected the number of keys of the whole beside causal='bottom_right', got None; "
+            "a part does not know where the keys end"
+        )
+    if window is not None and causal in (None, False):
+        raise ValueError("window: expected causal='top_left' or 'bottom_right' beside it for a part, got None")
+    call = prepare(
+        q,
+        key_array(k),
+        v,
+        mask=mask,
+        bias=bias,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        kv_lengths=kv_lengths,
+        key_offset=offset,
+        of_a_part=True,
+    )
+    assert call.v is not None
+    first = offset // CHUNK
+    end = first + -(-call.keys // CHUNK)
+    chunks = tuple(_native.node_chunks(first, end))
+    maximum, total = (np.empty((len(chunks), *call.shape), call.compute) for _ in range(2))
+    weighted = np.empty((len(chunks), *call.shape, call.v.shape[-1]), call.compute)
+    _native.attention_nodes(
+        call.q, call.k, call.v, call.mask, call.bias, call.kv_lengths, call.options, maximum, total, weighted
+    )
+    return AttentionState(maximum, total, weighted, chunks, end, call.dtype, call.like.wrap)
+
+
+def merge_attention(states: Iterable[AttentionState], *, sinks: Any = None, return_lse: bool = False) -> Any:
+    """Merge the states of all parts of the keys into attention's result.
+
+    Args:
+        states: from `partial_attention` or `AttentionState.from_lse`, in any order; parts must not overlap.
+        sinks: as for `attention`; they join once, at the end.
+        return_lse: also return the log-sum-exp over all keys.
+
+    Returns:
+        (..., H, L, E), and (..., H, L) with return_lse: the bits of `attention` over the whole.
+    """
+    states = list(states)
+    if not states or not all(isinstance(state, AttentionState) for state in states):
+        raise TypeError("states: expected some AttentionState, from partial_attention or AttentionState.from_lse")
+    first = states[0]
+    for state in states[1:]:
+        if state.weighted_sum.shape[1:] != first.weighted_sum.shape[1:]:
+            raise ValueError(
+                f"states: expected parts of one call, of shape (..., H, L, E) = {first.weighted_sum.shape[1:]}, "
+                f"got {state.weighted_sum.shape[1:]}"
+            )
+        if compute_dtype(state.dtype) != compute_dtype(first.dtype):
+            raise ValueError(f"states: expected parts of one type, got {first.dtype} and {state.dtype}")
+    ours = sorted((s for s in states if s.chunks), key=lambda s: s.chunks or ())
+    reached = 0
+    for state in ours:
+        if state.chunks and state.chunks[0] < reached:
+            raise ValueError(
+                f"states: expected parts that do not overlap, got two that hold keys {state.chunks[0] * CHUNK} and on; "
+                f"give each its key_offset"
+            )
+        reached = state.end
+    foreign = [s for s in states if s.chunks is None]
+    nodes = [chunk for state in ours for chunk in state.chunks or ()] + [reached + i for i in range(len(foreign))]
+    parts = [*ours, *foreign] or [first]
+    dtype = promote(*(state.dtype for state in states))
+    compute = compute_dtype(dtype)
+    *shape, size = first.weighted_sum.shape[1:]
+    out = np.empty((*shape, size), storage(dtype))
+    lse = np.empty(shape, compute) if return_lse else None
+    _native.attention_merge(
+        nodes,
+        np.concatenate([state.maximum for state in parts]),
+        np.concatenate([state.total_weight for state in parts]),
+        np.concatenate([state.weighted_sum for state in parts]),
+        None if sinks is None else _sinks(sinks, tuple(shape[:-1]), compute),
+        compute == "float64",
+        out,
+        lse,
+    )
+    result = first._wrap(out, dtype)
+    return result if lse is None else (result, first._wrap(lse, compute))

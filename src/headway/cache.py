@@ -1,0 +1,183 @@
+"""The key/value cache: what decoding remembers, as an object of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _check, _native
+from ._arrays import FLOATING, Operand, as_numpy, storage, unwrap
+from .attention import Keys, prepare, run
+
+__all__ = ["KVCache"]
+
+LANES: int = _native.LANES
+_FIRST_CAPACITY = 64
+
+
+class KVCache:
+    """Keys and values of the tokens so far, for attention token by token.
+
+    Args:
+        num_kv_heads: G.
+        head_dim: D, the head size of the keys.
+        value_dim: E, the head size of the values; head_dim by default.
+        batch_shape: the leading axes of every array that goes in and comes out.
+        dtype: float64, float32, float16 or bfloat16 (by name, or as a NumPy type): how keys and values are stored.
+        capacity: how many tokens to make room for at the start; the cache grows when it must.
+
+    Keys are kept in panels of 16, transposed, (..., G, panels, D, 16): a kernel reads the scores of 16 keys in
+    one go, and never transposes. Decoding with a cache equals attention over the whole, bit for bit:
+
+    >>> import numpy as np, headway as hw
+    >>> q, k, v = np.random.default_rng(0).normal(size=(3, 2, 5, 8))
+    >>> cache = hw.KVCache(2, 8, dtype=np.float64)
+    >>> rows = []
+    >>> for i in range(5):
+    ...     cache.append(k[:, i : i + 1], v[:, i : i + 1])
+    ...     rows.append(cache.attend(q[:, i : i + 1]))
+    >>> bool((np.concatenate(rows, axis=1) == hw.attention(q, k, v, causal=True)).all())
+    True
+    """
+
+    def __init__(
+        self,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        value_dim: int | None = None,
+        batch_shape: tuple[int, ...] = (),
+        dtype: Any = np.float32,
+        capacity: int | None = None,
+    ) -> None:
+        """Make an empty cache."""
+        self._heads = _check.integer(num_kv_heads, "num_kv_heads", 1)
+        self._key_size = _check.integer(head_dim, "head_dim", 1)
+        self._value_size = self._key_size if value_dim is None else _check.integer(value_dim, "value_dim", 0)
+        self._batch = tuple(_check.integer(n, "batch_shape", 0) for n in batch_shape)
+        self._dtype = _dtype_name(dtype)
+        self._length = 0
+        self._shared = False  # whether a fork reads the same memory, so that writing must copy first
+        self._allocate(0 if capacity is None else _check.integer(capacity, "capacity", 0))
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return self._length
+
+    def __bool__(self) -> bool:
+        """An empty cache is a cache."""
+        return True
+
+    @property
+    def keys(self) -> Any:
+        """A copy of the keys (..., G, S, D)."""
+        panels = np.moveaxis(self._panels, -1, -2)  # (..., G, panels, 16, D)
+        rows = panels.reshape(*self._batch, self._heads, -1, self._key_size)
+        return as_numpy(rows[..., : self._length, :].copy(), self._dtype)
+
+    @property
+    def values(self) -> Any:
+        """A copy of the values (..., G, S, E)."""
+        return as_numpy(self._values[..., : self._length, :].copy(), self._dtype)
+
+    def append(self, k: Any, v: Any) -> None:
+        """Add the keys (..., G, L, D) and values (..., G, L, E) of L more tokens, converted to the cache's type.
+
+        Raises ValueError where a shape does not fit; the cache is then as it was.
+        """
+        new_keys, new_values = self._stored(k, "k", self._key_size), self._stored(v, "v", self._value_size)
+        count = new_keys.shape[-2]
+        if new_values.shape[-2] != count:
+            raise ValueError(f"v: expected as many tokens as k has, {count}, got {new_values.shape[-2]}")
+        end = self._length + count
+        if end > self._values.shape[-2] or (self._shared and count):
+            self._grow(end)
+        slots = np.arange(self._length, end)
+        self._panels[..., slots // LANES, :, slots % LANES] = np.moveaxis(new_keys, -2, 0)
+        self._values[..., self._length : end, :] = new_values
+        self._length = end
+
+    def attend(
+        self,
+        q: Any,
+        *,
+        mask: Any = None,
+        bias: Any = None,
+        causal: str | None = "bottom_right",
+        window: tuple[int | None, int | None] | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Any = None,
+        kv_lengths: Any = None,
+        return_lse: bool = False,
+    ) -> Any:
+        """Attend to the cache: `attention(q, cache.keys, cache.values, ...)` without the copies.
+
+        The queries (..., H, L, D) count as the last L tokens of the cache, causally, unless causal says otherwise.
+        The other options are those of `attention`.
+        """
+        batch = self._batch
+        stored = Operand(self._panels, self._dtype, as_numpy)
+        values = Operand(self._values[..., : self._length, :], self._dtype, as_numpy)
+        call = prepare(
+            q,
+            Keys(stored, batch, self._heads, self._length, self._key_size, in_panels=True),
+            values,
+            mask=mask,
+            bias=bias,
+            causal=causal,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            kv_lengths=kv_lengths,
+        )
+        return run(call, return_lse)
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens but the first ``length``."""
+        self._length = _check.integer(length, "length", 0, self._length)
+
+    def fork(self) -> KVCache:
+        """Return a second cache with the same tokens. They share memory until either is written to."""
+        twin = object.__new__(KVCache)
+        self._shared = True
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def _allocate(self, capacity: int) -> None:
+        panels = -(-capacity // LANES)
+        kind = storage(self._dtype)
+        # Zeros: a panel's unused lanes are multiplied too, though what comes of them is never used.
+        self._panels: NDArray[Any] = np.zeros((*self._batch, self._heads, panels, self._key_size, LANES), kind)
+        self._values: NDArray[Any] = np.zeros((*self._batch, self._heads, panels * LANES, self._value_size), kind)
+
+    def _grow(self, length: int) -> None:
+        """Move to memory of our own with room for ``length`` tokens, twice as much as before if it was full."""
+        panels, values, room = self._panels, self._values, self._values.shape[-2]
+        self._allocate(max(length, 2 * room if length > room else room, _FIRST_CAPACITY))
+        self._panels[..., : panels.shape[-3], :, :] = panels
+        self._values[..., :room, :] = values
+        self._shared = False
+
+    def _stored(self, x: Any, name: str, size: int) -> NDArray[Any]:
+        operand = unwrap(x, name)
+        shape = operand.data.shape
+        expected = (*self._batch, self._heads)
+        if len(shape) != len(expected) + 2 or shape[:-2] != expected or shape[-1] != size:
+            listed = ", ".join(map(str, expected))
+            raise ValueError(f"{name}: expected shape ({listed}, L, {size}), got {shape}")
+        return operand.astype(self._dtype)
+
+
+def _dtype_name(dtype: Any) -> str:
+    name = dtype if isinstance(dtype, str) else str(getattr(dtype, "name", dtype)).rpartition(".")[2]
+    if name not in FLOATING:
+        with contextlib.suppress(TypeError):
+            name = np.dtype(dtype).name
+    if name not in FLOATING:
+        raise ValueError(f"dtype: expected one of {', '.join(FLOATING)}, got {dtype!r}")
+    return name

@@ -1,0 +1,156 @@
+"""What a transformer layer needs besides attention, under the same contract of bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _check, _native
+from ._arrays import Operand, compute_dtype, promote, storage, unwrap
+
+__all__ = ["linear", "rms_norm", "rotary", "swiglu"]
+
+MAX_ANGLE = 2**24  # the range that sine and cosine are reduced exactly in
+
+
+def product(x: Operand, w: Operand, b: Operand | None, dtype: str, names: tuple[str, str, str]) -> NDArray[Any]:
+    """Return x w + b as numbers of this type, for operands that are not yet checked."""
+    x_name, w_name, b_name = names
+    if w.data.ndim != 2:
+        raise ValueError(f"{w_name}: expected shape (in, out), got {w.data.shape}")
+    if x.data.ndim < 1 or x.data.shape[-1] != w.data.shape[0]:
+        raise ValueError(
+            f"{w_name}: expected shape (in, out) with in = {x.data.shape[-1] if x.data.ndim else 'the last axis'} as "
+            f"{x_name} {x.data.shape} has, got {w.data.shape}; y = {x_name} @ {w_name}, so a weight stored "
+            f"as (out, in) goes in transposed"
+        )
+    if b is not None and b.data.shape != w.data.shape[1:]:
+        raise ValueError(f"{b_name}: expected shape ({w.data.shape[1]},), got {b.data.shape}")
+    *leading, inner = x.data.shape
+    rows = x.data.reshape(int(np.prod(leading)), inner)
+    y = np.empty((rows.shape[0], w.data.shape[1]), storage(dtype))
+    wide = compute_dtype(dtype) == "float64"
+    _native.linear(rows, w.data, None if b is None else b.data, wide, y)
+    return y.reshape(*leading, w.data.shape[1])
+
+
+def linear(x: Any, w: Any, b: Any = None) -> Any:
+    """Return y = x @ w + b.
+
+    Args:
+        x: (..., in), of float64, float32, float16 or bfloat16.
+        w: (in, out), any strides: a weight stored as (out, in) goes in as its transpose view.
+        b: (out,), or None.
+
+    Returns:
+        (..., out) of x's kind, in the type that x, w and b promote to.
+
+    Raises:
+        TypeError: not an array of floating numbers.
+        ValueError: shapes that do not fit.
+
+    >>> import numpy as np, headway as hw
+    >>> hw.linear(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0], [5.0, 6.0]]), np.array([0.5, 0.5]))
+    array([[13.5, 16.5]])
+    """
+    left, right = unwrap(x, "x"), unwrap(w, "w")
+    offset = None if b is None else unwrap(b, "b")
+    dtype = promote(left.dtype, right.dtype, *(() if offset is None else (offset.dtype,)))
+    return left.wrap(product(left, right, offset, dtype, ("x", "w", "b")), dtype)
+
+
+def rotary(x: Any, *, positions: Any = None, base: float = 10000.0, frequencies: Any = None) -> Any:
+    """Turn pairs of features by angles that grow with the position (Su et al., 2021, RoFormer).
+
+    Feature i is paired with feature i + D/2, the layout of Llama checkpoints.
+
+    Args:
+        x: (..., L, D), D even.
+        positions: integers from 0 to 2^24 - 1, broadcasting to (..., L); 0 .. L - 1 by default.
+        base: pair i turns by position * base^(-2 i / D); at least 1.
+        frequencies: (D / 2,) turns per position in radians, instead of those that base gives.
+
+    Returns:
+        (..., L, D), of x's kind and type.
+
+    >>> import numpy as np, headway as hw
+    >>> np.round(hw.rotary(np.array([[1.0, 0.0]]), positions=[1]), 4)
+    array([[0.5403, 0.8415]])
+    """
+    operand = unwrap(x, "x")
+    if operand.data.ndim < 2 or operand.data.shape[-1] % 2:
+        raise ValueError(f"x: expected shape (..., L, D) with D even, got {operand.data.shape}")
+    *batch, length, size = operand.data.shape
+    _check.batch_shape(x=tuple(batch))
+    turns = np.empty(size // 2)
+    if frequencies is None:
+        _native.rotary_frequencies(_check.number(base, "base", "a number >= 1", above=np.nextafter(1, 0)), turns)
+    else:
+        turns[:] = _check.broadcast(
+            unwrap(frequencies, "frequencies").astype("float64"), turns.shape, "frequencies", "(D/2,)"
+        )
+        if not np.isfinite(turns).all():
+            raise ValueError("frequencies: expected finite numbers, got NaN or inf")
+    places = np.arange(length) if positions is None else _check.integers(positions, "positions", 0, MAX_ANGLE - 1)
+    places = _check.broadcast(places, (*batch, length), "positions", "(..., L)")
+    if turns.size and places.size and np.abs(turns).max() * int(places.max()) >= MAX_ANGLE:
+        raise ValueError(
+            f"frequencies: expected angles below 2^24, got {np.abs(turns).max()} at position {places.max()}"
+        )
+    y = np.empty(operand.data.shape, operand.data.dtype)
+    _native.rotary(operand.data, places, turns, operand.dtype == "float64", y)
+    return operand.wrap(y, operand.dtype)
+
+
+def rms_norm(x: Any, weight: Any, *, eps: float = 1e-6) -> Any:
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich, 2019).
+
+    Args:
+        x: (..., M).
+        weight: (M,).
+        eps: keeps a row of zeros finite; > 0.
+
+    Returns:
+        (..., M) of x's kind, in the type that x and weight promote to.
+
+    >>> import numpy as np, headway as hw
+    >>> hw.rms_norm(np.array([3.0, -3.0]), np.array([1.0, 2.0]), eps=1e-12).round(6)
+    array([ 1., -2.])
+    """
+    operand, factors = unwrap(x, "x"), unwrap(weight, "weight")
+    if operand.data.ndim < 1 or factors.data.shape != operand.data.shape[-1:]:
+        raise ValueError(
+            f"weight: expected the shape of x's last axis, got {factors.data.shape} for x {operand.data.shape}"
+        )
+    dtype = promote(operand.dtype, factors.dtype)
+    rows = operand.data.reshape(-1, operand.data.shape[-1]) if operand.data.size else operand.data.reshape(0, 1)
+    y = np.empty(rows.shape, storage(dtype))
+    if rows.size:
+        weights = np.broadcast_to(factors.data, rows.shape)
+        epsilon = _check.number(eps, "eps", "a number > 0", above=0.0)
+        _native.rms_norm(rows, weights, epsilon, compute_dtype(dtype) == "float64", y)
+    return operand.wrap(y.reshape(operand.data.shape), dtype)
+
+
+def swiglu(gate: Any, up: Any) -> Any:
+    """Return gate * sigmoid(gate) * up, the gated unit of Llama's feed-forward layer (Shazeer, 2020).
+
+    gate and up have one shape; the result has it too, in the type that they promote to.
+
+    >>> import numpy as np, headway as hw
+    >>> hw.swiglu(np.array([0.0, 1.0]), np.array([2.0, 2.0])).round(6)
+    array([0.      , 1.462117])
+    """
+    left, right = unwrap(gate, "gate"), unwrap(up, "up")
+    if left.data.shape != right.data.shape:
+        raise ValueError(f"up: expected the shape of gate {left.data.shape}, got {right.data.shape}")
+    dtype = promote(left.dtype, right.dtype)
+    shape = left.data.shape
+    columns = shape[-1] if shape and left.data.size else 1
+    y = np.empty((left.data.size // columns, columns), storage(dtype))
+    if y.size:
+        rows = left.data.reshape(y.shape), right.data.reshape(y.shape)
+        _native.swiglu(*rows, compute_dtype(dtype) == "float64", y)
+    return left.wrap(y.reshape(shape), dtype)

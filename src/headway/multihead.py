@@ -1,0 +1,149 @@
+"""Multi-head attention: project, split into heads, attend, concatenate, project back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from . import _check
+from ._arrays import Operand, as_bits, compute_dtype, promote, unwrap
+from .attention import key_array, prepare, run
+from .layers import product
+
+__all__ = ["multi_head_attention"]
+
+
+def multi_head_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    num_heads: int,
+    w_q: Any = None,
+    w_k: Any = None,
+    w_v: Any = None,
+    w_o: Any = None,
+    b_q: Any = None,
+    b_k: Any = None,
+    b_v: Any = None,
+    b_o: Any = None,
+    num_kv_heads: int | None = None,
+    decimals: int | None = None,
+    mask: Any = None,
+    bias: Any = None,
+    causal: bool | str | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Any = None,
+    kv_lengths: Any = None,
+    return_lse: bool = False,
+) -> Any:
+    """Multi-head attention, forward (Vaswani et al., 2017, section 3.2.2).
+
+    Project q, k and v, split the features into heads, attend in each head, concatenate, apply w_o. With
+    num_kv_heads fewer key/value heads serve groups of query heads (Ainslie et al., 2023).
+
+    Args:
+        q: (..., L, M).
+        k: (..., S, M).
+        v: (..., S, M).
+        num_heads: h; divides the width of the projected q.
+        w_q: (in, out), y = x @ w; None: q counts as already projected. So do w_k, w_v and w_o, each on its own.
+        w_k: (in, out) or None.
+        w_v: (in, out) or None.
+        w_o: (in, out) or None.
+        b_q: (out,) added to the projection, or None; only beside its weight. So are b_k, b_v and b_o.
+        b_k: (out,) or None.
+        b_v: (out,) or None.
+        b_o: (out,) or None.
+        num_kv_heads: G, a divisor of num_heads; num_heads by default.
+        decimals: round the result to so many decimals, as a published table would.
+        mask: broadcasts to (..., h, L, S), so (L, S) serves all heads; see `attention` for this and what follows.
+        bias: see `attention`.
+        causal: see `attention`.
+        window: see `attention`.
+        scale: 1 / sqrt(d_head) by default.
+        softcap: see `attention`.
+        sinks: see `attention`.
+        kv_lengths: see `attention`.
+        return_lse: also return the log-sum-exp (..., h, L).
+
+    Returns:
+        (..., L, M), of q's kind, in the type that all arrays promote to. Between the steps 16-bit inputs stay float32.
+
+    Raises:
+        TypeError: not an array of floating numbers.
+        ValueError: a width that num_heads does not divide, shapes that do not fit, or an option out of range.
+
+    >>> import headway as hw
+    >>> x = [[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 0.0]]  # already projected: L = 2, d_model = 4
+    >>> hw.multi_head_attention(x, x, x, num_heads=2, decimals=6)
+    array([[0.669761, 0.330239, 0.330239, 0.669761],
+           [0.330239, 0.669761, 0.669761, 0.330239]])
+    """
+    heads = _check.integer(num_heads, "num_heads", 1)
+    groups = heads if num_kv_heads is None else _check.integer(num_kv_heads, "num_kv_heads", 1)
+    if heads % groups:
+        raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {heads}, got {groups}")
+    places = None if decimals is None else _check.integer(decimals, "decimals", 0, 300)
+    inputs = {"q": unwrap(q, "q"), "k": unwrap(k, "k"), "v": unwrap(v, "v")}
+    for name, x in inputs.items():
+        if x.data.ndim < 2:
+            raise ValueError(f"{name}: expected shape (..., length, d_model), got {x.data.shape}")
+    weights = {name: None if w is None else unwrap(w, f"w_{name}") for name, w in zip("qkvo", (w_q, w_k, w_v, w_o))}
+    biases = {name: None if b is None else unwrap(b, f"b_{name}") for name, b in zip("qkvo", (b_q, b_k, b_v, b_o))}
+    for name in "qkvo":
+        if biases[name] is not None and weights[name] is None:
+            raise ValueError(f"b_{name}: expected w_{name} beside it, got None; add the bias to the input yourself")
+    given = (*inputs.values(), *weights.values(), *biases.values())
+    dtype = promote(*(operand.dtype for operand in given if operand is not None))
+    compute = compute_dtype(dtype)
+    final = dtype if places is None else compute
+
+    heads_of = {"q": heads, "k": groups, "v": groups}
+    projected = {
+        name: _split(_project(x, weights[name], biases[name], compute, name), heads_of[name], name)
+        for name, x in inputs.items()
+    }
+    call = prepare(
+        projected["q"],
+        key_array(projected["k"]),
+        projected["v"],
+        mask=mask,
+        bias=bias,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        kv_lengths=kv_lengths,
+    )
+    call = replace(call, dtype=final if w_o is None else compute, like=Operand(call.q, compute, as_bits))
+    attended, lse = run(call, True) if return_lse else (run(call, False), None)
+    *batch, _, length, size = attended.shape
+    out = np.swapaxes(attended, -3, -2).reshape(*batch, length, heads * size)
+    if weights["o"] is not None:
+        out = product(Operand(out, compute, as_bits), weights["o"], biases["o"], final, ("attended", "w_o", "b_o"))
+    if places is not None:
+        out = np.round(out, places) + 0.0  # a table has no -0
+    result = inputs["q"].wrap(out, final)
+    return result if lse is None else (result, inputs["q"].wrap(lse, compute))
+
+
+def _project(x: Operand, w: Operand | None, b: Operand | None, compute: str, name: str) -> Operand:
+    if w is not None:
+        return Operand(product(x, w, b, compute, (name, f"w_{name}", f"b_{name}")), compute, as_bits)
+    return Operand(x.astype(compute), compute, as_bits) if compute == "float64" else x
+
+
+def _split(x: Operand, heads: int, name: str) -> Operand:
+    """(..., length, heads * size) -> (..., heads, length, size), a view where the memory allows."""
+    *batch, length, width = x.data.shape
+    if width % heads:
+        argument = "num_heads" if name == "q" else "num_kv_heads"
+        raise ValueError(f"{argument}: expected a divisor of the width {width} of the projected {name}, got {heads}")
+    data = np.swapaxes(x.data.reshape(*batch, length, heads, width // heads), -3, -2)
+    return Operand(data, x.dtype, x.wrap)
