@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -79,7 +80,8 @@ template <class Task> void run(const Kernel<Task>& kernel, const Task& task) {
 
 // What every attention function shares.
 struct Options {
-  double scale, softcap;
+  std::optional<double> scale;
+  double softcap;
   bool causal, bottom_right;
   std::optional<int64_t> window_left, window_right;
   int64_t total, key_offset;
@@ -126,7 +128,9 @@ Attention attention_task(const In& q, const In& k, const std::optional<In>& v, c
   t.compute = computing_type(o.wide);
   for (const View* x : {&t.bias, &t.sinks})
     if (x->data && x->dtype != t.compute) throw std::invalid_argument("bias, sinks: expected the computing type");
-  t.scale = o.scale, t.softcap = o.softcap;
+  const StandardFloats floats; // the caller's rounding must not reach the default
+  t.scale = o.scale ? *o.scale : 1.0 / std::sqrt(double(t.D));
+  t.softcap = o.softcap;
   t.causal = o.causal, t.bottom_right = o.bottom_right;
   t.window_left = o.window_left.value_or(kUnset), t.window_right = o.window_right.value_or(kUnset);
   t.total = o.total, t.key_offset = o.key_offset;
@@ -300,6 +304,20 @@ void sample(const In& logits, const std::optional<In>& bias, const std::optional
   run(kernels().sampling, t);
 }
 
+// Each row of x in the type of y, rounded to nearest even whatever the caller's modes are.
+void convert_rows(const In& x, const Out& y) {
+  if (x.ndim() != 2 || y.ndim() != 2) throw std::invalid_argument("convert: expected matrices");
+  const int64_t rows = int64_t(x.shape(0)), columns = int64_t(x.shape(1));
+  const View from = view(x, "x", {}, {rows, columns}), to = view(y, "y", {}, {rows, columns});
+  const nb::gil_scoped_release released;
+  const StandardFloats floats;
+  std::vector<double> row(static_cast<size_t>(columns)); // holds every number of every type exactly
+  for (int64_t i = 0; i < rows; ++i) {
+    read_row(address(from, 0, i), from.dtype, from.stride[1], columns, row.data());
+    write_row(row.data(), columns, address(to, 0, i), to.dtype);
+  }
+}
+
 std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (int i = 0; i < supported_kernels().size; ++i) names.emplace_back(supported_kernels().table[i]->name);
@@ -314,9 +332,9 @@ NB_MODULE(_native, m) {
   m.doc() = "The kernels of headway behind plain arrays. Everything is checked by the Python layer; call that.";
 
   nb::class_<Options>(m, "Options")
-      .def(nb::init<double, double, bool, bool, std::optional<int64_t>, std::optional<int64_t>, int64_t, int64_t, bool,
+      .def(nb::init<std::optional<double>, double, bool, bool, std::optional<int64_t>, std::optional<int64_t>, int64_t, int64_t, bool,
                     bool>(),
-           nb::kw_only(), "scale"_a, "softcap"_a, "causal"_a, "bottom_right"_a, "window_left"_a.none(),
+           nb::kw_only(), "scale"_a.none(), "softcap"_a, "causal"_a, "bottom_right"_a, "window_left"_a.none(),
            "window_right"_a.none(), "total"_a, "key_offset"_a, "wide"_a, "k_in_panels"_a);
 
   m.attr("CHUNK") = kChunk;
@@ -339,6 +357,7 @@ NB_MODULE(_native, m) {
   m.def("sample", &sample, "logits"_a, "bias"_a.none(), "allowed"_a.none(), "packed"_a, "temperature"_a, "top_k"_a,
         "top_p"_a, "min_p"_a, "keep_ties"_a, "joint"_a, "seed"_a.none(), "position"_a.none(), "streams"_a,
         "uniform"_a.none(), "tokens"_a.none(), "probabilities"_a.none(), "filtered"_a.none(), "status"_a);
+  m.def("convert", &convert_rows, "x"_a, "y"_a);
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("isas", &isas);
   m.def("get_num_threads", &get_num_threads);

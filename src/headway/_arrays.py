@@ -36,8 +36,11 @@ class Operand:
         """Return the numbers in another of the four types, rounded to nearest even where they narrow."""
         if self.dtype == dtype:
             return self.data
-        wide = (self.data.astype(np.uint32) << 16).view(np.float32) if self.dtype == "bfloat16" else self.data
-        return wide.astype(dtype, copy=False) if dtype != "bfloat16" else _bfloat16_bits(wide.astype(np.float32))
+        columns = self.data.shape[-1] if self.data.ndim and self.data.size else 1
+        out = np.empty(self.data.shape, storage(dtype))
+        if out.size:
+            _native.convert(self.data.reshape(-1, columns), out.reshape(-1, columns))
+        return out
 
 
 def unwrap(x: Any, name: str) -> Operand:
@@ -85,12 +88,6 @@ def compute_dtype(dtype: str) -> str:
 def storage(dtype: str) -> np.dtype[Any]:
     """Return the NumPy type that numbers of this type are stored in."""
     return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
-
-
-def _bfloat16_bits(wide: NDArray[np.float32]) -> NDArray[np.uint16]:
-    bits = wide.view(np.uint32)
-    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    return np.where(np.isnan(wide), 0x7FC0, rounded).astype(np.uint16)
 
 
 def _is_bfloat16(x: Any) -> bool:

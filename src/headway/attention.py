@@ -6,7 +6,6 @@ D head size of q and k, E head size of v.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,7 +132,7 @@ def prepare(
     if sinks is not None:
         sinks = _sinks(sinks, (*shape, heads), compute)
     options = _native.Options(
-        scale=1 / math.sqrt(size) if scale is None else _check.number(scale, "scale"),
+        scale=None if scale is None else _check.number(scale, "scale"),
         softcap=0.0 if softcap is None else _check.number(softcap, "softcap", "a number > 0 or None", above=0.0),
         causal=causal not in (None, False),
         bottom_right=causal == "bottom_right",
