@@ -5,6 +5,7 @@
 #   make check    lint, types, formatting, freshness of the generated stub
 #   make bench    headway beside its peers
 #   make versions build and test on the oldest and the newest Python
+#   make cross    the same bits on 64-bit Arm, under emulation
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +16,7 @@ CORE := $(shell find src/core -type f) CMakeLists.txt pyproject.toml
 # The CPU build of PyTorch is asked for by its version: an open requirement would bring gigabytes of CUDA along.
 PEERS := torch==2.13.0 transformers>=5,<6
 
-.PHONY: demo test check bench versions stub format clean
+.PHONY: demo test check bench versions cross stub format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -40,6 +41,9 @@ bench: $(VENV)/test $(VENV)/peers
 versions:
 	$(MAKE) VENV=.venv-3.10 PYTHON=python3.10 PEERS= test
 	$(MAKE) VENV=.venv-3.13 PYTHON=python3.13 PEERS= test
+
+cross:
+	tests/cross/run
 
 stub: $(VENV)/check
 	$(BIN)/python -m nanobind.stubgen -q -m headway._native -o src/headway/_native.pyi

@@ -1,0 +1,1 @@
+"""headway beside its peers: `python -m benchmarks`."""
