@@ -1,6 +1,6 @@
 """headway beside its peers, in one process, alternating, medians; the error against float64 beside each time.
 
-Run ``make bench``, or ``python -m benchmarks [attention|sampling]``. Absolute figures differ between machines and hours;
+Run ``make bench``, or ``python -m benchmarks [attention|sampling]``. Absolute figures differ between machines;
 the ratios of one run are what counts. A peer that is not installed is left out, and said so.
 """
 

@@ -5,21 +5,26 @@ from .cache import KVCache
 from .layers import linear, rms_norm, rotary, swiglu
 from .multihead import multi_head_attention
 from .runtime import Info, get_num_threads, info, set_num_threads
+from .sampling import SamplingParams, filter_logits, probabilities, sample
 
 __all__ = [
     "AttentionState",
     "Info",
     "KVCache",
+    "SamplingParams",
     "attention",
     "attention_weights",
+    "filter_logits",
     "get_num_threads",
     "info",
     "linear",
     "merge_attention",
     "multi_head_attention",
     "partial_attention",
+    "probabilities",
     "rms_norm",
     "rotary",
+    "sample",
     "set_num_threads",
     "swiglu",
 ]

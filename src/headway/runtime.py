@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import version
 
 from . import _check, _native
 
@@ -35,6 +34,8 @@ def info() -> Info:
     >>> hw.info().chunk_length
     512
     """
+    from importlib.metadata import version  # takes longer to import than all of headway
+
     return Info(version("headway"), _native.isa(), tuple(_native.isas()), _native.get_num_threads(), _native.CHUNK)
 
 
