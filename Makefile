@@ -56,16 +56,19 @@ format: $(VENV)/check
 clean:
 	rm -rf .venv .venv-* build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(BIN)/python:
+# The tools that build, in the environment itself: an isolated build would compile everything again at each change.
+$(VENV)/tools:
 	$(PYTHON) -m venv $(VENV)
+	$(PIP) 'scikit-build-core>=0.10' 'nanobind==3.1.0' 'cmake>=3.18' ninja
+	touch $@
 
 # Builds the extension and installs the package in editable form; again whenever the core changes.
-$(VENV)/demo: $(BIN)/python $(CORE)
-	$(PIP) -e '.[lm]'
+$(VENV)/demo: $(VENV)/tools $(CORE)
+	$(PIP) --no-build-isolation -e '.[lm]'
 	touch $@
 
 $(VENV)/test: $(VENV)/demo
-	$(PIP) -e '.[test]'
+	$(PIP) --no-build-isolation -e '.[test]'
 	touch $@
 
 # Peers are oracles: where one cannot be had (no wheel for this platform), its tests skip and say so.
@@ -74,5 +77,5 @@ $(VENV)/peers: $(VENV)/test
 	touch $@
 
 $(VENV)/check: $(VENV)/test
-	$(PIP) 'ruff==0.17.6' 'mypy==2.4.1' 'clang-format==23.1.5' 'nanobind==3.1.0'
+	$(PIP) 'ruff==0.17.6' 'mypy==2.4.1' 'clang-format==23.1.5'
 	touch $@

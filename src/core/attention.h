@@ -441,7 +441,8 @@ template <class T, Produce produce> Plan plan_attention_as(const Attention& task
   Arena counting{nullptr};
   const AttentionBlock<T, produce> block(task, counting);
   const int64_t blocks = (task.L * (task.H / task.G) + kRowBlock - 1) / kRowBlock;
-  return {task.batch.size() * task.G * blocks, counting.used};
+  const int64_t work = task.batch.size() * task.H * task.L * task.S * (task.D + task.E);
+  return {task.batch.size() * task.G * blocks, counting.used, work};
 }
 template <Produce produce> Plan plan_attention(const Attention& task) {
   return task.compute == DType::f64 ? plan_attention_as<double, produce>(task)
@@ -499,7 +500,8 @@ inline Plan plan_merge(const Attention& task) {
     AttentionMerge<double>(task, counting);
   else
     AttentionMerge<float>(task, counting);
-  return {task.batch.size() * task.H, counting.used};
+  const int64_t rows = task.batch.size() * task.H;
+  return {rows, counting.used, rows * task.L * task.E * task.nodes};
 }
 inline void run_merge(const Attention& task, int64_t unit, void* workspace) {
   Arena arena{static_cast<char*>(workspace)};

@@ -105,8 +105,8 @@ Attention attention_task(const In& q, const In& k, const std::optional<In>& v, c
     View& view_k = t.k;
     view_k.data = const_cast<void*>(k.data());
     view_k.dtype = dtype_of_array(k.dtype(), "k");
-    if (int64_t(k.shape(axes + 2)) != t.D || int64_t(k.shape(axes + 3)) != kLanes || k.stride(axes + 3) != 1 ||
-        k.stride(axes + 2) != kLanes)
+    const bool packed = k.stride(axes + 3) == 1 && (k.stride(axes + 2) == kLanes || t.D == 1);
+    if (int64_t(k.shape(axes + 2)) != t.D || int64_t(k.shape(axes + 3)) != kLanes || !(packed || panels == 0))
       throw std::invalid_argument("k: wrong panel shape");
     for (int i = 0; i < t.batch.axes; ++i) {
       if (int64_t(k.shape(size_t(i))) != t.batch.shape[i]) throw std::invalid_argument("k: wrong batch shape");

@@ -118,6 +118,7 @@ struct Sampling {
 struct Plan {
   int64_t units;
   int64_t workspace; // bytes per thread, 64-byte aligned
+  int64_t work;      // of all units, in multiply-adds or so: whether waking a thread pays
 };
 
 template <class Task> struct Kernel {

@@ -93,7 +93,7 @@ template <class T> Plan plan_linear_as(const Linear& task) {
   Arena counting{nullptr};
   const LinearBlock<T> block(task, counting);
   const int64_t row_blocks = (task.M + kLinearRows - 1) / kLinearRows;
-  return {row_blocks * ((task.N + kLinearColumns - 1) / kLinearColumns), counting.used};
+  return {row_blocks * ((task.N + kLinearColumns - 1) / kLinearColumns), counting.used, task.M * task.K * task.N};
 }
 inline Plan plan_linear(const Linear& task) {
   return task.compute == DType::f64 ? plan_linear_as<double>(task) : plan_linear_as<float>(task);
@@ -144,7 +144,7 @@ inline void rotary_frequencies(double base, int64_t half, double* out) {
 }
 inline Plan plan_rotary(const Rotary& task) {
   const int64_t row = (task.D + 16) * 8 + 64;
-  return {task.L, 5 * row};
+  return {task.L, 5 * row, task.batch.size() * task.L * task.D * 8};
 }
 inline void run_rotary(const Rotary& task, int64_t unit, void* workspace) {
   const Arena arena{static_cast<char*>(workspace)};
@@ -182,7 +182,7 @@ template <class T> void gate(const RowWise& task, int64_t r, Arena arena) {
   }
   write_row(x, n, address(task.y, 0, r), task.y.dtype);
 }
-inline Plan plan_row_wise(const RowWise& task) { return {task.rows, 2 * (task.columns + 16) * 8 + 128}; }
+inline Plan plan_row_wise(const RowWise& task) { return {task.rows, 2 * (task.columns + 16) * 8 + 128, task.rows * task.columns * 8}; }
 inline void run_rms_norm(const RowWise& task, int64_t unit, void* workspace) {
   const Arena arena{static_cast<char*>(workspace)};
   task.compute == DType::f64 ? normalise<double>(task, unit, arena) : normalise<float>(task, unit, arena);

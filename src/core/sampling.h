@@ -14,9 +14,40 @@
 namespace headway {
 namespace {
 
+// The functions with the loops over the vocabulary: GCC 12 would call, not inline, their single steps.
+#define HEADWAY_FLATTEN __attribute__((flatten))
+
 constexpr int64_t kBlock = 64;    // tokens that share a maximum
 constexpr int64_t kStretch = 16;  // blocks that share a total
 constexpr float kNever = -__builtin_inff();
+
+// The lanes of a mask as bits, lane 0 lowest.
+template <class T> uint64_t lane_bits(Vec<T> mask) {
+  static_assert(sizeof(T) == 4);
+#if defined(__AVX512F__)
+  return uint64_t(_mm512_movepi32_mask((__m512i)mask.part[0]));
+#elif defined(__AVX2__)
+  return uint64_t(uint32_t(_mm256_movemask_ps((__m256)mask.part[0]))) |
+         uint64_t(uint32_t(_mm256_movemask_ps((__m256)mask.part[1]))) << 8;
+#else
+  uint64_t found = 0;
+  T lane[16];
+  mask.store(lane);
+  for (int i = 0; i < 16; ++i) found |= uint64_t(lane[i] & 1) << i;
+  return found;
+#endif
+}
+// One bit for each token of a block.
+template <class T, class Test> uint64_t block_bits(const T* block, Test test) {
+  uint64_t found = 0;
+  for (int64_t v = 0; v < kBlock; v += 16) found |= lane_bits(test(Vec<T>::load(block + v))) << v;
+  return found;
+}
+inline int64_t take_lowest(uint64_t& found) {
+  const int64_t i = __builtin_ctzll(found);
+  found &= found - 1;
+  return i;
+}
 
 // Tokens in id order. Arrays reach to the end of the last block: logits of -inf and weights of 0 fill it up.
 struct Tokens {
@@ -30,6 +61,9 @@ struct Tokens {
   const float* block(int64_t b) const { return b + 1 < blocks() ? z + b * kBlock : last; }
   int64_t at(int64_t i) const { return id ? id[i] : i; }
 };
+
+// Four copies of the radix histogram, a cache line out of step: equal digits in a row would wait for each other's sums.
+constexpr int64_t kCopies = 4, kCopySize = (1 << 11) + 8;
 
 struct Workspace {
   float *z, *last, *block_max, *list_z;
@@ -48,7 +82,7 @@ struct Workspace {
     list_weight = arena.take<int64_t>(n);
     mass = arena.take<int64_t>(n);
     key = arena.take<uint32_t>(n);
-    histogram = arena.take<int64_t>(4 << 11);
+    histogram = arena.take<int64_t>(kCopies * kCopySize);
     if (bytes) *bytes = arena.used;
   }
 };
@@ -93,11 +127,11 @@ inline Vec<int64_t> weights(Vec<float> z, const Scale& scale) {
   F w = bits<float>(bits<int32_t>(y) + ((bits<int32_t>(shifted) + Vec<int32_t>(scale.s)) << 23));
   w = select(z == F(kNever), F(0.0f), w); // not left to x: with a huge T a banned token's x is 0
   // From 2^52 on the doubles are whole numbers: adding 2^52 rounds to nearest even and leaves the integer in the low bits.
-  const Vec<double> whole = convert<double>(w) + Vec<double>(0x1p+52);
+  const Vec<double> whole = widen(w) + Vec<double>(0x1p+52);
   return bits<int64_t>(whole) - bits<int64_t>(Vec<double>(0x1p+52));
 }
 
-inline Vec<int64_t> block_weights(const float* z, const Scale& scale, Vec<int64_t> (&w)[kBlock / 16]) {
+HEADWAY_FLATTEN inline Vec<int64_t> block_weights(const float* z, const Scale& scale, Vec<int64_t> (&w)[kBlock / 16]) {
   Vec<int64_t> sum = int64_t(0);
   for (int64_t v = 0; v < kBlock / 16; ++v) {
     w[v] = weights(Vec<float>::load(z + 16 * v), scale);
@@ -168,16 +202,17 @@ struct ByMass {
 
 // Which digit of the radix the running sum from above first reaches `target` in; `target` becomes what is left of it there.
 struct Digits {
-  int bits, copies; // several copies of the histogram: equal digits in a row would wait for each other's sums
+  int bits, copies;
   int64_t* histogram;
   void clear() const {
-    for (int64_t i = 0; i < int64_t(copies) << bits; ++i) histogram[i] = 0;
+    for (int c = 0; c < copies; ++c)
+      for (int64_t i = 0; i < int64_t(1) << bits; ++i) histogram[c * kCopySize + i] = 0;
   }
-  void add(uint32_t digit, int64_t i, int64_t mass) const { histogram[((i & (copies - 1)) << bits) + digit] += mass; }
+  void add(uint32_t digit, int64_t i, int64_t mass) const { histogram[(i & (copies - 1)) * kCopySize + digit] += mass; }
   uint32_t crossing(int64_t& target) const {
     for (uint32_t digit = uint32_t(1) << bits; digit-- > 0;) {
       int64_t here = 0;
-      for (int c = 0; c < copies; ++c) here += histogram[(int64_t(c) << bits) + digit];
+      for (int c = 0; c < copies; ++c) here += histogram[c * kCopySize + digit];
       if (here >= target) return digit;
       target -= here;
     }
@@ -186,9 +221,10 @@ struct Digits {
 };
 
 // The end of the shortest prefix, best first, whose sum reaches the target (1 <= target <= the sum of all).
-template <class Mass> Boundary select_prefix(const Tokens& tokens, Mass mass, int64_t target, const Workspace& space) {
+template <class Mass>
+HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Mass mass, int64_t target, const Workspace& space) {
   const bool few = tokens.n < 2048;
-  const Digits digits{few ? 8 : 11, few ? 1 : 4, space.histogram};
+  const Digits digits{few ? 8 : 11, few ? 1 : int(kCopies), space.histogram};
   int shift = few ? 24 : 21;
   uint32_t key[kBlock];
   const auto load_keys = [&](int64_t b) {
@@ -204,10 +240,13 @@ template <class Mass> Boundary select_prefix(const Tokens& tokens, Mass mass, in
   int64_t left = 0; // tokens that share all digits so far with the crossing one, in id order
   for (int64_t b = 0; b < tokens.blocks(); ++b) {
     const int64_t n = load_keys(b);
-    for (int64_t i = 0; i < n; ++i) {
+    const Vec<uint32_t> first = digit << shift, rest = (uint32_t(1) << shift) - 1;
+    uint64_t found = block_bits(key, [&](Vec<uint32_t> k) { return (k | rest) == (first | rest); });
+    if (n < kBlock) found &= (uint64_t(1) << n) - 1;
+    while (found) {
+      const int64_t i = take_lowest(found);
       space.key[left] = key[i];
-      space.mass[left] = mass(b * kBlock + i);
-      left += key[i] >> shift == digit;
+      space.mass[left++] = mass(b * kBlock + i);
     }
   }
   while (shift > 0) {
@@ -238,45 +277,45 @@ inline float kth_largest(const float* z, int64_t n, int64_t k, const Workspace& 
   return select_prefix(numbers, ByCount{}, k, space).value;
 }
 
-// Copies the tokens that `keep(z, i)` accepts to the workspace's list; in place where they come from it.
-template <class SkipBlock, class Keep>
-Tokens compact(const Tokens& tokens, const Workspace& space, SkipBlock skip, Keep keep) {
-  int64_t n = 0;
-  float z[kBlock];
+// The list of tokens that `find(b)` has a bit for in block b. In place where the tokens are that list already.
+template <class Find> Tokens compact(const Tokens& tokens, const Workspace& space, Find find) {
+  Tokens kept;
   for (int64_t b = 0; b < tokens.blocks(); ++b) {
-    if (skip(b)) continue;
-    memcpy(z, tokens.block(b), sizeof z);
-    const int64_t first = b * kBlock, size = least(kBlock, tokens.n - first);
-    for (int64_t i = 0; i < size; ++i) {
-      space.list_z[n] = z[i];
-      space.list_id[n] = int32_t(tokens.at(first + i));
-      if (tokens.weight) space.list_weight[n] = tokens.weight[first + i];
-      n += keep(z[i], first + i);
+    uint64_t found = find(b);
+    if (!found) continue;
+    const float* z = tokens.block(b);
+    while (found) {
+      const int64_t i = take_lowest(found);
+      space.list_z[kept.n] = z[i];
+      space.list_id[kept.n] = int32_t(tokens.at(b * kBlock + i));
+      if (tokens.weight) kept.total += space.list_weight[kept.n] = tokens.weight[b * kBlock + i];
+      ++kept.n;
     }
   }
-  Tokens kept;
-  kept.n = n;
   kept.z = space.list_z;
   kept.id = space.list_id;
   kept.last = space.list_z + (kept.blocks() - 1) * kBlock;
-  for (int64_t i = n; i < kept.blocks() * kBlock; ++i) space.list_z[i] = kNever;
+  for (int64_t i = kept.n; i < kept.blocks() * kBlock; ++i) space.list_z[i] = kNever;
   if (tokens.weight) {
     kept.weight = space.list_weight;
-    for (int64_t i = n; i < kept.blocks() * kBlock; ++i) space.list_weight[i] = 0;
-    for (int64_t i = 0; i < n; ++i) kept.total += space.list_weight[i];
+    for (int64_t i = kept.n; i < kept.blocks() * kBlock; ++i) space.list_weight[i] = 0;
   }
   return kept;
 }
-inline Tokens above(const Tokens& tokens, const Workspace& space, Boundary end) {
-  const bool whole = !tokens.id; // then the block maxima are known
-  int64_t ties = end.ties;
-  return compact(
-      tokens, space, [&](int64_t b) { return whole && space.block_max[b] < end.value; },
-      [&](float z, int64_t) {
-        const bool tie = z == end.value && ties > 0;
-        ties -= tie;
-        return z > end.value || tie;
-      });
+HEADWAY_FLATTEN inline Tokens above(const Tokens& tokens, const Workspace& space, Boundary end) {
+  const Vec<float> value = end.value;
+  return compact(tokens, space, [&](int64_t b) -> uint64_t {
+    if (!tokens.id && space.block_max[b] < end.value) return 0;
+    const float* z = tokens.block(b);
+    const uint64_t over = block_bits(z, [&](Vec<float> x) { return x > value; });
+    uint64_t ties = block_bits(z, [&](Vec<float> x) { return x == value; });
+    if (end.value == kNever && b + 1 == tokens.blocks()) // the filling is no token
+      ties &= ~uint64_t(0) >> (tokens.blocks() * kBlock - tokens.n);
+    int64_t many = __builtin_popcountll(ties) - end.ties;
+    end.ties -= least(end.ties, __builtin_popcountll(ties));
+    for (; many > 0; --many) ties ^= uint64_t(1) << (63 - __builtin_clzll(ties));
+    return over | ties;
+  });
 }
 
 // Stages ---------------------------------------------------------------------------------------------------------
@@ -327,9 +366,12 @@ inline void min_p(Row& row) {
   weigh(row);
   const int64_t least_weight = share(p, int64_t(1) << row.scale.s); // the best token outlives every stage
   const int64_t* weight = row.tokens.weight;
-  row.tokens = compact(
-      row.tokens, row.space, [](int64_t) { return false; },
-      [&](float, int64_t i) { return weight[i] >= least_weight; });
+  row.tokens = compact(row.tokens, row.space, [&](int64_t b) {
+    uint64_t found = 0;
+    const int64_t n = least(kBlock, row.tokens.n - b * kBlock);
+    for (int64_t i = 0; i < n; ++i) found |= uint64_t(weight[b * kBlock + i] >= least_weight) << i;
+    return found;
+  });
 }
 
 // The order is the meaning: a new option is a function here and a place in these lists. Both of the first two keep
@@ -366,7 +408,7 @@ inline const float* scores(const Sampling& task, int64_t index, const Workspace&
 }
 
 // The maxima of all blocks, and the row's; NaN where a logit is NaN.
-inline float survey(const Tokens& tokens, float* block_max) {
+HEADWAY_FLATTEN inline float survey(const Tokens& tokens, float* block_max) {
   Mask<float> nan = int32_t(0);
   float top = kNever;
   for (int64_t b = 0; b < tokens.blocks(); ++b) {
@@ -401,7 +443,7 @@ inline int64_t diagnose(const Sampling& task, int64_t index, const float* z) {
 }
 
 // The first token, in id order, at which the running sum exceeds `target`.
-inline int64_t token_at(const Tokens& tokens, int64_t target) {
+HEADWAY_FLATTEN inline int64_t token_at(const Tokens& tokens, int64_t target) {
   for (int64_t b = 0; b < tokens.blocks(); ++b) {
     const int64_t* w = tokens.weight + b * kBlock;
     Vec<int64_t> lanes = int64_t(0);
@@ -490,7 +532,7 @@ inline void write_filtered(const Row& row) {
 }
 
 inline Plan plan_sampling(const Sampling& task) {
-  Plan plan{task.batch.size(), 0};
+  Plan plan{task.batch.size(), 0, task.batch.size() * task.V * 8};
   Workspace(Arena{nullptr}, task.V, &plan.workspace);
   return plan;
 }

@@ -64,12 +64,12 @@ private:
 struct Job {
   RunUnit run;
   const void* task;
-  int64_t units, workspace_bytes;
+  int64_t units, workspace_bytes, work;
   char* workspace;
   int participants;
   std::atomic<int64_t> next{0};
 
-  void work(int participant) {
+  void take_part(int participant) {
     const StandardFloats floats;
     char* mine = workspace + participant * workspace_bytes;
     for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) run(task, unit, mine);
@@ -95,6 +95,9 @@ int default_threads() {
 
 constexpr int64_t kKeptWorkspace = 16 << 20; // bytes kept between calls, so that short calls do not fault pages in
 
+// Waking a thread takes some 10 microseconds, in which the caller alone does about as many multiply-adds as this.
+constexpr int64_t kWorkPerThread = 1 << 18;
+
 class Pool {
 public:
   explicit Pool(int threads) : threads_(threads) {}
@@ -116,16 +119,17 @@ public:
 
   void run(Job& job) {
     std::unique_lock<std::mutex> mine(busy_, std::try_to_lock);
-    if (!mine || threads_ == 1 || job.units == 1) {
+    const int64_t pays = 1 + job.work / kWorkPerThread;
+    job.participants = int(std::min({int64_t(threads_), job.units, pays}));
+    if (!mine || job.participants == 1) {
       if (mine) mine.unlock();
       static thread_local Workspace own;
       job.participants = 1;
       job.workspace = own.at_least(job.workspace_bytes);
-      job.work(0);
+      job.take_part(0);
       own.keep_at_most(kKeptWorkspace);
       return;
     }
-    job.participants = int(std::min<int64_t>(job.units, threads_));
     job.workspace = workspace_.at_least(job.workspace_bytes * job.participants);
     while (int(workers_.size()) < threads_ - 1) start_worker();
     {
@@ -134,7 +138,7 @@ public:
       ++generation_;
     }
     wake_.notify_all();
-    job.work(0);
+    job.take_part(0);
     {
       std::unique_lock<std::mutex> lock(mutex_);
       job_ = nullptr; // a worker that wakes only now finds nothing to do
@@ -157,7 +161,7 @@ private:
         Job& job = *job_;
         ++active_;
         lock.unlock();
-        job.work(participant);
+        job.take_part(participant);
         lock.lock();
         if (--active_ == 0) done_.notify_one();
       }
@@ -201,6 +205,7 @@ void run_units(const Plan& plan, RunUnit run, const void* task) {
   job.run = run;
   job.task = task;
   job.units = plan.units;
+  job.work = plan.work;
   job.workspace_bytes = (plan.workspace + 63) / 64 * 64 + 64;
   pool().run(job);
 }

@@ -75,11 +75,16 @@ template <class T> struct Vec {
     for (int i = 0; i < parts; ++i) part[i] = x - Reg{}; // broadcast; x - 0 is x for every x, -0 included
   }
   static Vec load(const T* p) {
-    Vec v;
-    memcpy(&v, p, sizeof v);
+    Vec v; // register by register: GCC copies a whole Vec in pieces of 16 bytes, which wider loads then wait for
+    for (int i = 0; i < parts; ++i) v.part[i] = reinterpret_cast<const Anywhere*>(p)[i];
     return v;
   }
-  void store(T* p) const { memcpy(p, this, sizeof *this); }
+  void store(T* p) const {
+    for (int i = 0; i < parts; ++i) reinterpret_cast<Anywhere*>(p)[i] = part[i];
+  }
+
+private:
+  typedef T Anywhere __attribute__((vector_size(kRegisterBytes), aligned(sizeof(T)), may_alias));
 };
 
 template <class T> using Mask = Vec<typename IntOf<T>::type>; // lanes of 0 or -1
@@ -122,7 +127,7 @@ template <class T> Vec<T> larger(Vec<T> a, Vec<T> b) { return select(a > b, a, b
 template <class To, class From> Vec<To> bits(Vec<From> v) {
   static_assert(sizeof(To) == sizeof(From));
   Vec<To> r;
-  memcpy(&r, &v, sizeof r);
+  for (int i = 0; i < Vec<To>::parts; ++i) r.part[i] = (typename Vec<To>::Reg)v.part[i];
   return r;
 }
 template <class To, class From> Vec<To> convert(Vec<From> v) {
@@ -132,6 +137,24 @@ template <class To, class From> Vec<To> convert(Vec<From> v) {
   Vec<To> r;
   memcpy(&r, &to, sizeof r);
   return r;
+}
+// convert<double>: what GCC 12 takes through memory where a Vec is several registers.
+inline Vec<double> widen(Vec<float> v) {
+#if defined(__SSE2__) && !defined(__AVX512F__)
+  Vec<double> r;
+  for (int i = 0; i < Vec<float>::parts; ++i) {
+#if defined(__AVX2__)
+    r.part[2 * i] = (Vec<double>::Reg)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v.part[i]));
+    r.part[2 * i + 1] = (Vec<double>::Reg)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v.part[i], 1));
+#else
+    r.part[2 * i] = (Vec<double>::Reg)_mm_cvtps_pd((__m128)v.part[i]);
+    r.part[2 * i + 1] = (Vec<double>::Reg)_mm_cvtps_pd(_mm_movehl_ps((__m128)v.part[i], (__m128)v.part[i]));
+#endif
+  }
+  return r;
+#else
+  return convert<double>(v);
+#endif
 }
 
 // a * b + c, rounded once ---------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from . import _native
 
 FLOATING = ("float64", "float32", "float16", "bfloat16")
+_NAMES = {np.dtype(name): name for name in FLOATING[:3]}
 _CPU = (1, 3)  # DLPack's kDLCPU and kDLCUDAHost: memory that the processor can read
 
 
@@ -51,6 +52,8 @@ def unwrap(x: Any, name: str) -> Operand:
     """
     if isinstance(x, Operand):
         return x
+    if type(x) is np.ndarray and x.dtype in _NAMES:  # the common case, without asking twice
+        return Operand(_addressable(x), _NAMES[x.dtype], as_numpy)
     data, wrap = _to_numpy(x, name)
     kind = data.dtype.kind
     if _is_bfloat16(x):
