@@ -1,0 +1,303 @@
+"""The Llama architecture on headway's attention, linear maps and sampling, and text from it.
+
+Touvron et al. 2023 (arXiv:2302.13971): RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) before each block,
+rotary positions (Su et al. 2021, arXiv:2104.09864), grouped-query attention (Ainslie et al. 2023,
+arXiv:2305.13245), SwiGLU (Shazeer 2020, arXiv:2002.05202). Arithmetic is float32. Shapes: L tokens, M model
+width, V vocabulary, H query heads, G key/value heads, D head size, I inner width of the feed-forward block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+import headway as hw
+
+from .. import _check
+from .checkpoint import Config, Floats, Weights, read_checkpoint
+from .text import detokenize, until_stop
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from typing_extensions import Unpack
+
+    from ..sampling import Options
+
+
+def load(path: str | PathLike[str] | None = None) -> Model:
+    """Load a Hugging Face Llama checkpoint folder, or the small model that ships with headway.
+
+    Args:
+        path: a folder with config.json, *.safetensors (float64, float32, float16 or bfloat16) and tokenizer.json.
+            None: the shipped model, which writes in the manner of the King James Bible.
+
+    Raises:
+        FileNotFoundError: a folder or file that is not there.
+        ValueError: a file that is broken, a tensor that is missing or has another shape, an architecture that is
+            not Llama's; the message says which and where.
+
+    >>> import headway.lm
+    >>> model = headway.lm.load()
+    >>> model.config.head_dim
+    32
+    """
+    folder = Path(__file__).with_name("model") if path is None else Path(path)
+    return Model(*read_checkpoint(folder))
+
+
+class Model:
+    """A Llama language model: `load` makes one, `generate` and `stream` write text, `logits` scores it."""
+
+    def __init__(self, config: Config, weights: Weights, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.weights = weights
+        self.tokenizer = tokenizer
+
+    def __repr__(self) -> str:
+        return f"Model({self.config!r})"
+
+    def session(self) -> Session:
+        """Start an empty sequence of tokens, with the key/value caches that make the next token cheap."""
+        return Session(self)
+
+    def logits(self, ids: ArrayLike) -> Floats:
+        """Score every token of the vocabulary as the successor of each token of a sequence.
+
+        Args:
+            ids: (L,), integers from 0 to V - 1.
+
+        Returns:
+            (L, V), float32: row i scores the token that follows ids[: i + 1].
+
+        Raises:
+            TypeError: ids that are no integers.
+            ValueError: ids outside the vocabulary, or more of them than the context holds.
+
+        >>> from headway.lm import load
+        >>> model = load()
+        >>> ids = model.tokenizer.encode("In the beginning God created the heaven and the").ids
+        >>> model.tokenizer.decode([int(model.logits(ids)[-1].argmax())])
+        ' earth'
+        """
+        return self.session().logits(ids)
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int = 256,
+        stop: str | Sequence[str] = (),
+        params: hw.SamplingParams | None = None,
+        **options: Unpack[Options],
+    ) -> str:
+        """Continue a prompt, and return the new text without the prompt.
+
+        The text ends where the model says so (an end-of-text token), at max_tokens, before a stop string, or where
+        the context is full: prompt and text together have at most config.max_position_embeddings tokens.
+
+        Args:
+            prompt: any text. An empty one starts from the model's beginning-of-text token.
+            max_tokens: draw at most so many tokens.
+            stop: end before this string, or before the one of these strings that is complete first.
+            params: as in `headway.sample`.
+            **options: as in `headway.sample`, but for position and uniform: the token at index i of the sequence,
+                prompt included, is drawn at position i. One seed gives one text; without a seed each is another.
+
+        Raises:
+            ValueError: a prompt that leaves no room in the context, or a bad option.
+            TypeError: a prompt that is no text, or an option that is of another kind or does not exist.
+
+        >>> from headway.lm import load
+        >>> load().generate("In the beginning God created the heaven and the", max_tokens=1, temperature=0)
+        ' earth'
+        """
+        return "".join(self.stream(prompt, max_tokens=max_tokens, stop=stop, params=params, **options))
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int = 256,
+        stop: str | Sequence[str] = (),
+        params: hw.SamplingParams | None = None,
+        **options: Unpack[Options],
+    ) -> TextStream:
+        """Do as `generate` does, but yield the text in pieces, each as soon as it is certain.
+
+        A piece is never half a character, and never the beginning of a stop string; together the pieces are the
+        text of `generate`. Bad arguments raise here, before the first piece is asked for.
+
+        >>> from headway.lm import load
+        >>> model = load()
+        >>> pieces = list(model.stream("And God said", max_tokens=8, seed=1))
+        >>> "".join(pieces) == model.generate("And God said", max_tokens=8, seed=1)
+        True
+        """
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt: expected a string, got {type(prompt).__name__}")
+        max_tokens = _check.integer(max_tokens, "max_tokens", 0)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(text, str) and text for text in stops):
+            raise ValueError(f"stop: expected strings of at least one character, got {stop!r}")
+        prompt_ids = self.tokenizer.encode(prompt).ids
+        if not prompt_ids:
+            if self.config.bos_token_id is None:
+                raise ValueError("prompt: expected text, got none, and the model has no beginning-of-text token")
+            prompt_ids = [self.config.bos_token_id]
+        context = self.config.max_position_embeddings
+        if len(prompt_ids) >= context:
+            raise ValueError(f"prompt: expected less than {context} tokens, the model's context, got {len(prompt_ids)}")
+        chosen = dataclasses.replace(params or hw.SamplingParams(), **options)
+        for name in ("position", "uniform"):
+            if getattr(chosen, name) is not None:
+                raise ValueError(f"{name}: expected None, since each token of a text is drawn at its own position")
+        return TextStream(self, prompt_ids, max_tokens, stops, chosen)
+
+
+class TextStream(Iterator[str]):
+    """The pieces of a text as a model writes it, and what is known about it so far.
+
+    Attributes:
+        prompt_ids: the tokens of the prompt.
+        token_ids: the tokens drawn so far, without one that ends the text.
+        finish_reason: None while the text goes on, then "eos" (the model ended it), "stop" (a stop string),
+            "max_tokens", or "context" (no room for another token).
+
+    >>> from headway.lm import load
+    >>> stream = load().stream("In the beginning", max_tokens=5, seed=1)
+    >>> text = "".join(stream)
+    >>> len(stream.token_ids), stream.finish_reason
+    (5, 'max_tokens')
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompt_ids: Sequence[int],
+        max_tokens: int,
+        stops: Sequence[str],
+        params: hw.SamplingParams,
+    ) -> None:
+        self.prompt_ids = tuple(prompt_ids)
+        self.token_ids: list[int] = []
+        self.finish_reason: Literal["eos", "stop", "max_tokens", "context"] | None = None
+        self._pieces = self._write(model, max_tokens, stops, params)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def _write(self, model: Model, max_tokens: int, stops: Sequence[str], params: hw.SamplingParams) -> Iterator[str]:
+        tokens = self._draw(model, max_tokens, params)
+        stopped = yield from until_stop(detokenize(model.tokenizer, self.prompt_ids, tokens), stops)
+        if stopped:
+            self.finish_reason = "stop"
+
+    def _draw(self, model: Model, max_tokens: int, params: hw.SamplingParams) -> Iterator[int]:
+        session = model.session()
+        new: Sequence[int] = self.prompt_ids
+        while len(self.token_ids) < max_tokens:
+            if len(session) + len(new) == model.config.max_position_embeddings:
+                self.finish_reason = "context"
+                return
+            logits = session.next_logits(new)
+            token = int(hw.sample(logits, params, position=len(session)))
+            if token in model.config.eos_token_ids:
+                self.finish_reason = "eos"
+                return
+            self.token_ids.append(token)
+            yield token
+            new = (token,)
+        self.finish_reason = "max_tokens"
+
+
+class Session:
+    """One sequence of tokens, and the keys and values that every layer keeps of it.
+
+    Feeding a sequence whole, in parts, or token by token gives the same logits in bits: there is one way of
+    computing, and no row of any product knows how many rows stand beside it. `len(session)` is the number of
+    tokens so far.
+
+    >>> import numpy as np
+    >>> from headway.lm import load
+    >>> model = load()
+    >>> session = model.session()
+    >>> rows = [session.next_logits([token]) for token in (5, 6, 7)]
+    >>> np.array_equal(rows, model.logits([5, 6, 7]))
+    True
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        config = model.config
+        self._caches = [hw.KVCache(config.num_key_value_heads, config.head_dim) for _ in model.weights.layers]
+
+    def __len__(self) -> int:
+        return len(self._caches[0])
+
+    def next_logits(self, ids: ArrayLike) -> Floats:
+        """Append tokens, at least one, and score the successors of the last: (L,) -> (V,).
+
+        Raises TypeError for ids that are no integers, ValueError for ids outside the vocabulary, and where the context
+        has no room for them; the session is then as it was.
+        """
+        tokens = self._check(ids)
+        if not len(tokens):
+            raise ValueError("ids: expected at least one token, got none")
+        # Of a long prompt only the last row is wanted, and V is the widest product of all.
+        scores: Floats = hw.linear(self._append(tokens)[-1], self._model.weights.head)
+        return scores
+
+    def logits(self, ids: ArrayLike) -> Floats:
+        """Append tokens, and score the successors of each: (L,) -> (L, V). Raises as `next_logits` does."""
+        scores: Floats = hw.linear(self._append(self._check(ids)), self._model.weights.head)
+        return scores
+
+    def _append(self, tokens: NDArray[np.int64]) -> Floats:
+        """Run the layers over new tokens, the caches giving them all that came before: (L,) -> (L, M)."""
+        start = len(self)
+        try:
+            return self._run(tokens, np.arange(start, start + len(tokens)))
+        except BaseException:
+            # Ctrl-C in the middle must not leave some layers a token ahead of the others.
+            for cache in self._caches:
+                cache.truncate(start)
+            raise
+
+    def _run(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> Floats:
+        config, weights = self._model.config, self._model.weights
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        rows, inner = len(tokens), config.intermediate_size
+
+        x: Floats = weights.embedding[tokens]  # (L, M)
+        for layer, cache in zip(weights.layers, self._caches, strict=True):
+            h = hw.rms_norm(x, layer.attention_norm, eps=config.rms_norm_eps)
+            qkv = hw.linear(h, layer.w_qkv, layer.b_qkv).reshape(rows, heads + 2 * groups, config.head_dim)
+            qkv = qkv.swapaxes(0, 1)  # (H + 2 G, L, D): the heads of q, then of k, then of v
+            qk = hw.rotary(qkv[: heads + groups], positions=positions, frequencies=config.rope_frequencies)
+            cache.append(qk[heads:], qkv[heads + groups :])
+            attended = cache.attend(qk[:heads])  # (H, L, D), each token seeing those up to itself
+            x = x + hw.linear(attended.swapaxes(0, 1).reshape(rows, heads * config.head_dim), layer.w_o, layer.b_o)
+
+            h = hw.rms_norm(x, layer.mlp_norm, eps=config.rms_norm_eps)
+            gate_up = hw.linear(h, layer.w_gate_up, layer.b_gate_up)
+            x = x + hw.linear(hw.swiglu(gate_up[:, :inner], gate_up[:, inner:]), layer.w_down, layer.b_down)
+        x = hw.rms_norm(x, weights.norm, eps=config.rms_norm_eps)
+        return x
+
+    def _check(self, ids: ArrayLike) -> NDArray[np.int64]:
+        tokens = _check.integers(ids, "ids", 0, self._model.config.vocab_size - 1)
+        if tokens.ndim != 1:
+            raise ValueError(f"ids: expected shape (L,), got {tokens.shape}")
+        context = self._model.config.max_position_embeddings
+        if len(self) + len(tokens) > context:
+            raise ValueError(
+                f"ids: expected at most {context - len(self)} more tokens (the model's context holds {context}, of "
+                f"which {len(self)} are there), got {len(tokens)}"
+            )
+        return tokens

@@ -1,0 +1,450 @@
+"""The `headway` command: what it prints, what it refuses, and how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_llama import write_checkpoint
+
+import headway as hw
+import headway.lm
+from headway.cli import main
+
+Output = tuple[int, str, str]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run the command in this process: arguments and standard input -> status, output, errors."""
+
+    def run(*arguments: object, stdin: bytes = b"") -> Output:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as end:  # argparse's own way out, of --help and of bad options
+            status = int(end.code or 0)
+        output = capsys.readouterr()
+        return status, output.out, output.err
+
+    return run
+
+
+def refused(result: Output, message: str) -> None:
+    """Assert: status 2, nothing on standard output, one line on standard error that says `message`."""
+    status, out, err = result
+    assert (status, out) == (2, "")
+    assert re.fullmatch(rf"headway: error: [^\n]*{message}[^\n]*\n", err), err
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a checkpoint that writes for as long as anyone listens."""
+    folder = tmp_path_factory.mktemp("endless")
+    write_checkpoint(folder, max_position_embeddings=10**6, eos_token_id=None)
+    return folder
+
+
+# Buffered as a shell would have it: without a buffer nothing is left over when a pipe closes, and nothing is tested.
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+def start(*arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "headway", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=BUFFERED)
+
+
+# -------------------------------------------------------------------------------------------------- generate
+
+
+def test_generate_prints_prompt_and_text_and_repeats(run: Any) -> None:
+    status, out, err = run("generate", "And God said", "--max-tokens", 12, "--seed", 7)
+    assert status == 0
+    text = headway.lm.load().generate("And God said", max_tokens=12, seed=7, temperature=0.8, top_p=0.9)
+    assert out == f"And God said{text}\n"
+    assert re.fullmatch(r"headway: 12 tokens, [0-9.]+ tokens/s, ended by max_tokens, --seed 7\n", err)
+    assert run("generate", "And God said", "--max-tokens", 12, "--seed", 7)[1] == out
+
+
+def test_generate_without_a_seed_tells_the_one_it_took(run: Any) -> None:
+    _, first, err = run("generate", "And", "--max-tokens", 12)
+    seed = re.search(r"--seed ([0-9]+)\n", err)
+    assert seed
+    assert run("generate", "And", "--max-tokens", 12, "--seed", seed[1])[1] == first
+    assert run("generate", "And", "--max-tokens", 12)[2] != err, "a fresh seed each time"
+
+
+def test_generate_passes_every_sampling_option_on(run: Any, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    options = {
+        "temperature": 1.5,
+        "top_k": 9,
+        "top_p": 0.7,
+        "min_p": 0.01,
+        "ties": "keep",
+        "nucleus": "joint",
+    }
+    flags = [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), value)]
+    _, out, _ = run("generate", "abc", "--model", tmp_path, "--max-tokens", 20, "--seed", 1, *flags)
+    text = headway.lm.load(tmp_path).generate("abc", max_tokens=20, params=hw.SamplingParams(seed=1, **options))
+    assert out == f"abc{text}\n"
+
+
+@pytest.mark.parametrize("arguments", [["-"], []])
+def test_generate_reads_the_prompt_from_standard_input(run: Any, arguments: list[str]) -> None:
+    given = run("generate", "And God", "--max-tokens", 3, "--seed", 1)
+    assert run("generate", *arguments, "--max-tokens", 3, "--seed", 1, stdin=b"And God\n")[:2] == given[:2]
+
+
+def test_generate_refuses(run: Any, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "tiny")
+    model = ["--model", tmp_path / "tiny"]
+    refused(run("generate", "a", "--model", tmp_path / "none"), "none: no such folder")
+    refused(run("generate", "a" * 64, *model), "prompt: expected less than 64 tokens")
+    refused(run("generate", "a", *model, "--temperature", -1), "temperature")
+    refused(run("generate", "a", *model, "--top-p", 0), "top_p")
+    refused(run("generate", "a", *model, "--seed", -1), "seed")
+    refused(run("generate", "a", *model, "--max-tokens", -1), "max_tokens")
+    refused(run("generate", "a", *model, "--max-tokens", "many"), "--max-tokens: invalid int value: 'many'")
+    refused(run("generate", *model, stdin=b"\xff\xfe"), "standard input: expected UTF-8 text")
+    (tmp_path / "tiny" / "model.safetensors").write_bytes(b"not this")
+    refused(run("generate", "a", *model), "model.safetensors: not a whole safetensors file")
+
+
+def test_every_piece_is_shown_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Terminal(io.StringIO):
+        shown: list[str] = []  # noqa: RUF012 (one terminal)
+
+        def flush(self) -> None:
+            self.shown.append(self.getvalue())
+
+    write_checkpoint(tmp_path)
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    assert main(["generate", "abc", "--model", str(tmp_path), "--max-tokens", "9", "--seed", "1"]) == 0
+    pieces = list(headway.lm.load(tmp_path).stream("abc", max_tokens=9, seed=1, temperature=0.8, top_p=0.9))
+    for count in range(len(pieces) + 1):
+        assert "abc" + "".join(pieces[:count]) in terminal.shown
+
+
+def test_ctrl_c_leaves_a_clean_terminal(endless: Path) -> None:
+    process = start("generate", "abc", "--model", str(endless), "--max-tokens", "1000000", "--seed", "1")
+    assert process.stdout is not None
+    assert process.stdout.read(50).startswith(b"abc")
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, b"\n")
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(endless: Path) -> None:
+    process = start("generate", "abc", "--model", str(endless), "--max-tokens", "1000000", "--seed", "1")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    assert (process.wait(timeout=20), process.stderr.read()) == (141, b"")
+    process.stderr.close()
+
+
+def test_a_reader_that_never_was_ends_it_quietly() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "headway", "info"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False, env=BUFFERED)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+# ---------------------------------------------------------------------------------------------------- sample
+
+
+def test_sample_draws_what_the_library_draws(run: Any, tmp_path: Path) -> None:
+    logits = np.random.default_rng(0).normal(size=300).astype(np.float32) * 2
+    np.save(tmp_path / "logits.npy", logits)
+    (tmp_path / "logits.json").write_text(json.dumps(logits.tolist()))
+    options = [
+        "--temperature",
+        0.8,
+        "--top-k",
+        50,
+        "--top-p",
+        0.9,
+        "--min-p",
+        0.01,
+        "--seed",
+        3,
+        "--position",
+        9,
+    ]
+    token = hw.sample(logits, temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, seed=3, position=9)
+    for source in ("logits.npy", "logits.json"):
+        assert run("sample", tmp_path / source, *options) == (0, f"{token}\n", "")
+        data = (tmp_path / source).read_bytes()
+        assert run("sample", "-", *options, stdin=data) == (0, f"{token}\n", "")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.1},
+        {"top_k": 3},
+        {"top_p": 0.2},
+        {"min_p": 0.5},
+        {"top_k": 3, "ties": "keep"},
+        {"top_k": 3, "top_p": 0.2, "nucleus": "joint"},
+        {"position": 7},
+    ],
+)
+def test_sample_passes_each_option_on(run: Any, options: dict[str, Any]) -> None:
+    logits = np.round(np.random.default_rng(1).normal(size=30))  # rounded, so that there are ties
+    data = json.dumps(logits.tolist()).encode()
+    flags = [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), value)]
+    drawn = [run("sample", "-", "--seed", seed, *flags, stdin=data)[1] for seed in range(40)]
+    assert drawn == [f"{hw.sample(logits, seed=seed, **options)}\n" for seed in range(40)]
+    without = dict(list(options.items())[:-1])
+    assert drawn != [f"{hw.sample(logits, seed=seed, **without)}\n" for seed in range(40)], "no effect here"
+
+
+def test_sample_prints_a_line_for_each_row(run: Any) -> None:
+    rows = np.random.default_rng(0).normal(size=(2, 3, 40))
+    expected = "".join(f"{token}\n" for token in np.ravel(hw.sample(rows, seed=1)))
+    assert run("sample", "-", "--seed", 1, stdin=json.dumps(rows.tolist()).encode()) == (0, expected, "")
+    assert expected.count("\n") == 6
+
+
+def test_sample_defaults_to_the_plain_distribution(run: Any) -> None:
+    drawn = {run("sample", "-", "--seed", seed, stdin=b"[0, 0, 0, 0, -Infinity]")[1] for seed in range(60)}
+    assert drawn == {"0\n", "1\n", "2\n", "3\n"}
+
+
+def test_sample_without_a_seed_tells_the_one_it_took(run: Any) -> None:
+    logits = json.dumps([0.0] * 100_000).encode()
+    _, token, err = run("sample", "-", stdin=logits)
+    assert run("sample", "-", *err.split()[1:], stdin=logits) == (0, token, "")
+    assert re.fullmatch(r"headway: --seed [0-9]+\n", err)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "standard input: expected .npy, .npz or JSON: Expecting value"),
+        (b"[1, 2", "standard input: expected .npy, .npz or JSON"),
+        (b"\xff\xfe\xfd", "standard input: expected .npy, .npz or JSON"),
+        (b"[" * 100_000, "standard input: expected .npy, .npz or JSON"),
+        (b"\x93NUMPY broken", "standard input: expected .npy, .npz or JSON"),
+        (b"PK broken", "standard input: expected .npy, .npz or JSON"),
+        (b'{"logits": [1]}', "expected one array of logits, got an object of .'logits'."),
+        (b"[1, NaN]", "logits"),
+        (b"[1, Infinity]", "logits"),
+        (b"[-Infinity, -Infinity]", "logits"),
+        (b"[]", "logits"),
+        (b"[[1, 2], [3]]", "logits"),
+        (b'["a", "b"]', "logits"),
+        (b"3", "logits"),
+        (b"null", "logits"),
+    ],
+)
+def test_sample_refuses(run: Any, data: bytes, message: str) -> None:
+    refused(run("sample", "-", stdin=data), message)
+
+
+def test_sample_refuses_files(run: Any, tmp_path: Path) -> None:
+    refused(run("sample", tmp_path / "none.npy"), "none.npy: No such file or directory")
+    refused(run("sample", tmp_path / "two\nlines"), "two lines: No such file or directory")
+    refused(run("sample", tmp_path), "Is a directory")
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    refused(run("sample", tmp_path / "objects.npy"), "objects.npy: expected .npy, .npz or JSON: Object arrays")
+    refused(run("sample", "-", "--position", -1, stdin=b"[1, 2]"), "position")
+    refused(run("sample", "-", "--top-k", 0, stdin=b"[1, 2]"), "top_k")
+
+
+# ---------------------------------------------------------------------------------------------------- attend
+
+Q = [[1.0, 0.5, -0.25, 2.0], [0.0, 1.0, 0.5, -1.0], [0.3, 0.2, 0.1, 0.0]]
+K = [[0.5, -0.5, 1.0, 0.25], [1.0, 0.0, -1.0, 0.5], [-0.75, 1.5, 0.0, 1.0]]
+V = [[1.0, 2.0, 3.0, 4.0], [-1.0, 0.0, 1.0, 2.0], [0.1, 0.2, 0.3, 0.4]]
+
+
+@pytest.fixture
+def qkv(tmp_path: Path) -> Path:
+    path = tmp_path / "qkv.json"
+    path.write_text(json.dumps({"q": Q, "k": K, "v": V}))
+    return path
+
+
+def by_hand(decimals: int | None = None) -> list[list[float]]:
+    """Compute two heads of two columns in plain Python floats, as the definition says."""
+    out = [[0.0] * 4 for _ in Q]
+    for i, query in enumerate(Q):
+        for head in (slice(0, 2), slice(2, 4)):
+            scores = [sum(a * b for a, b in zip(query[head], key[head], strict=True)) / 2**0.5 for key in K]
+            weights = [np.exp(score - max(scores)) for score in scores]
+            for column in range(head.start, head.stop):
+                total = sum(weight * value[column] for weight, value in zip(weights, V, strict=True))
+                out[i][column] = float(total / sum(weights))
+    return out if decimals is None else [[round(x, decimals) for x in row] for row in out]
+
+
+def test_attend_rounds_to_six_decimals_in_one_line(run: Any, qkv: Path) -> None:
+    status, out, err = run("attend", qkv, "--num-heads", 2, "--decimals", 6)
+    assert (status, err) == (0, "")
+    assert json.loads(out) == by_hand(6)
+    assert out.count("\n") == 3, "a row to a line"
+    assert max(len(number) for number in re.findall(r"\.([0-9]+)", out)) == 6
+
+
+def test_attend_takes_every_array_and_option(run: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {
+        "q": (5, 8),
+        "k": (7, 8),
+        "v": (7, 8),
+        "w_q": (8, 8),
+        "w_k": (8, 4),
+        "w_v": (8, 4),
+        "w_o": (8, 8),
+    }
+    shapes |= {"b_q": (8,), "b_k": (4,), "b_v": (4,), "b_o": (8,), "bias": (4, 5, 7), "sinks": (4,)}
+    arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    arrays["mask"] = rng.random((5, 7)) < 0.8
+    options = {"num_heads": 4, "num_kv_heads": 2, "causal": "bottom_right", "scale": 0.3, "softcap": 5.0}
+    flags = [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), value)]
+    np.savez(tmp_path / "in.npz", **arrays)
+    status, out, _ = run("attend", tmp_path / "in.npz", *flags, "--window", "3", "none")
+    expected = hw.multi_head_attention(**arrays, **options, window=(3, None))  # type: ignore[arg-type]
+    assert status == 0
+    np.testing.assert_array_equal(np.array(json.loads(out), np.float32), expected)
+
+
+def test_attend_writes_every_format(run: Any, qkv: Path, tmp_path: Path) -> None:
+    readers = {
+        "out.json": lambda path: json.loads(path.read_text()),
+        "out.npy": np.load,
+        "out.npz": lambda path: np.load(path)["out"],
+    }
+    for name, read in readers.items():
+        assert run("attend", qkv, "--num-heads", 2, "--decimals", 6, "-o", tmp_path / name) == (0, "", "")
+        np.testing.assert_array_equal(read(tmp_path / name), by_hand(6))
+
+
+def test_json_is_the_shortest_that_reads_back(run: Any, tmp_path: Path) -> None:
+    q, v = np.zeros((1, 2), np.float32), np.array([[0.1, 1 / 3]], np.float32)
+    np.savez(tmp_path / "in.npz", q=q, k=q, v=v)
+    assert run("attend", tmp_path / "in.npz", "--num-heads", 1)[1] == "[[0.1, 0.33333334]]\n"
+
+
+def test_attend_reads_standard_input(run: Any, qkv: Path) -> None:
+    assert json.loads(run("attend", "-", "--num-heads", 2, "--decimals", 6, stdin=qkv.read_bytes())[1]) == by_hand(6)
+
+
+def test_attend_never_overwrites_unasked(run: Any, qkv: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    out.write_text("precious")
+    command = ("attend", qkv, "--num-heads", 2, "-o", out)
+    refused(run(*command), "out.json: exists; --force overwrites it")
+    assert out.read_text() == "precious"
+    assert run(*command, "--force")[0] == 0
+    assert len(json.loads(out.read_text())) == 3
+
+
+def test_attend_never_overwrites_its_input(run: Any, qkv: Path, tmp_path: Path) -> None:
+    before = qkv.read_bytes()
+    (tmp_path / "link.json").symlink_to(qkv)
+    for output in (qkv, tmp_path / "link.json", tmp_path / "." / "qkv.json"):
+        refused(run("attend", qkv, "--num-heads", 2, "--force", "-o", output), "is the input")
+    assert qkv.read_bytes() == before
+
+
+def test_attend_refuses(run: Any, qkv: Path, tmp_path: Path) -> None:
+    def attend(**arrays: Any) -> Output:
+        return run("attend", "-", "--num-heads", 2, stdin=json.dumps(arrays).encode())
+
+    refused(run("attend", qkv), "required: --num-heads")
+    refused(run("attend", qkv, "--num-heads", 3), "num_heads")
+    refused(run("attend", qkv, "--num-heads", 2, "--window", 1, "many"), "--window: invalid")
+    refused(run("attend", qkv, "--num-heads", 2, "-o", tmp_path / "out.txt"), "ends in .json, .npy or .npz")
+    refused(run("attend", qkv, "--num-heads", 2, "-o", tmp_path / "no" / "out.npy"), "No such file or directory")
+    refused(run("attend", tmp_path / "none.json", "--num-heads", 2), "none.json: No such file")
+    refused(run("attend", "-", "--num-heads", 2, stdin=b"[[1, 2]]"), "expected an object or .npz with arrays")
+    refused(attend(q=Q, k=K), "-: expected arrays q, k and v, got no v")
+    refused(attend(q=Q, k=K, v=V, wq=V), "array 'wq': expected one of q, k, v, w_q")
+    refused(attend(q=Q, k=[[1, 2]], v=V), "k")
+    refused(attend(q=[["a"]], k=K, v=V), "q")
+    refused(attend(q=[[1, 2], [3]], k=K, v=V), "q")
+
+
+# ------------------------------------------------------------------------------------------------- the others
+
+
+def test_info_says_what_is_used(run: Any) -> None:
+    status, out, err = run("info")
+    assert (status, err) == (0, "")
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert lines["version"] == hw.info().version
+    assert lines["isa"] == hw.info().isa
+    assert lines["numpy"] == np.__version__
+    assert lines["lm"] == "installed"
+
+
+def test_info_and_help_need_no_extra() -> None:
+    code = (
+        "import sys; sys.modules['safetensors'] = sys.modules['tokenizers'] = None\n"
+        "from headway.cli import main\n"
+        "assert main(['info']) == 0\n"
+        "assert 'headway.lm' not in sys.modules\n"
+        "assert main(['generate', 'a']) == 2\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "not installed: pip install 'headway[lm]'" in done.stdout
+    assert re.fullmatch(r"headway: error: headway.lm reads .*pip install 'headway\[lm\]'\n", done.stderr)
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["sample"], ["attend"], ["info"]])
+def test_help_shows_examples_that_run(run: Any, command: list[str]) -> None:
+    status, out, err = run(*command, "--help")
+    assert (status, err) == (0, "")
+    _, examples = out.split("examples:\n")
+    assert "  headway " in examples
+    assert "default: None" not in out
+
+
+def test_an_unknown_command_or_option_is_one_line(run: Any) -> None:
+    refused(run(), "required: command")
+    refused(run("compose"), "invalid choice: 'compose'")
+    refused(run("info", "--colour"), "unrecognized arguments: --colour")
+
+
+def test_every_example_of_the_help_pages_runs(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that need no shell, in a folder with the files that they name."""
+    monkeypatch.chdir(tmp_path)
+    np.save("logits.npy", np.zeros(99))
+    (tmp_path / "qkv.json").write_text(json.dumps({"q": Q, "k": K, "v": V}))
+    wide = np.zeros((3, 8))
+    np.savez("qkv.npz", q=wide, k=wide, v=wide)
+    write_checkpoint(tmp_path / "path" / "to" / "checkpoint")
+    import shlex
+
+    tried = 0
+    for page in ([], ["generate"], ["sample"], ["attend"], ["info"]):
+        for line in run(*page, "--help")[1].split("examples:\n")[1].splitlines():
+            words = shlex.split(line)
+            stdin = b""
+            if words[:1] == ["echo"]:
+                stdin = words[1].encode()
+                words = words[words.index("|") + 1 :]
+            if words[:1] == ["headway"]:
+                limit = ["--max-tokens", "5"] if words[1] == "generate" and "--help" not in words else []
+                status, out, err = run(*words[1:], *limit, stdin=stdin)
+                assert (status, bool(out)) == (0, "-o" not in words), err
+                tried += 1
+    assert tried >= 12
