@@ -318,6 +318,27 @@ void convert_rows(const In& x, const Out& y) {
   }
 }
 
+// Each number of x rounded to so many decimals, half to even, in float64 whatever the caller's modes are.
+void round_rows(const In& x, int64_t decimals, const Out& y) {
+  if (x.ndim() != 2 || y.ndim() != 2) throw std::invalid_argument("round: expected matrices");
+  const int64_t rows = int64_t(x.shape(0)), columns = int64_t(x.shape(1));
+  const View from = view(x, "x", {}, {rows, columns}), to = view(y, "y", {}, {rows, columns});
+  const nb::gil_scoped_release released;
+  const StandardFloats floats;
+  double unit = 1;
+  for (int64_t i = 0; i < decimals; ++i) unit *= 10;
+  constexpr double whole = 0x1p52; // from here on every number is an integer; below, adding it rounds to one
+  std::vector<double> row(static_cast<size_t>(columns));
+  for (int64_t i = 0; i < rows; ++i) {
+    read_row(address(from, 0, i), from.dtype, from.stride[1], columns, row.data());
+    for (double& number : row) {
+      const double scaled = std::fabs(number) * unit;
+      if (scaled < whole) number = std::copysign((scaled + whole - whole) / unit, number) + 0.0; // no -0
+    }
+    write_row(row.data(), columns, address(to, 0, i), to.dtype);
+  }
+}
+
 std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (int i = 0; i < supported_kernels().size; ++i) names.emplace_back(supported_kernels().table[i]->name);
@@ -358,6 +379,7 @@ NB_MODULE(_native, m) {
         "top_p"_a, "min_p"_a, "keep_ties"_a, "joint"_a, "seed"_a.none(), "position"_a.none(), "streams"_a,
         "uniform"_a.none(), "tokens"_a.none(), "probabilities"_a.none(), "filtered"_a.none(), "status"_a);
   m.def("convert", &convert_rows, "x"_a, "y"_a);
+  m.def("round", &round_rows, "x"_a, "decimals"_a, "y"_a);
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("isas", &isas);
   m.def("get_num_threads", &get_num_threads);

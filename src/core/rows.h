@@ -64,6 +64,20 @@ template <class T> void read_row(const void* from, DType dtype, int64_t stride, 
   }
 }
 
+// A float on the way to 16 bits. From a double it is rounded to odd (Boldo and Melquiond, 2008): what is lost leaves its
+// mark in the last bit, so that the narrowing that follows is the only rounding that counts.
+inline float to_odd_float(float x) { return x; }
+inline float to_odd_float(double x) {
+  float f = float(x);
+  if (double(f) == x || x != x) return f;
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  if ((double(f) < x) == (f < 0 || (f == 0 && x < 0))) u -= 1; // rounded away from zero
+  u |= 1;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
 // Rows are written where the last axis is contiguous: the bindings allocate them so.
 template <class T> void write_row(const T* from, int64_t n, void* to, DType dtype) {
   switch (dtype) {
@@ -74,10 +88,10 @@ template <class T> void write_row(const T* from, int64_t n, void* to, DType dtyp
     for (int64_t i = 0; i < n; ++i) static_cast<float*>(to)[i] = canonical(float(from[i]));
     return;
   case DType::f16:
-    for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(to)[i] = float_to_half(float(from[i]));
+    for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(to)[i] = float_to_half(to_odd_float(from[i]));
     return;
   case DType::bf16:
-    for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(to)[i] = float_to_bfloat(float(from[i]));
+    for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(to)[i] = float_to_bfloat(to_odd_float(from[i]));
     return;
   case DType::boolean: return;
   }

