@@ -72,7 +72,7 @@ inline float to_odd_float(double x) {
   if (double(f) == x || x != x) return f;
   uint32_t u;
   memcpy(&u, &f, 4);
-  if ((double(f) < x) == (f < 0 || (f == 0 && x < 0))) u -= 1; // rounded away from zero
+  if (__builtin_fabs(double(f)) > __builtin_fabs(x)) u -= 1; // back to the neighbour towards zero
   u |= 1;
   memcpy(&f, &u, 4);
   return f;
