@@ -269,7 +269,8 @@ template <class T> T* rows_out(const std::optional<Out>& a, const char* name, in
   return static_cast<T*>(a->data());
 }
 
-void sample(const In& logits, const std::optional<In>& bias, const std::optional<In>& allowed, bool packed,
+// Whether all rows are fine; where not, their status says what is wrong.
+bool sample(const In& logits, const std::optional<In>& bias, const std::optional<In>& allowed, bool packed,
             const In& temperature, const In& top_k, const In& top_p, const In& min_p, bool keep_ties, bool joint,
             const std::optional<In>& seed, const std::optional<In>& position, bool streams,
             const std::optional<In>& uniform, const std::optional<Out>& tokens, const std::optional<Out>& probabilities,
@@ -302,6 +303,9 @@ void sample(const In& logits, const std::optional<In>& bias, const std::optional
   t.filtered = rows_out<void>(filtered, "filtered", rows * t.V, logits.itemsize());
   t.status = rows_out<int64_t>(status, "status", rows, 8);
   run(kernels().sampling, t);
+  for (int64_t i = 0; i < rows; ++i)
+    if (t.status[i]) return false;
+  return true;
 }
 
 // Each row of x in the type of y, rounded to nearest even whatever the caller's modes are.

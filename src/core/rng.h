@@ -1,6 +1,7 @@
 // Philox4x64-10, a counter-based generator (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3"): block
-// `position` of a stream is a function of (seed, stream, position) and of nothing drawn before it, so rows and threads need
-// no order. The same numbers as numpy.random.Philox(key=[seed, stream], counter=position - 1): NumPy counts up first.
+// `position` of a stream is a function of (seed, stream, position) and of nothing drawn before it, so rows and threads
+// need no order. The same numbers as numpy.random.Philox(key=[seed, stream], counter=position - 1): NumPy counts up
+// first.
 #pragma once
 #include <cstdint>
 

@@ -1,8 +1,8 @@
 // Sampling: one row of logits to a token, to a distribution, to filtered logits.
 //
-// A row becomes whole numbers, weights = round(2^s exp((z - max z) / T)), by float32 operations that are each rounded on
-// their own (no fused ones: NumPy must be able to follow); everything after is exact integer arithmetic, so lanes and
-// the order of a sum cannot matter. reference.py says the same thing in one page.
+// A row becomes whole numbers, weights = round(2^s exp((z - max z) / T)), by float32 operations that are each rounded
+// on their own (no fused ones: NumPy must be able to follow); everything after is exact integer arithmetic, so lanes
+// and the order of a sum cannot matter. reference.py says the same thing in one page.
 //
 // Nothing is sorted. What top_k and top_p keep is a prefix of the order "logit descending, id ascending", so that a
 // radix selection finds its end, by counts or by masses, in time linear in V on any input, equal logits included. The
@@ -17,8 +17,8 @@ namespace {
 // The functions with the loops over the vocabulary: GCC 12 would call, not inline, their single steps.
 #define HEADWAY_FLATTEN __attribute__((flatten))
 
-constexpr int64_t kBlock = 64;    // tokens that share a maximum
-constexpr int64_t kStretch = 16;  // blocks that share a total
+constexpr int64_t kBlock = 64;   // tokens that share a maximum
+constexpr int64_t kStretch = 16; // blocks that share a total
 constexpr float kNever = -__builtin_inff();
 
 // The lanes of a mask as bits, lane 0 lowest.
@@ -53,9 +53,9 @@ inline int64_t take_lowest(uint64_t& found) {
 struct Tokens {
   int64_t n = 0;
   const float* z = nullptr;
-  const float* last = nullptr;    // the last block: z's own end, or a padded copy of it
-  const int32_t* id = nullptr;    // nullptr: token i is i
-  int64_t* weight = nullptr;      // nullptr: not weighed yet
+  const float* last = nullptr; // the last block: z's own end, or a padded copy of it
+  const int32_t* id = nullptr; // nullptr: token i is i
+  int64_t* weight = nullptr;   // nullptr: not weighed yet
   int64_t total = 0;
   int64_t blocks() const { return (n + kBlock - 1) / kBlock; }
   const float* block(int64_t b) const { return b + 1 < blocks() ? z + b * kBlock : last; }
@@ -107,8 +107,8 @@ inline float inverse_temperature(double t) {
   return inverse < 0x1p-126 ? 0.0f : float(inverse > largest ? largest : inverse);
 }
 
-// The same operations in the same order as reference.py's _weights. exp(r) = 1 + r + r^2 Q(r) on |r| <= ln(2) / 2; Q is a
-// near-minimax fit made by tools/polynomials.py. The relative error is below 1e-7.
+// The same operations in the same order as reference.py's _weights. exp(r) = 1 + r + r^2 Q(r) on |r| <= ln(2) / 2; Q is
+// a near-minimax fit made by tools/polynomials.py. The relative error is below 1e-7.
 inline Vec<int64_t> weights(Vec<float> z, const Scale& scale) {
   using F = Vec<float>;
   const F round = 0x1.8p+23f; // x + round - round is the integer nearest to x
@@ -126,7 +126,8 @@ inline Vec<int64_t> weights(Vec<float> z, const Scale& scale) {
   // Times 2^(n + s) by adding to the exponent: the low bits of `shifted` are n in two's complement.
   F w = bits<float>(bits<int32_t>(y) + ((bits<int32_t>(shifted) + Vec<int32_t>(scale.s)) << 23));
   w = select(z == F(kNever), F(0.0f), w); // not left to x: with a huge T a banned token's x is 0
-  // From 2^52 on the doubles are whole numbers: adding 2^52 rounds to nearest even and leaves the integer in the low bits.
+  // From 2^52 on the doubles are whole numbers: adding 2^52 rounds to nearest even and leaves the integer in the low
+  // bits.
   const Vec<double> whole = widen(w) + Vec<double>(0x1p+52);
   return bits<int64_t>(whole) - bits<int64_t>(Vec<double>(0x1p+52));
 }
@@ -191,6 +192,24 @@ inline float value_of(uint32_t key) {
   return z;
 }
 
+// A bound below which no logit has this weight, for skipping: exp rounds by less than 1e-7, so it may be out of order
+// with its argument by that much, and 2^-20 of slack is plenty.
+HEADWAY_FLATTEN inline float lowest_of_weight(const Scale& scale, int64_t weight) {
+  uint32_t below, enough, key[16];
+  keys(Vec<float>(kNever)).store(key);
+  below = key[0];
+  keys(Vec<float>(scale.top)).store(key);
+  enough = key[0];
+  weight -= (weight >> 20) + 2;
+  while (enough - below > 1) {
+    const uint32_t middle = below + (enough - below) / 2;
+    int64_t w[16];
+    weights(Vec<float>(value_of(middle)), scale).store(w);
+    (w[0] >= weight ? enough : below) = middle;
+  }
+  return value_of(below);
+}
+
 // Where a token's share of `target` comes from: itself, or its weight.
 struct ByCount {
   int64_t operator()(int64_t) const { return 1; }
@@ -200,7 +219,8 @@ struct ByMass {
   int64_t operator()(int64_t i) const { return weight[i]; }
 };
 
-// Which digit of the radix the running sum from above first reaches `target` in; `target` becomes what is left of it there.
+// Which digit of the radix the running sum from above first reaches `target` in; `target` becomes what is left of it
+// there.
 struct Digits {
   int bits, copies;
   int64_t* histogram;
@@ -305,12 +325,11 @@ template <class Find> Tokens compact(const Tokens& tokens, const Workspace& spac
 HEADWAY_FLATTEN inline Tokens above(const Tokens& tokens, const Workspace& space, Boundary end) {
   const Vec<float> value = end.value;
   return compact(tokens, space, [&](int64_t b) -> uint64_t {
-    if (!tokens.id && space.block_max[b] < end.value) return 0;
+    if (!tokens.id && (space.block_max[b] < end.value || space.block_max[b] == kNever)) return 0;
     const float* z = tokens.block(b);
     const uint64_t over = block_bits(z, [&](Vec<float> x) { return x > value; });
+    if (end.value == kNever) return over; // what is banned is never kept, nor what fills the last block
     uint64_t ties = block_bits(z, [&](Vec<float> x) { return x == value; });
-    if (end.value == kNever && b + 1 == tokens.blocks()) // the filling is no token
-      ties &= ~uint64_t(0) >> (tokens.blocks() * kBlock - tokens.n);
     int64_t many = __builtin_popcountll(ties) - end.ties;
     end.ties -= least(end.ties, __builtin_popcountll(ties));
     for (; many > 0; --many) ties ^= uint64_t(1) << (63 - __builtin_clzll(ties));
@@ -337,6 +356,7 @@ inline void top_k(Row& row) {
   if (!row.tokens.id && k < row.tokens.blocks() / 2) {
     const float bound = kth_largest(row.space.block_max, row.tokens.blocks(), k, row.space);
     row.tokens = above(row.tokens, row.space, {bound, row.tokens.n});
+    if (k >= row.tokens.n) return; // fewer are not banned
   }
   Boundary end = select_prefix(row.tokens, ByCount{}, k, row.space);
   if (row.task.keep_ties) end.ties = row.tokens.n;
@@ -363,8 +383,10 @@ inline void top_p(Row& row) {
 inline void min_p(Row& row) {
   const double p = row.task.min_p[row.index];
   if (p == 0.0) return;
-  weigh(row);
   const int64_t least_weight = share(p, int64_t(1) << row.scale.s); // the best token outlives every stage
+  if (!row.tokens.id && row.scale.one_hot < 0)
+    row.tokens = above(row.tokens, row.space, {lowest_of_weight(row.scale, least_weight), row.tokens.n});
+  weigh(row);
   const int64_t* weight = row.tokens.weight;
   row.tokens = compact(row.tokens, row.space, [&](int64_t b) {
     uint64_t found = 0;
@@ -382,11 +404,26 @@ constexpr Stage kJoint[] = {top_p, top_k, min_p};
 
 // The row's way through ------------------------------------------------------------------------------------------
 
-inline bool allowed_at(const Sampling& task, int64_t offset, int64_t token) {
-  const View& view = task.allowed;
-  if (!view.data) return true;
-  const uint8_t* byte = static_cast<const uint8_t*>(view.data) + offset;
-  return task.packed ? byte[token / 8 * view.stride[0]] >> (token % 8) & 1 : byte[token * view.stride[0]];
+// -inf for what is not allowed, in a row that is filled up to whole blocks.
+HEADWAY_FLATTEN inline void ban(const Sampling& task, int64_t index, float* z) {
+  const int64_t stride = task.allowed.stride[0];
+  const uint8_t* allowed =
+      static_cast<const uint8_t*>(task.allowed.data) + batch_offset(task.batch, task.allowed, index);
+  if (task.packed) {
+    const Vec<int32_t> bit = [] {
+      int32_t one[16];
+      for (int i = 0; i < 16; ++i) one[i] = 1 << i;
+      return Vec<int32_t>::load(one);
+    }();
+    for (int64_t v = 0; v < task.V; v += 16) { // two bytes: a mask has whole words of four
+      const Vec<int32_t> bytes = int32_t(allowed[v / 8 * stride] | allowed[(v / 8 + 1) * stride] << 8);
+      select((bytes & bit) != Vec<int32_t>(0), Vec<float>::load(z + v), Vec<float>(kNever)).store(z + v);
+    }
+  } else if (stride == 1) { // apart from the general loop, for the compiler to make vectors of
+    for (int64_t i = 0; i < task.V; ++i) z[i] = allowed[i] ? z[i] : kNever;
+  } else {
+    for (int64_t i = 0; i < task.V; ++i) z[i] = allowed[i * stride] ? z[i] : kNever;
+  }
 }
 
 // The row as float32 with the bias added and -inf for what is not allowed: the caller's memory if it is just that.
@@ -396,14 +433,10 @@ inline const float* scores(const Sampling& task, int64_t index, const Workspace&
     return reinterpret_cast<const float*>(logits);
   read_row(logits, task.logits.dtype, task.logits.stride[0], task.V, space.z);
   if (task.bias.data) {
-    const float* bias =
-        reinterpret_cast<const float*>(address(task.bias, batch_offset(task.batch, task.bias, index)));
+    const float* bias = reinterpret_cast<const float*>(address(task.bias, batch_offset(task.batch, task.bias, index)));
     for (int64_t i = 0; i < task.V; ++i) space.z[i] += bias[i * task.bias.stride[0]];
   }
-  if (task.allowed.data) {
-    const int64_t offset = batch_offset(task.batch, task.allowed, index);
-    for (int64_t i = 0; i < task.V; ++i) space.z[i] = allowed_at(task, offset, i) ? space.z[i] : kNever;
-  }
+  if (task.allowed.data) ban(task, index, space.z);
   return space.z;
 }
 
@@ -434,9 +467,9 @@ inline int64_t diagnose(const Sampling& task, int64_t index, const float* z) {
     if (z[i] < -kNever) continue;
     double logit = 0; // as given: what overflows may do so in float32 or with the bias
     read_row(address(task.logits, offset, i), task.logits.dtype, 1, 1, &logit);
-    const SamplingFault fault = logit != logit          ? SamplingFault::nan
-                                : logit == -kNever      ? SamplingFault::infinite
-                                                        : SamplingFault::overflow;
+    const SamplingFault fault = logit != logit     ? SamplingFault::nan
+                                : logit == -kNever ? SamplingFault::infinite
+                                                   : SamplingFault::overflow;
     return i * kSamplingFaults + int64_t(fault);
   }
   return int64_t(SamplingFault::empty);

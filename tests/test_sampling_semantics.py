@@ -1,0 +1,364 @@
+"""The sampling half of docs/semantics.md, sentence by sentence: test_s7_... says that sentence S7 holds.
+
+Small numbers on purpose: a sentence should be checkable by eye. The other test files search widely.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import headway as hw
+from headway import reference
+
+NAN, INF = np.nan, np.inf
+LAST = 1 - 2.0**-53  # the largest number below 1
+FUNCTIONS = (hw.sample, hw.probabilities, hw.filter_logits)
+FOUR = np.zeros(4, np.float32)  # a quarter each, exactly
+LOGS = np.log([0.4, 0.3, 0.2, 0.1])
+RNG = np.random.default_rng(7)
+ROWS = (RNG.standard_normal((2, 3, 70)) * 2).astype(np.float32)
+
+
+def kept(logits: Any, **options: Any) -> list[int]:
+    return np.flatnonzero(np.asarray(hw.filter_logits(logits, **options), np.float64) > -INF).tolist()
+
+
+def masses(logits: Any, **options: Any) -> list[float]:
+    return hw.probabilities(np.asarray(logits, np.float64), **options).tolist()
+
+
+def test_every_sentence_has_a_test() -> None:
+    document = (Path(__file__).parent.parent / "docs" / "semantics.md").read_text()
+    sentences = {int(n) for n in re.findall(r"^- \*\*S(\d+)\*\* ", document, re.MULTILINE)}
+    tests = {int(m[1]) for name in globals() if (m := re.match(r"test_s(\d+)_", name))}
+    assert len(sentences) >= 26
+    assert sentences == set(range(1, len(sentences) + 1))
+    assert tests == sentences
+
+
+# A row of logits ----------------------------------------------------------------------------------------------------
+
+
+def test_s1_shapes_and_types() -> None:
+    assert type(hw.sample(ROWS[0, 0])) is int
+    tokens = hw.sample(ROWS)
+    assert tokens.shape == (2, 3)
+    assert tokens.dtype == np.int64
+    assert hw.probabilities(ROWS).shape == hw.filter_logits(ROWS).shape == ROWS.shape
+    for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16):
+        logits = ROWS.astype(dtype)
+        assert hw.probabilities(logits).dtype == (np.float64 if dtype is np.float64 else np.float32)
+        assert hw.filter_logits(logits).dtype == dtype
+    assert hw.sample([4.0]) == 0
+    assert hw.sample(np.zeros((0, 7))).shape == (0,)
+    assert hw.probabilities(np.zeros((2, 0, 7), np.float32), top_p=0.5).shape == (2, 0, 7)
+    assert hw.filter_logits(np.zeros((0, 7)), logit_bias=np.zeros(7), allowed=[1]).shape == (0, 7)
+
+
+def test_s2_logits_count_as_float32() -> None:
+    assert hw.sample([1.0, 1 + 2.0**-30], temperature=0) == 0  # equal in float32
+    assert hw.sample([1.0, 1 + 2.0**-23], temperature=0) == 1
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        logits = ROWS.astype(dtype)
+        assert np.array_equal(hw.probabilities(logits), hw.probabilities(logits.astype(np.float32)))
+    assert hw.probabilities([1, 2]).dtype == np.float64
+    assert masses([0.0, -1e300]) == [1, 0]  # as float32 it is -inf
+
+
+def test_s3_bans_and_errors() -> None:
+    assert kept([1.0, -INF, 2.0]) == [0, 2]
+    for bad, message in [(NAN, "NaN at token 1"), (INF, r"\+inf at token 1"), (1e39, "got one at token 1")]:
+        with pytest.raises(ValueError, match=rf"{message} in row 1"):
+            hw.sample([[0.0, 0.0], [0.0, bad]])
+    with pytest.raises(ValueError, match=r"token 0 that overflows with its logit_bias"):
+        hw.sample(np.float32([3e38, 0]), logit_bias={0: 3e38})
+    with pytest.raises(ValueError, match=r"not banned in row 0, got none"):
+        hw.sample([[-INF, -INF], [0.0, 1.0]])
+
+
+def test_s4_logit_bias() -> None:
+    logits = [1.0, 2.0, 3.0, 4.0]
+    assert hw.filter_logits(logits, logit_bias={0: 2.5}).tolist() == [3.5, 2, 3, 4]
+    assert hw.filter_logits(logits, logit_bias=[0, 0, 0, -INF]).tolist() == [1, 2, 3, -INF]
+    assert kept(logits, logit_bias={3: -INF, 0: 2.5}, top_k=2) == [0, 2]
+    assert hw.sample(logits, logit_bias={0: 100}, temperature=0) == 0
+    assert hw.sample([logits] * 2, logit_bias=[[9, 0, 0, 0], [0, 9, 0, 0]], temperature=0).tolist() == [0, 1]
+    assert masses([0.0, 0.0], logit_bias={1: np.log(3)}) == pytest.approx([0.25, 0.75])
+    for bad in (NAN, INF):
+        with pytest.raises(ValueError, match=r"^logit_bias\[1\]"):
+            hw.sample(logits, logit_bias={1: bad})
+
+
+def test_s5_what_is_not_allowed_has_no_influence() -> None:
+    logits, clean = np.float32([NAN, 1.0, INF, 2.0]), np.float32([0.0, 1.0, 0.0, 2.0])
+    for function in FUNCTIONS:
+        got, want = (np.asarray(function(x, allowed=[1, 3], seed=1)) for x in (logits, clean))
+        assert got.tobytes() == want.tobytes()
+    assert hw.probabilities(clean, allowed=[0, 2]).tolist() == [0.5, 0, 0.5, 0]
+
+
+ALLOWED = np.array([i in (1, 3, 33, 64) for i in range(70)])
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    [
+        ALLOWED,
+        ALLOWED.tolist(),
+        [1, 3, 33, 64],
+        (64, 33, 3, 1, 1),
+        {1, 3, 33, 64},
+        np.array([1, 3, 33, 64], np.int64),
+        np.array([0b1010, 0b10, 1], np.uint32),
+        np.array([0b1010, 0b10, 1 | -(2**31)], np.int32),  # a bit past V
+        np.array([0b1010, 7, 0b10, 7, 1, 7], np.uint32)[::2],
+    ],
+)
+def test_s6_every_form_of_allowed(allowed: Any) -> None:
+    want = np.where(ALLOWED, ROWS, np.float32(-INF))
+    assert hw.filter_logits(ROWS, allowed=allowed).tobytes() == want.tobytes()
+    assert np.array_equal(reference.filter_logits(ROWS, allowed=allowed), want)
+
+
+def test_s6_masks_per_row_and_bad_ids() -> None:
+    masks = RNG.random((2, 1, 70)) < 0.5
+    packed = np.packbits(np.pad(masks, ((0, 0), (0, 0), (0, 96 - 70))), axis=-1, bitorder="little").view(np.int32)
+    assert np.array_equal(hw.filter_logits(ROWS, allowed=packed), np.where(masks, ROWS, np.float32(-INF)))
+    for bad in (-1, 70):
+        with pytest.raises(ValueError, match=rf"^allowed: expected ids from 0 to 69, got {bad}"):
+            hw.sample(ROWS, allowed=[3, bad])
+
+
+# Order and mass -----------------------------------------------------------------------------------------------------
+
+
+def test_s7_the_order_of_tokens() -> None:
+    assert kept([1.0, 2.0, 2.0, 0.0, 2.0], top_k=2) == [1, 2]
+    assert kept([1.0, 2.0, 2.0, 0.0, 2.0], top_k=2, logit_bias={0: 1.0}) == [0, 1]
+    assert kept([-0.0, 0.0, -0.0], top_k=2) == [0, 1]
+    assert kept([-1.0, 1e-45, 0.0, -1e-45], top_k=2) == [1, 2]
+
+
+def test_s8_temperature() -> None:
+    assert masses([3.0, 2.0, 1.0], temperature=0.5) == pytest.approx(
+        (np.exp([4, 2, 0]) / np.exp([4, 2, 0]).sum()).tolist()
+    )
+    for bad in (-0.1, INF, NAN):
+        with pytest.raises(ValueError, match=r"^temperature: expected a finite number >= 0"):
+            hw.sample(FOUR, temperature=bad)
+
+
+def test_s9_temperatures_at_the_ends() -> None:
+    logits = [1.0, 3.0, 3.0, 2.999]
+    assert masses(logits, temperature=0) == [0, 1, 0, 0]
+    for tiny in (1e-5, 1e-40, 5e-324):
+        assert masses(logits, temperature=tiny) == [0, 0.5, 0.5, 0]
+    for huge in (1e39, 1e300):
+        assert masses([1.0, 3.0, -INF, -3e4, 2.0], temperature=huge) == [0.25, 0.25, 0, 0.25, 0.25]
+    assert kept(logits, temperature=0) == [0, 1, 2, 3]
+    assert kept(logits, temperature=0, top_p=0.99) == [1]
+
+
+def test_s10_masses_are_whole_numbers() -> None:
+    """Over 2^44, the best token's, whatever the others are."""
+    logits = np.log(RNG.random(50)) - 3
+    weights = [Fraction(p) / Fraction(max(masses(logits))) * 2**44 for p in masses(logits)]
+    assert max(abs(w - round(w)) for w in weights) < 2**-4  # p = w / total is rounded to 53 bits
+    assert masses([0.0, -1e4]) == [1, 0]
+    assert masses([0.0, -44.9 * np.log(2)])[1] == pytest.approx(2.0**-44)
+    assert masses([0.0, -45.1 * np.log(2)])[1] == 0
+    assert masses([0.0, -41.9 * np.log(2), *[-INF] * 2**20])[1] == pytest.approx(2.0**-41, rel=1e-9)  # s = 41
+    assert masses([0.0, -42.1 * np.log(2), *[-INF] * 2**20])[1] == 0
+
+
+# What is removed ----------------------------------------------------------------------------------------------------
+
+
+def test_s11_the_order_of_stages() -> None:
+    assert kept([3.0, 2.0, 1.0], temperature=0.5, top_p=0.8) == [0]  # with the temperature last: [0, 1]
+    assert kept([3.0, 2.0, 1.0], temperature=1.0, top_p=0.8) == [0, 1]
+    assert kept([3.0, 2.0, 1.0], top_k=1, logit_bias={0: -INF}) == [1]  # not: nothing
+    assert kept(LOGS, top_k=2, top_p=0.5) == [0]  # with top_p first: [0, 1]
+    assert kept(LOGS, top_p=0.95, min_p=0.3) == [
+        0,
+        1,
+        2,
+    ]  # with min_p first the whole is 0.9: 0.855 keeps [0, 1, 2] too
+    assert kept(LOGS, top_p=0.75, min_p=0.6) == [0, 1]
+
+
+def test_s12_top_k() -> None:
+    logits = [1.0, 2.0, 2.0, 0.0, 2.0]
+    assert kept(logits, top_k=1) == [1]
+    assert kept(logits, top_k=4) == [0, 1, 2, 4]
+    assert kept(logits, top_k=5) == kept(logits, top_k=10**30) == [0, 1, 2, 3, 4]
+    assert kept(logits, top_k=2, ties="keep") == [1, 2, 4]
+    assert kept(logits, top_k=4, ties="keep") == [0, 1, 2, 4]
+    assert kept([-INF, 1.0, -INF, 0.0], top_k=3, ties="keep") == [1, 3]
+
+
+def test_s13_top_p() -> None:
+    assert kept(FOUR, top_p=0.5) == [0, 1]
+    assert kept(FOUR, top_p=np.nextafter(0.5, 1)) == [0, 1, 2]
+    assert kept(FOUR, top_p=np.nextafter(0.5, 0)) == [0, 1]
+    assert kept(FOUR, top_p=5e-324) == [0]
+    assert kept(FOUR, top_p=LAST) == [0, 1, 2, 3]
+    assert kept([0.0, -1000.0], top_p=1.0) == [0, 1]  # off
+    assert kept([0.0, -1000.0], top_p=LAST) == [0]  # no mass is left for the second
+    assert kept(np.zeros(10, np.float32), top_p=0.3) == [0, 1, 2]  # the float64 number 0.3 is less than 3/10
+    assert kept(np.zeros(10, np.float32), top_p=np.float32(0.3)) == [0, 1, 2, 3]  # and the float32 number is more
+
+
+def test_s14_nucleus() -> None:
+    """Of the first two, 0.4 is 0.57."""
+    assert kept(LOGS, top_k=2, top_p=0.5) == [0]
+    assert kept(LOGS, top_k=2, top_p=0.5, nucleus="joint") == [0, 1]
+    assert kept(LOGS, top_k=2, top_p=0.95, nucleus="joint") == [0, 1]
+    assert kept(LOGS, top_k=3, top_p=0.3, nucleus="joint") == [0]
+    assert kept(LOGS, top_p=0.5, nucleus="joint", allowed=[1, 2, 3]) == [1]  # 0.3 of 0.6
+
+
+def test_s15_min_p() -> None:
+    logits = [0.0, 0.0, -1.0]
+    assert kept(logits, min_p=1.0) == [0, 1]
+    assert kept(logits, min_p=0) == [0, 1, 2]
+    share = masses(logits)[2] / masses(logits)[0]
+    assert kept(logits, min_p=share - 1e-12) == [0, 1, 2]
+    assert kept(logits, min_p=share + 1e-12) == [0, 1]
+    assert kept([0.0, -1000.0], min_p=5e-324) == [0]
+
+
+def test_s16_filter_logits() -> None:
+    assert hw.filter_logits([3.0, 2.0, 1.0], temperature=0.1, top_k=2).tolist() == [3, 2, -INF]
+    assert hw.filter_logits([2.0**-40 + 1], logit_bias={0: 1.0})[0] == 2.0**-40 + 2
+    assert hw.filter_logits(np.float32([1.0]), logit_bias={0: 2.0**-24 * 1.5})[0] == np.float32(1 + 2.0**-23)
+    assert hw.filter_logits(np.float16([1.0]), logit_bias={0: 2.0**-11 * 1.5})[0] == np.float16(1 + 2.0**-10)
+    assert np.signbit(hw.filter_logits([-0.0, 0.0])).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 1.7, "top_k": 20}, {"top_p": 0.8}, {"temperature": 0.9, "top_k": 9, "top_p": 0.9, "min_p": 0.02}],
+)
+def test_s17_filtering_first_is_the_same_draw(options: dict[str, Any]) -> None:
+    left, temperature = hw.filter_logits(ROWS, **options), options.get("temperature", 1.0)
+    assert np.array_equal(hw.sample(left, temperature=temperature, seed=8), hw.sample(ROWS, seed=8, **options))
+    assert np.array_equal(hw.probabilities(left, temperature=temperature), hw.probabilities(ROWS, **options))
+
+
+# The draw -----------------------------------------------------------------------------------------------------------
+
+
+def word(seed: int, stream: int, position: int) -> int:
+    """NumPy's own. It increases its counter before the first block."""
+    key = np.array([seed, stream], np.uint64)
+    return int(np.random.Philox(key=key, counter=(position - 1) % 2**256).random_raw())
+
+
+def test_s18_the_token_is_where_the_running_sum_exceeds() -> None:
+    for position in range(200):
+        r = word(5, 0, position) * 4 * 2**44 >> 64
+        assert hw.sample(FOUR, seed=5, position=position) == r // 2**44
+    lonely = [-INF, -1e5, 0.0, -1e5, -INF]
+    assert {hw.sample(lonely, uniform=u) for u in (0.0, 5e-324, 0.5, LAST)} == {2}
+    assert {hw.sample(lonely, seed=seed) for seed in range(100)} == {2}
+
+
+def test_s19_the_words_are_those_of_philox() -> None:
+    """With 2^16 equal logits the token is the word's top 16 bits."""
+    flat = np.zeros(2**16, np.float32)
+    for seed, position in [(0, 0), (0, 1), (1, 0), (2**64 - 1, 2**64 - 1), (123456789, 987654321)]:
+        assert hw.sample(flat, seed=seed, position=position) == word(seed, 0, position) >> 48
+
+
+def test_s20_streams() -> None:
+    flat = np.zeros((2, 3, 2**16), np.float32)
+    one = hw.sample(flat, seed=77, position=5)
+    assert one.ravel().tolist() == [word(77, i, 5) >> 48 for i in range(6)]
+    assert hw.sample(flat[0, 0], seed=77, position=5) == one[0, 0]
+    own = hw.sample(flat, seed=np.arange(6).reshape(2, 3), position=5)
+    assert own.ravel().tolist() == [word(i, 0, 5) >> 48 for i in range(6)]
+
+
+def test_s21_seeds_and_positions() -> None:
+    flat = np.zeros((4, 2**16), np.float32)
+    assert not np.array_equal(hw.sample(flat), hw.sample(flat))  # equal by chance once in 2^64
+    assert np.array_equal(hw.sample(flat, seed=3), hw.sample(flat, seed=3, position=0))
+    for bad in (-1, 2**64, 1.0, "x", True):
+        for name in ("seed", "position"):
+            with pytest.raises(ValueError, match=rf"^{name}: expected an integer from 0 to 2\^64 - 1"):
+                hw.sample(flat, **{name: bad})
+
+
+def test_s22_uniform() -> None:
+    assert [hw.sample(FOUR, uniform=u) for u in (0, 0.2499, 0.25, 0.5, 0.75, LAST)] == [0, 0, 1, 2, 3, 3]
+    assert hw.sample([0.0, 0.0, 0.0], uniform=1 / 3) == 0  # the float64 number is less than a third
+    assert hw.sample([0.0, 0.0, 0.0], uniform=np.nextafter(1 / 3, 1)) == 1
+    for other in ({"seed": 1}, {"position": 0}):
+        with pytest.raises(ValueError, match=r"^uniform: "):
+            hw.sample(FOUR, uniform=0.5, **other)
+
+
+# Options ------------------------------------------------------------------------------------------------------------
+
+
+def test_s23_options_per_row() -> None:
+    options: dict[str, Any] = {
+        "temperature": np.array([[0.5], [2.0]]),
+        "top_k": [3, 20, 70],
+        "top_p": np.float32([0.5, 0.9, 1.0]),
+        "min_p": np.array([[0.1], [0.0]]),
+        "position": [[0, 1, 2]],
+    }
+    seeds = np.arange(6).reshape(2, 3)
+    got = hw.sample(ROWS, seed=seeds, **options)
+    for i, j in np.ndindex(2, 3):
+        own = {name: np.broadcast_to(value, (2, 3))[i, j] for name, value in options.items()}
+        assert got[i, j] == hw.sample(ROWS[i, j], seed=int(seeds[i, j]), **own)
+    u = RNG.random((2, 3))
+    assert hw.sample(ROWS, uniform=u)[1, 2] == hw.sample(ROWS[1, 2], uniform=u[1, 2])
+    with pytest.raises(ValueError, match=r"^top_k: .*broadcasts to \(2, 3\), got \(2,\)"):
+        hw.sample(ROWS, top_k=[1, 2])
+    with pytest.raises(ValueError, match=r"^seed: .*rows that share a seed"):
+        hw.sample(ROWS, seed=[1, 2, 3])
+    with pytest.raises(ValueError, match=r"^ties: "):
+        hw.sample(ROWS, ties=["keep", "lowest_id"])  # type: ignore[arg-type]
+
+
+def test_s24_params() -> None:
+    params = hw.SamplingParams(temperature=0.6, top_k=3, seed=5)
+    assert np.array_equal(hw.sample(ROWS, params), hw.sample(ROWS, temperature=0.6, top_k=3, seed=5))
+    assert np.array_equal(hw.sample(ROWS, params, top_k=None), hw.sample(ROWS, temperature=0.6, seed=5))
+    assert hash(params) == hash(hw.SamplingParams(temperature=0.6, top_k=3, seed=5))
+    with pytest.raises(AttributeError):
+        params.top_k = 5  # type: ignore[misc]
+    with pytest.raises(ValueError, match=r"^top_k: "):
+        hw.SamplingParams(top_k=0)
+
+
+def test_s25_a_row_does_not_depend_on_its_batch() -> None:
+    for i, j in np.ndindex(2, 3):
+        for function in FUNCTIONS:
+            whole, alone = (function(x, top_p=0.8, uniform=0.3) for x in (ROWS, ROWS[i, j]))
+            assert np.array_equal(np.asarray(whole)[i, j], alone)
+            assert np.array_equal(
+                function(ROWS[:, ::-1, ::2], uniform=0.3)[i, j], function(ROWS[i, 2 - j, ::2], uniform=0.3)
+            )
+
+
+def test_s26_errors_name_the_argument() -> None:
+    for options, error in [
+        ({"top_p": 1.5}, r"^top_p: expected a number in \(0, 1\], got 1.5; use None to switch it off"),
+        ({"top_p": [[0.5], [2.0]]}, r"^top_p\[1, 0\]: .*got 2.0"),
+        ({"top_k": 0}, r"^top_k: expected an integer >= 1, got 0; use None to switch it off"),
+        ({"ties": "all"}, r"^ties: expected 'lowest_id' or 'keep', got 'all'"),
+    ]:
+        with pytest.raises(ValueError, match=error):
+            hw.sample(ROWS, **options)
