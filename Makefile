@@ -12,6 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CORE := $(shell find src/core -type f) CMakeLists.txt pyproject.toml
+CXX_FILES := $(shell find src/core tests -name '*.h' -o -name '*.cpp')
 
 # The CPU build of PyTorch is asked for by its version: an open requirement would bring gigabytes of CUDA along.
 PEERS := torch==2.13.0 transformers>=5,<6
@@ -31,7 +32,7 @@ check: $(VENV)/check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find src/core -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/python -m nanobind.stubgen -q -m headway._native -o $(VENV)/_native.pyi
 	diff -u src/headway/_native.pyi $(VENV)/_native.pyi
 
@@ -51,7 +52,7 @@ stub: $(VENV)/check
 format: $(VENV)/check
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find src/core -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
 	rm -rf .venv .venv-* build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -68,9 +68,7 @@ def fit(name: str, f: Function, interval: tuple[Any, Any], terms: int, whole: Fu
 
 if __name__ == "__main__":
     for kind, terms in (("float", (5, 4)), ("double", (12, 8))):
-        fit(
-            f"exp, {kind}", expm1_tail, (-HALF_LN2, HALF_LN2), terms[0], lambda r, q: 1 + r + r * r * q, exp
-        )
+        fit(f"exp, {kind}", expm1_tail, (-HALF_LN2, HALF_LN2), terms[0], lambda r, q: 1 + r + r * r * q, exp)
         fit(
             f"log, {kind}",
             log_tail,

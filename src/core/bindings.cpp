@@ -357,8 +357,8 @@ NB_MODULE(_native, m) {
   m.doc() = "The kernels of headway behind plain arrays. Everything is checked by the Python layer; call that.";
 
   nb::class_<Options>(m, "Options")
-      .def(nb::init<std::optional<double>, double, bool, bool, std::optional<int64_t>, std::optional<int64_t>, int64_t, int64_t, bool,
-                    bool>(),
+      .def(nb::init<std::optional<double>, double, bool, bool, std::optional<int64_t>, std::optional<int64_t>, int64_t,
+                    int64_t, bool, bool>(),
            nb::kw_only(), "scale"_a.none(), "softcap"_a, "causal"_a, "bottom_right"_a, "window_left"_a.none(),
            "window_right"_a.none(), "total"_a, "key_offset"_a, "wide"_a, "k_in_panels"_a);
 

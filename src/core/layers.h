@@ -182,7 +182,9 @@ template <class T> void gate(const RowWise& task, int64_t r, Arena arena) {
   }
   write_row(x, n, address(task.y, 0, r), task.y.dtype);
 }
-inline Plan plan_row_wise(const RowWise& task) { return {task.rows, 2 * (task.columns + 16) * 8 + 128, task.rows * task.columns * 8}; }
+inline Plan plan_row_wise(const RowWise& task) {
+  return {task.rows, 2 * (task.columns + 16) * 8 + 128, task.rows * task.columns * 8};
+}
 inline void run_rms_norm(const RowWise& task, int64_t unit, void* workspace) {
   const Arena arena{static_cast<char*>(workspace)};
   task.compute == DType::f64 ? normalise<double>(task, unit, arena) : normalise<float>(task, unit, arena);

@@ -64,8 +64,8 @@ template <class T> void read_row(const void* from, DType dtype, int64_t stride, 
   }
 }
 
-// A float on the way to 16 bits. From a double it is rounded to odd (Boldo and Melquiond, 2008): what is lost leaves its
-// mark in the last bit, so that the narrowing that follows is the only rounding that counts.
+// A float on the way to 16 bits. From a double it is rounded to odd (Boldo and Melquiond, 2008): what is lost leaves
+// its mark in the last bit, so that the narrowing that follows is the only rounding that counts.
 inline float to_odd_float(float x) { return x; }
 inline float to_odd_float(double x) {
   float f = float(x);

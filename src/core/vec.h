@@ -108,7 +108,8 @@ HEADWAY_COMPARE(<) HEADWAY_COMPARE(<=) HEADWAY_COMPARE(>) HEADWAY_COMPARE(>=) HE
 #undef HEADWAY_LANEWISE
 #undef HEADWAY_COMPARE
 
-template <class T> Vec<T> operator<<(Vec<T> a, int n) {
+        template <class T>
+        Vec<T> operator<<(Vec<T> a, int n) {
   for (int i = 0; i < Vec<T>::parts; ++i) a.part[i] = a.part[i] << n;
   return a;
 }

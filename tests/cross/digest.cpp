@@ -1,6 +1,6 @@
 // Prints a digest of what every kernel makes of the same numbers, one line for each table this machine can run. `make
-// cross` builds it for x86-64 and, under emulation, for 64-bit Arm: all lines must agree. No Python: there may be none for
-// the other machine.
+// cross` builds it for x86-64 and, under emulation, for 64-bit Arm: all lines must agree. No Python: there may be none
+// for the other machine.
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -114,7 +114,8 @@ void sampling(Digest& digest, const Kernels& table) {
   std::vector<int64_t> top_k;
   std::vector<uint64_t> seed, position;
   for (int64_t i = 0; i < rows; ++i) {
-    temperature.push_back(0.25 * double(i % 5)), top_p.push_back(1.0 - 0.03 * double(i)), min_p.push_back(0.001 * double(i % 3));
+    temperature.push_back(0.25 * double(i % 5)), top_p.push_back(1.0 - 0.03 * double(i)),
+        min_p.push_back(0.001 * double(i % 3));
     top_k.push_back(i % 4 ? 40 * i : V), seed.push_back(uint64_t(i) << 40), position.push_back(uint64_t(i));
   }
   Sampling t{};
