@@ -60,7 +60,7 @@ clean:
 # The tools that build, in the environment itself: an isolated build would compile everything again at each change.
 $(VENV)/tools:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) 'scikit-build-core>=0.10' 'nanobind==3.1.0' 'cmake>=3.18' ninja
+	$(PIP) 'scikit-build-core>=0.11' 'nanobind==3.1.0' 'cmake>=3.18' ninja
 	touch $@
 
 # Builds the extension and installs the package in editable form; again whenever the core changes.

@@ -228,3 +228,37 @@ def test_tensors_in_every_place() -> None:
     ]:
         with pytest.raises(TypeError, match=f"q: expected .*{message}"):
             hw.attention(bad, *tensors[1:])
+
+
+# The elementary functions, seen through attention ------------------------------------------------------------------
+
+
+def in_units(got: np.ndarray, want: np.ndarray, dtype: str) -> float:
+    return float(np.max(np.abs(wide(got) - want) / np.abs(want)) / UNIT[dtype])
+
+
+# For float64 NumPy's own functions, the yardstick, err as well.
+@pytest.mark.parametrize(("dtype", "most", "most_log"), [("float32", 2.8, 1.5), ("float64", 3.5, 2.5)])
+def test_exp_log_and_tanh(dtype: str, most: float, most_log: float) -> None:
+    rng = np.random.default_rng(6)
+    n = 4000
+    one = np.ones((n, 1, 1), dtype)
+
+    # Scores 0 and x: the second weight is exp(x) / (1 + exp(x)), exp and two roundings more.
+    x = -rng.uniform(0, 80 if dtype == "float32" else 700, n).astype(dtype)
+    x[:2000] = -np.linspace(0, 1, 2000)
+    keys = np.stack([np.zeros(n, dtype), x], axis=1)[..., None]
+    values = np.broadcast_to(np.array([[0], [1]], dtype), (n, 2, 1))
+    exp = np.exp(wide(x))
+    assert in_units(hw.attention(one, keys, values, scale=1.0)[:, 0, 0], exp / (1 + exp), dtype) < most
+
+    # One key: the log-sum-exp is its score, c tanh(x / c).
+    x = np.concatenate([rng.uniform(-12, 12, n // 2), rng.uniform(-1, 1, n // 2) ** 9]).astype(dtype)
+    _, lse = hw.attention(one, x[:, None, None], one, scale=1.0, softcap=1.0, return_lse=True)
+    assert in_units(lse[:, 0], np.tanh(wide(x)), dtype) < most
+
+    # n keys of score 0: the log-sum-exp is log(n).
+    lengths = np.arange(2, 3000)
+    zeros = np.zeros((1, 3000, 1), dtype)
+    _, lse = hw.attention(np.zeros((2998, 1, 1, 1), dtype), zeros, zeros, kv_lengths=lengths, return_lse=True)
+    assert in_units(lse[:, 0, 0], np.log(lengths), dtype) < most_log

@@ -230,7 +230,9 @@ def test_a_refused_append_changes_nothing() -> None:
         ({"batch_shape": (2, -1)}, r"batch_shape: expected .*, got -1"),
         ({"dtype": "int8"}, r"dtype: expected one of float64, float32, float16, bfloat16, got 'int8'"),
         ({"dtype": complex}, r"dtype: expected one of"),
-        ({"capacity": -3}, r"capacity: expected an integer >= 0, got -3"),
+        ({"dtype": None}, r"dtype: expected one of .*, got None"),
+        ({"batch_shape": 3}, r"batch_shape: expected a tuple of integers, got 3"),
+        ({"capacity": -3}, r"capacity: expected an integer .*, got -3"),
     ],
 )
 def test_bad_settings(arguments: dict[str, Any], message: str) -> None:

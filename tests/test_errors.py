@@ -14,6 +14,7 @@ import headway as hw
 
 Q, K, V = np.ones((4, 6, 8)), np.ones((2, 9, 8)), np.ones((2, 9, 5))
 SQUARE = np.ones((2, 6, 8))
+NARROW = {name: x.astype(np.float32) for name, x in (("q", Q), ("k", K), ("v", V))}
 X, W = np.ones((6, 8)), np.eye(8)
 
 
@@ -99,7 +100,23 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "too many axes": (attend(mask=np.ones((1, 4, 6, 9))), ValueError, ["mask:", r"\(4, 6, 9\)", r"\(1, 4, 6, 9\)"]),
     "the shape of a bias": (attend(bias=np.ones((3, 6, 9))), ValueError, ["bias:", r"\(4, 6, 9\)", r"\(3, 6, 9\)"]),
     "a bool bias": (attend(bias=np.ones((6, 9), bool)), TypeError, ["bias:", "floating", "bool"]),
+    "a bias that float32 cannot hold": (
+        attend(**NARROW, bias=np.full((6, 9), -1e300)),
+        ValueError,
+        ["bias:", "within float32", r"-1e\+300", "-inf masks"],
+    ),
+    "a mask per batch item": (
+        attend(q=np.ones((3, 4, 6, 8)), mask=np.ones((3, 6, 9))),
+        ValueError,
+        ["mask:", r"\(3, 4, 6, 9\)", r"\(3, 6, 9\)", r"mask\[:, None\]"],
+    ),
     # options
+    "a scale that float32 cannot hold": (
+        attend(**NARROW, scale=1e300),
+        ValueError,
+        ["scale:", "finite number within float32", r"1e\+300"],
+    ),
+    "a softcap that float32 cannot hold": (attend(**NARROW, softcap=1e-300), ValueError, ["softcap:", "> 0", "1e-300"]),
     "causal=True, L != S": (
         attend(causal=True),
         ValueError,

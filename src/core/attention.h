@@ -441,7 +441,7 @@ template <class T, Produce produce> Plan plan_attention_as(const Attention& task
   Arena counting{nullptr};
   const AttentionBlock<T, produce> block(task, counting);
   const int64_t blocks = (task.L * (task.H / task.G) + kRowBlock - 1) / kRowBlock;
-  const int64_t work = task.batch.size() * task.H * task.L * task.S * (task.D + task.E);
+  const int64_t work = rough_product(task.batch.size(), task.H, task.L, task.S, task.D + task.E);
   return {task.batch.size() * task.G * blocks, counting.used, work};
 }
 template <Produce produce> Plan plan_attention(const Attention& task) {
@@ -501,7 +501,7 @@ inline Plan plan_merge(const Attention& task) {
   else
     AttentionMerge<float>(task, counting);
   const int64_t rows = task.batch.size() * task.H;
-  return {rows, counting.used, rows * task.L * task.E * task.nodes};
+  return {rows, counting.used, rough_product(rows, task.L, task.E, task.nodes)};
 }
 inline void run_merge(const Attention& task, int64_t unit, void* workspace) {
   Arena arena{static_cast<char*>(workspace)};

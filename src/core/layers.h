@@ -93,7 +93,8 @@ template <class T> Plan plan_linear_as(const Linear& task) {
   Arena counting{nullptr};
   const LinearBlock<T> block(task, counting);
   const int64_t row_blocks = (task.M + kLinearRows - 1) / kLinearRows;
-  return {row_blocks * ((task.N + kLinearColumns - 1) / kLinearColumns), counting.used, task.M * task.K * task.N};
+  return {row_blocks * ((task.N + kLinearColumns - 1) / kLinearColumns), counting.used,
+          rough_product(task.M, task.K, task.N)};
 }
 inline Plan plan_linear(const Linear& task) {
   return task.compute == DType::f64 ? plan_linear_as<double>(task) : plan_linear_as<float>(task);
@@ -144,25 +145,26 @@ inline void rotary_frequencies(double base, int64_t half, double* out) {
 }
 inline Plan plan_rotary(const Rotary& task) {
   const int64_t row = (task.D + 16) * 8 + 64;
-  return {task.L, 5 * row, task.batch.size() * task.L * task.D * 8};
+  return {task.L, 5 * row, rough_product(task.batch.size(), task.L, task.D, 8)};
 }
 inline void run_rotary(const Rotary& task, int64_t unit, void* workspace) {
   const Arena arena{static_cast<char*>(workspace)};
   task.compute == DType::f64 ? rotate<double>(task, unit, arena) : rotate<float>(task, unit, arena);
 }
 
-// rms_norm: x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019). A unit is one row.
+// rms_norm: x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019). A unit is one row. Squares are summed in
+// float64 for every type: in float32 those of numbers above 2^64 would overflow.
 template <class T> void normalise(const RowWise& task, int64_t r, Arena arena) {
   const int64_t n = task.columns, padded = round_up(n, 16);
   T *x = arena.take<T>(padded), *weight = arena.take<T>(padded);
+  double* wide = arena.take<double>(padded);
   read_row(address(task.x, 0, r), task.x.dtype, task.x.stride[1], n, x);
+  read_row(address(task.x, 0, r), task.x.dtype, task.x.stride[1], n, wide);
   read_row(address(task.other, 0), task.other.dtype, task.other.stride[1], n, weight);
-  for (int64_t i = n; i < padded; ++i) x[i] = weight[i] = T(0);
-  Vec<T> squares = T(0);
-  for (int64_t i = 0; i < n; i += 16) squares = fma(Vec<T>::load(x + i), Vec<T>::load(x + i), squares);
-  const T mean = sum(squares) / T(n) + T(task.eps);
-  const T root = sizeof(T) == 8 ? T(__builtin_sqrt(double(mean))) : T(__builtin_sqrtf(float(mean)));
-  const T scale = T(1) / root;
+  for (int64_t i = n; i < padded; ++i) x[i] = weight[i] = T(0), wide[i] = 0;
+  Vec<double> squares = 0.0;
+  for (int64_t i = 0; i < n; i += 16) squares = squares + Vec<double>::load(wide + i) * Vec<double>::load(wide + i);
+  const T scale = T(1.0 / __builtin_sqrt(sum(squares) / double(n) + task.eps));
   for (int64_t i = 0; i < n; i += 16) (Vec<T>::load(x + i) * Vec<T>(scale) * Vec<T>::load(weight + i)).store(x + i);
   write_row(x, n, address(task.y, 0, r), task.y.dtype);
 }
@@ -183,7 +185,7 @@ template <class T> void gate(const RowWise& task, int64_t r, Arena arena) {
   write_row(x, n, address(task.y, 0, r), task.y.dtype);
 }
 inline Plan plan_row_wise(const RowWise& task) {
-  return {task.rows, 2 * (task.columns + 16) * 8 + 128, task.rows * task.columns * 8};
+  return {task.rows, 3 * ((task.columns + 16) * 8 + 64), rough_product(task.rows, task.columns, 8)};
 }
 inline void run_rms_norm(const RowWise& task, int64_t unit, void* workspace) {
   const Arena arena{static_cast<char*>(workspace)};

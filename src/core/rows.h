@@ -108,6 +108,12 @@ struct Arena {
   }
 };
 
+// A product of sizes for Plan::work, where it may be rough but must not overflow.
+template <class... Sizes> int64_t rough_product(Sizes... sizes) {
+  const double product = (1.0 * ... * double(sizes));
+  return product < 0x1p62 ? int64_t(product) : int64_t(1) << 62;
+}
+
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -565,7 +565,7 @@ inline void write_filtered(const Row& row) {
 }
 
 inline Plan plan_sampling(const Sampling& task) {
-  Plan plan{task.batch.size(), 0, task.batch.size() * task.V * 8};
+  Plan plan{task.batch.size(), 0, rough_product(task.batch.size(), task.V, 8)};
   Workspace(Arena{nullptr}, task.V, &plan.workspace);
   return plan;
 }

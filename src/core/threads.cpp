@@ -12,6 +12,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -121,6 +122,7 @@ public:
     std::unique_lock<std::mutex> mine(busy_, std::try_to_lock);
     const int64_t pays = 1 + job.work / kWorkPerThread;
     job.participants = int(std::min({int64_t(threads_), job.units, pays}));
+    if (mine && job.participants > 1) job.participants = std::min(job.participants, 1 + workers(job.participants - 1));
     if (!mine || job.participants == 1) {
       if (mine) mine.unlock();
       static thread_local Workspace own;
@@ -131,7 +133,6 @@ public:
       return;
     }
     job.workspace = workspace_.at_least(job.workspace_bytes * job.participants);
-    while (int(workers_.size()) < threads_ - 1) start_worker();
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       job_ = &job;
@@ -148,6 +149,14 @@ public:
   }
 
 private:
+  // Starts workers up to this number, or as many as the system allows: no result depends on how many there are.
+  int workers(int wanted) {
+    try {
+      while (int(workers_.size()) < wanted) start_worker();
+    } catch (const std::system_error&) {
+    }
+    return int(workers_.size());
+  }
   void start_worker() {
     const int participant = int(workers_.size()) + 1;
     uint64_t seen = generation_;

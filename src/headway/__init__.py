@@ -1,5 +1,7 @@
 """headway: attention and next-token sampling for LLM inference. The contract is docs/semantics.md."""
 
+from typing import Any
+
 from .attention import AttentionState, attention, attention_weights, merge_attention, partial_attention
 from .cache import KVCache
 from .layers import linear, rms_norm, rotary, swiglu
@@ -28,3 +30,10 @@ __all__ = [
     "set_num_threads",
     "swiglu",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Look the version up only when it is asked for: that takes longer than importing all of headway."""
+    if name == "__version__":
+        return info().version
+    raise AttributeError(f"module 'headway' has no attribute {name!r}")

@@ -37,11 +37,12 @@ class Operand:
         """Return the numbers in another of the four types, rounded to nearest even where they narrow."""
         if self.dtype == dtype:
             return self.data
-        columns = self.data.shape[-1] if self.data.ndim and self.data.size else 1
-        out = np.empty(self.data.shape, storage(dtype))
+        data = unrepeated(self.data)
+        columns = data.shape[-1] if data.ndim and data.size else 1
+        out = np.empty(data.shape, storage(dtype))
         if out.size:
-            _native.convert(self.data.reshape(-1, columns), out.reshape(-1, columns))
-        return out
+            _native.convert(data.reshape(-1, columns), out.reshape(-1, columns))
+        return np.broadcast_to(out, self.data.shape)
 
 
 def unwrap(x: Any, name: str) -> Operand:
@@ -83,6 +84,11 @@ def promote(*dtypes: str) -> str:
     return "float32" if {"float16", "bfloat16"} <= set(dtypes) and widest == "float16" else widest
 
 
+def unrepeated(data: NDArray[Any]) -> NDArray[Any]:
+    """Return what np.broadcast_to repeated, once: an axis of stride 0 becomes one of length 1."""
+    return data[tuple(slice(1) if stride == 0 else slice(None) for stride in data.strides)]
+
+
 def compute_dtype(dtype: str) -> str:
     """Return the type that the kernels compute in: float64 for float64, float32 for all others."""
     return "float64" if dtype == "float64" else "float32"
@@ -98,12 +104,15 @@ def _is_bfloat16(x: Any) -> bool:
 
 
 def _to_numpy(x: Any, name: str) -> tuple[NDArray[Any], Callable[[NDArray[Any], str], Any]]:
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected a plain array, got a masked one, whose mask would be lost; pass it apart")
     if isinstance(x, np.ndarray):
         return np.asarray(x), as_numpy
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         if not _in_cpu_memory(x):
             raise TypeError(f"{name}: expected an array in CPU memory, got one on another device; copy it to the CPU")
-        return _from_dlpack(x, name), _KINDS.get(type(x).__module__.partition(".")[0], as_numpy)
+        makers = (base.__module__.partition(".")[0] for base in type(x).__mro__)
+        return _from_dlpack(x, name), next((_KINDS[maker] for maker in makers if maker in _KINDS), as_numpy)
     try:
         return np.asarray(x), as_numpy
     except ValueError as error:
@@ -120,6 +129,8 @@ def _in_cpu_memory(x: Any) -> bool:
 def _from_dlpack(x: Any, name: str) -> NDArray[Any]:
     if getattr(x, "requires_grad", False):
         x = x.detach()  # headway computes no gradients, and torch exports no tensor that waits for one
+    if getattr(x, "is_neg", bool)():
+        x = x.resolve_neg()  # torch exports the imaginary part of a conjugate without its sign
     try:
         if _is_bfloat16(x):
             return _native.bfloat16_bits(x)

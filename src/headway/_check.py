@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._arrays import plain, unwrap
+from ._arrays import plain, unrepeated, unwrap
 
 Shape = tuple[int, ...]
 
@@ -28,16 +28,22 @@ def integer(x: Any, name: str, low: int, high: int | None = None, cure: str = ""
     return value
 
 
-def number(x: Any, name: str, expected: str = "a finite number", *, above: float = -math.inf, cure: str = "") -> float:
-    """Return x as a finite float greater than ``above``."""
-    if isinstance(x, (bool, np.bool_, str, bytes, complex)):
-        raise TypeError(f"{name}: expected {expected}, got {x!r}{cure}")
+def number(
+    x: Any, name: str, expected: str = "a finite number", *, above: float = -math.inf, within: str = "float64"
+) -> float:
+    """Return x as a float greater than ``above`` that is still so, and finite, in the type ``within``."""
+    if isinstance(x, (bool, np.bool_, str, bytes, complex, np.complexfloating)):
+        raise TypeError(f"{name}: expected {expected}, got {x!r}")
     try:
         value = float(x)
+    except OverflowError:
+        value = math.inf
     except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected {expected}, got {x!r}{cure}") from None
-    if not math.isfinite(value) or value <= above:
-        raise ValueError(f"{name}: expected {expected}, got {value}{cure}")
+        raise TypeError(f"{name}: expected {expected}, got {x!r}") from None
+    largest, smallest = float(np.finfo(within).max), float(np.finfo(within).tiny)
+    if not abs(value) <= largest or value <= above or (above == 0 and value < smallest):
+        range_ = f" within {within}" if math.isfinite(value) and value > above else ""
+        raise ValueError(f"{name}: expected {expected}{range_}, got {value}")
     return value
 
 
@@ -47,13 +53,13 @@ def choice(x: Any, name: str, options: tuple[Any, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {x!r}")
 
 
-def broadcast(array: NDArray[Any], shape: Shape, name: str, meaning: str) -> NDArray[Any]:
+def broadcast(array: NDArray[Any], shape: Shape, name: str, meaning: str, cure: str = "") -> NDArray[Any]:
     """Return a view of the array in this shape."""
     try:
         return np.broadcast_to(array, shape)
     except ValueError:
         raise ValueError(
-            f"{name}: expected a shape that broadcasts to {meaning} = {shape}, got {array.shape}"
+            f"{name}: expected a shape that broadcasts to {meaning} = {shape}, got {array.shape}{cure}"
         ) from None
 
 
@@ -74,10 +80,11 @@ def mask(x: Any, name: str = "mask") -> NDArray[np.bool_]:
     array = plain(x, name)
     if array.dtype == np.bool_:
         return array
+    shape, array = array.shape, unrepeated(array)
     if array.dtype.kind not in "iuf" and array.dtype.name != "bfloat16":
         raise TypeError(f"{name}: expected booleans or numbers that are 0 or 1, got {array.dtype.name}")
     if array.dtype.kind not in "iu":
-        array = unwrap(x, name).astype("float64")
+        array = unrepeated(unwrap(x, name).astype("float64"))
     ones = array == 1
     other = ~ones & (array != 0)
     if other.any():
@@ -90,7 +97,7 @@ def mask(x: Any, name: str = "mask") -> NDArray[np.bool_]:
             f"{name}: expected at least one 1 in a floating mask, got only 0, which looks like an additive mask; "
             f"numbers that are added to the scores go into bias, and a mask that forbids everything is one of bool"
         )
-    return np.asarray(ones)
+    return np.broadcast_to(ones, shape)
 
 
 def integers(x: Any, name: str, low: int, high: int) -> NDArray[np.int64]:

@@ -19,6 +19,8 @@ from ._arrays import Operand, as_numpy, compute_dtype, promote, storage, unwrap
 __all__ = ["AttentionState", "attention", "attention_weights", "merge_attention", "partial_attention"]
 
 CHUNK: int = _native.CHUNK
+_LARGEST_HEAD = 2**24  # a chunk of keys must fit the address space many times over
+_FARTHEST = 2**53  # positions, so that no sum of two leaves int64
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ def prepare(
     *batch, heads, length, size = query.data.shape
     if size < 1:
         raise ValueError(f"q: expected a head size D of at least 1, got shape {query.data.shape}")
+    if size > _LARGEST_HEAD:
+        raise ValueError(f"q: expected a head size D of at most {_LARGEST_HEAD}, got {size}")
     if size != keys.size:
         raise ValueError(f"k: expected the head size D = {size} of q in its last axis, got {keys.size}")
     if keys.heads < 1 or heads % keys.heads:
@@ -99,6 +103,8 @@ def prepare(
             raise ValueError(
                 f"v: expected shape (..., {keys.heads}, {keys.length}, E) to go with k, got {value.data.shape}"
             )
+        if value.data.shape[-1] > _LARGEST_HEAD:
+            raise ValueError(f"v: expected a head size E of at most {_LARGEST_HEAD}, got {value.data.shape[-1]}")
         batches["v"] = value.data.shape[:-3]
         operands.append(value)
     shape = _check.batch_shape(**batches)
@@ -108,7 +114,7 @@ def prepare(
 
     total = key_offset + keys.length
     if kv_lengths is not None:
-        highest = 2**62 if of_a_part else total
+        highest = _FARTHEST if of_a_part else total
         lengths = _check.integers(kv_lengths, "kv_lengths", 0, highest)
         kv_lengths = _check.broadcast(lengths, shape, "kv_lengths", "the batch (...)")
     _check.choice(causal, "causal", (None, False, True, "top_left", "bottom_right"))
@@ -125,15 +131,16 @@ def prepare(
         )
     if mask is not None:
         allowed = _check.mask(mask).view(np.uint8)
-        mask = _check.broadcast(allowed, scores, "mask", "(..., H, L, S)")
+        mask = _check.broadcast(allowed, scores, "mask", "(..., H, L, S)", "; a mask per batch item is mask[:, None]")
     if bias is not None:
-        added = unwrap(bias, "bias").astype(compute)
-        bias = _check.broadcast(added, scores, "bias", "(..., H, L, S)")
+        bias = _check.broadcast(_added(bias, compute), scores, "bias", "(..., H, L, S)")
     if sinks is not None:
         sinks = _sinks(sinks, (*shape, heads), compute)
     options = _native.Options(
-        scale=None if scale is None else _check.number(scale, "scale"),
-        softcap=0.0 if softcap is None else _check.number(softcap, "softcap", "a number > 0 or None", above=0.0),
+        scale=None if scale is None else _check.number(scale, "scale", within=compute),
+        softcap=0.0
+        if softcap is None
+        else _check.number(softcap, "softcap", "a number > 0 or None", above=0.0, within=compute),
         causal=causal not in (None, False),
         bottom_right=causal == "bottom_right",
         window_left=left,
@@ -166,9 +173,23 @@ def _window(window: Any) -> tuple[int | None, int | None]:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"window: expected (left, right), each an integer >= 0 or None, got {window!r}")
     left, right = (
-        None if side is None else _check.integer(side, "window", 0, 2**62, "; None opens a side") for side in window
+        None if side is None else _check.integer(side, "window", 0, _FARTHEST, "; None opens a side") for side in window
     )
     return left, right
+
+
+def _added(bias: Any, compute: str) -> NDArray[Any]:
+    """Return the bias in the computing type. A finite number must not become -inf, which would mask."""
+    operand = unwrap(bias, "bias")
+    added = operand.astype(compute)
+    if operand.dtype == "float64" and compute == "float32":
+        lost = np.isinf(added) & np.isfinite(operand.data)
+        if lost.any():
+            raise ValueError(
+                f"bias: expected numbers within float32, which q, k and v are computed in, got "
+                f"{operand.data[lost].flat[0]}; -inf masks"
+            )
+    return added
 
 
 def _sinks(sinks: Any, shape: tuple[int, ...], compute: str) -> NDArray[Any]:
@@ -370,7 +391,7 @@ def partial_attention(
     >>> bool((hw.merge_attention(parts) == hw.attention(q, k, v)).all())
     True
     """
-    offset = _check.integer(key_offset, "key_offset", 0, 2**53)
+    offset = _check.integer(key_offset, "key_offset", 0, _FARTHEST)
     if offset % CHUNK:
         raise ValueError(f"key_offset: expected a multiple of the chunk length {CHUNK}, got {offset}; split there")
     if causal is True:

@@ -54,6 +54,8 @@ class KVCache:
         capacity: int | None = None,
     ) -> None:
         """Make an empty cache."""
+        if not isinstance(batch_shape, (tuple, list)):
+            raise TypeError(f"batch_shape: expected a tuple of integers, got {batch_shape!r}; one axis is (n,)")
         self._heads = _check.integer(num_kv_heads, "num_kv_heads", 1)
         self._key_size = _check.integer(head_dim, "head_dim", 1)
         self._value_size = self._key_size if value_dim is None else _check.integer(value_dim, "value_dim", 0)
@@ -61,7 +63,8 @@ class KVCache:
         self._dtype = _dtype_name(dtype)
         self._length = 0
         self._shared = False  # whether a fork reads the same memory, so that writing must copy first
-        self._allocate(0 if capacity is None else _check.integer(capacity, "capacity", 0))
+        room = 0 if capacity is None else _check.integer(capacity, "capacity", 0, 2**40)
+        self._panels, self._values = self._allocate(room)
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -143,25 +146,29 @@ class KVCache:
 
     def fork(self) -> KVCache:
         """Return a second cache with the same tokens. They share memory until either is written to."""
-        twin = object.__new__(KVCache)
+        twin = object.__new__(type(self))
         self._shared = True
         twin.__dict__.update(self.__dict__)
         return twin
 
-    def _allocate(self, capacity: int) -> None:
+    __copy__ = fork
+
+    def _allocate(self, capacity: int) -> tuple[NDArray[Any], NDArray[Any]]:
         panels = -(-capacity // LANES)
         kind = storage(self._dtype)
         # Zeros: a panel's unused lanes are multiplied too, though what comes of them is never used.
-        self._panels: NDArray[Any] = np.zeros((*self._batch, self._heads, panels, self._key_size, LANES), kind)
-        self._values: NDArray[Any] = np.zeros((*self._batch, self._heads, panels * LANES, self._value_size), kind)
+        return (
+            np.zeros((*self._batch, self._heads, panels, self._key_size, LANES), kind),
+            np.zeros((*self._batch, self._heads, panels * LANES, self._value_size), kind),
+        )
 
     def _grow(self, length: int) -> None:
         """Move to memory of our own with room for ``length`` tokens, twice as much as before if it was full."""
-        panels, values, room = self._panels, self._values, self._values.shape[-2]
-        self._allocate(max(length, 2 * room if length > room else room, _FIRST_CAPACITY))
-        self._panels[..., : panels.shape[-3], :, :] = panels
-        self._values[..., :room, :] = values
-        self._shared = False
+        room = self._values.shape[-2]
+        panels, values = self._allocate(max(length, 2 * room if length > room else room, _FIRST_CAPACITY))
+        panels[..., : self._panels.shape[-3], :, :] = self._panels
+        values[..., :room, :] = self._values
+        self._panels, self._values, self._shared = panels, values, False
 
     def _stored(self, x: Any, name: str, size: int) -> NDArray[Any]:
         operand = unwrap(x, name)
@@ -174,6 +181,8 @@ class KVCache:
 
 
 def _dtype_name(dtype: Any) -> str:
+    if dtype is None:  # which NumPy would take for float64
+        raise ValueError(f"dtype: expected one of {', '.join(FLOATING)}, got None")
     name = dtype if isinstance(dtype, str) else str(getattr(dtype, "name", dtype)).rpartition(".")[2]
     if name not in FLOATING:
         with contextlib.suppress(TypeError):

@@ -232,6 +232,16 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"headway: error: {message} (see {self.prog} --help)\n")
 
 
+class _Version(argparse.Action):
+    """As argparse's own, but looking the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import headway
+
+        print(f"headway {headway.__version__}")
+        parser.exit()
+
+
 def _parser() -> _Parser:
     parser = _Parser(
         prog="headway",
@@ -239,6 +249,7 @@ def _parser() -> _Parser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="command", required=True)
 
     def command(run: Callable[[argparse.Namespace], None], summary: str, text: str) -> argparse.ArgumentParser:

@@ -129,7 +129,7 @@ def rms_norm(x: Any, weight: Any, *, eps: float = 1e-6) -> Any:
     y = np.empty(rows.shape, storage(dtype))
     if rows.size:
         weights = np.broadcast_to(factors.data, rows.shape)
-        epsilon = _check.number(eps, "eps", "a number > 0", above=0.0)
+        epsilon = _check.number(eps, "eps", "a number > 0", above=0.0, within=compute_dtype(dtype))
         _native.rms_norm(rows, weights, epsilon, compute_dtype(dtype) == "float64", y)
     return operand.wrap(y.reshape(operand.data.shape), dtype)
 

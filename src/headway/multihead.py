@@ -61,7 +61,8 @@ def multi_head_attention(
         b_o: (out,) or None.
         num_kv_heads: G, a divisor of num_heads; num_heads by default.
         decimals: round the result to so many decimals, as a published table would.
-        mask: broadcasts to (..., h, L, S), so (L, S) serves all heads; see `attention` for this and what follows.
+        mask: broadcasts to (..., h, L, S): (L, S) serves all heads, and a mask per batch item is (B, 1, L, S). See
+            `attention` for this and what follows.
         bias: see `attention`.
         causal: see `attention`.
         window: see `attention`.

@@ -8,10 +8,12 @@ last bit, `headway.reference` says it in NumPy, and the kernels in `src/core/sam
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
@@ -82,14 +84,16 @@ class SamplingParams:
     seed: ArrayLike | None = None
     position: ArrayLike | None = None
     uniform: ArrayLike | None = None
-    _settings: Settings = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check every option, and take arrays out of the caller's reach."""
         for name in _CHECKS:
             object.__setattr__(self, name, _frozen(getattr(self, name), name))
-        object.__setattr__(self, "_settings", _checked({name: getattr(self, name) for name in _CHECKS}))
         _check_source(self._settings)
+
+    @cached_property
+    def _settings(self) -> Settings:
+        return _checked({name: getattr(self, name) for name in _CHECKS})
 
     def _key(self) -> tuple[Any, ...]:
         return tuple(_identity(getattr(self, name)) for name in _CHECKS)
@@ -113,7 +117,6 @@ def _shows_options(function: F) -> F:
     options = [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
         for f in fields(SamplingParams)
-        if f.init
     ]
     function.__signature__ = signature.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
     return function
@@ -207,9 +210,9 @@ class _Run:
         """Fill the outputs that are given."""
         data, bias, (allowed, packed) = self.data, self.bias(), self.allowed()
         if len(self.lead) > 8:  # more axes than the kernel walks
-            data = data.reshape(self.rows, -1)
-            bias = None if bias is None else bias.reshape(self.rows, -1)
-            allowed = None if allowed is None else allowed.reshape(self.rows, -1)
+            data = _flat(data)
+            bias = None if bias is None else _flat(bias)
+            allowed = None if allowed is None else _flat(allowed)
         rows = (self.per_row("temperature"), self.per_row("top_k"), self.per_row("top_p"), self.per_row("min_p"))
         keep_ties, joint = self.settings["ties"] == "keep", self.settings["nucleus"] == "joint"
         status = np.empty(self.rows, np.int64)
@@ -480,6 +483,11 @@ def _broadcast(name: str, array: Array, shape: tuple[int, ...]) -> Array:
         raise ValueError(f"{name}: expected a shape that broadcasts to {shape}, got {array.shape}") from None
 
 
+def _flat(array: Array) -> Array:
+    """Return (..., n) as (rows, n)."""
+    return array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
+
+
 def _frozen(value: Any, name: str) -> Any:
     """Return a copy that its owner cannot change: of lists, dicts and arrays; numbers and strings are themselves."""
     if value is None or isinstance(value, (str, int, float, np.generic)):
@@ -498,6 +506,8 @@ def _frozen(value: Any, name: str) -> Any:
 def _identity(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.shape, value.dtype.str, value.tobytes()
+    if isinstance(value, tuple):
+        return tuple(map(_identity, value))
     return frozenset(value.items()) if isinstance(value, dict) else value
 
 

@@ -126,6 +126,8 @@ def read_config(folder: Path) -> Config:
     if config.values.get("head_dim") is None and hidden % heads:
         raise config.error("hidden_size", f"a multiple of num_attention_heads, {heads}, or a head_dim")
     head_dim = config.integer("head_dim", default=hidden // heads)
+    if head_dim > 2**16:  # each pair of features takes a power in decimal arithmetic
+        raise config.error("head_dim", "at most 65,536")
     if head_dim % 2:
         raise config.error("head_dim", "an even number, since rotary positions turn pairs")
     context = config.integer("max_position_embeddings", default=2048)
@@ -225,8 +227,8 @@ class _Section:
 
     def number(self, key: str, *, default: float | None = None) -> float:
         value = self._get(key, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self.error(key, "a positive number")
+        if type(value) not in (int, float) or not 1e-30 < value < 1e30:
+            raise self.error(key, "a positive number of ordinary size, from 1e-30 to 1e30")
         return float(value)
 
     def flag(self, key: str) -> bool:
