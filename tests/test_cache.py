@@ -259,3 +259,34 @@ def test_growth_is_by_doubling() -> None:
         addresses.add(cache._values.__array_interface__["data"][0])
     assert len(addresses) <= 12
     assert np.array_equal(wide(cache.keys), np.ones((1, 3000, 8)))
+
+
+def test_copying_is_forking():
+    cache = hw.KVCache(1, 1)
+    cache.append([[[1.0]]], [[[1.0]]])
+    twin = copy.copy(cache)
+    cache.append([[[7.0]]], [[[7.0]]])
+    twin.append([[[-5.0]]], [[[-5.0]]])
+    assert cache.values.ravel().tolist() == [1, 7]
+    assert twin.keys.ravel().tolist() == [1, -5]
+
+
+def test_growth_that_fails_leaves_the_cache_as_it_was(monkeypatch):
+    cache = hw.KVCache(1, 4, capacity=64)
+    k, v = np.random.default_rng(0).normal(size=(2, 1, 64, 4)).astype(np.float32)
+    cache.append(k, v)
+    zeros, calls = np.zeros, []
+
+    def second_fails(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise MemoryError
+        return zeros(*arguments, **options)
+
+    monkeypatch.setattr(np, "zeros", second_fails)
+    with pytest.raises(MemoryError):
+        cache.append(k[:, :1], v[:, :1])
+    monkeypatch.undo()
+    assert len(cache) == 64
+    np.testing.assert_array_equal(cache.keys, k)
+    np.testing.assert_array_equal(cache.values, v)

@@ -235,3 +235,8 @@ def test_inputs_are_not_written_to(call: Any) -> None:
     out = call(x)
     assert same_bits(x, before)
     assert not np.shares_memory(out, x)
+
+
+def test_rms_norm_of_numbers_whose_squares_float32_cannot_hold():
+    x = np.full(40, 1e30, np.float32)
+    np.testing.assert_allclose(hw.rms_norm(x, np.ones(40, np.float32)), 1, rtol=1e-6)

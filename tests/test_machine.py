@@ -267,3 +267,24 @@ def test_memory_beyond_inputs_and_output(H: int, L: int, S: int, D: int, options
 def test_memory_of_the_whole_at_65536() -> None:
     pytest.importorskip("resource", reason="memory is measured by getrusage")
     assert extra_memory(8, 65536, 65536, 64, "{}") <= 64e6
+
+
+def test_a_system_that_refuses_threads_gets_fewer():
+    code = """
+import resource
+import numpy as np, headway as hw
+x = np.random.default_rng(0).normal(size=(16, 200, 32)).astype(np.float32)
+hw.set_num_threads(1)
+alone = hw.attention(x, x, x)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), -1))
+hw.set_num_threads(1000)
+assert (hw.attention(x, x, x) == alone).all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_sizes_beyond_int64_do_not_overflow_into_memory():
+    huge = np.broadcast_to(np.float32(0), (1, 1, 2**60))
+    with pytest.raises(ValueError, match="q: expected a head size D of at most"):
+        hw.attention(huge, huge, np.ones((1, 1, 1), np.float32))
