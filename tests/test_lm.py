@@ -598,6 +598,14 @@ BROKEN = {
         edit_config(rope_parameters={"rope_type": "linear"}),
         "config.json: rope_parameters.factor: expected a positive number, got nothing",
     ),
+    "rope of no size": (
+        edit_config(rope_theta=10**400, rope_parameters=None),
+        "config.json: rope_theta: expected a number from 1e-30 to 1e30",
+    ),
+    "heads of no size": (
+        edit_config(head_dim=400_000),
+        "config.json: head_dim: expected at most 65,536, got 400000",
+    ),
     "rope blends backwards": (
         edit_config(rope_parameters={**LLAMA3, "high_freq_factor": 1.0}),
         "rope_parameters.high_freq_factor: expected a number above low_freq_factor, 1.0, got 1.0",

@@ -227,8 +227,10 @@ class _Section:
 
     def number(self, key: str, *, default: float | None = None) -> float:
         value = self._get(key, default)
-        if type(value) not in (int, float) or not 1e-30 < value < 1e30:
-            raise self.error(key, "a positive number of ordinary size, from 1e-30 to 1e30")
+        if type(value) not in (int, float) or not value > 0:
+            raise self.error(key, "a positive number")
+        if not 1e-30 <= value <= 1e30:  # beyond, what is made of it would overflow one day, far from here
+            raise self.error(key, "a number from 1e-30 to 1e30")
         return float(value)
 
     def flag(self, key: str) -> bool:
