@@ -15,7 +15,16 @@
 namespace headway {
 namespace {
 
-constexpr int64_t kRowBlock = 96; // rows that share one packing of K and V; a multiple of every kTileRows
+constexpr int64_t kRowBlock = 192; // most rows that share one packing of K and V; a multiple of every kTileRows
+
+// A head's rows in blocks of equal size. Which rows share a block changes no bit.
+inline int64_t block_rows(const Attention& task) {
+  const int64_t rows = most(task.L * (task.H / task.G), 1), blocks = (rows + kRowBlock - 1) / kRowBlock;
+  return round_up((rows + blocks - 1) / blocks, kTileRows);
+}
+inline int64_t block_count(const Attention& task) {
+  return (task.L * (task.H / task.G) + block_rows(task) - 1) / block_rows(task);
+}
 
 enum class Produce { output, nodes, weights };
 
@@ -163,12 +172,12 @@ template <class T, Produce produce> struct AttentionBlock {
   }
 
   void begin(int64_t unit) {
-    const int64_t group_rows = task.L * repeat, blocks = (group_rows + kRowBlock - 1) / kRowBlock;
+    const int64_t blocks = block_count(task), most_rows = block_rows(task);
     // The last rows first: under a causal mask they are the longest, and threads end together.
-    first_row = (blocks - 1 - unit % blocks) * kRowBlock;
+    first_row = (blocks - 1 - unit % blocks) * most_rows;
     group = unit / blocks % task.G;
     item = unit / blocks / task.G;
-    rows = least(kRowBlock, group_rows - first_row);
+    rows = least(most_rows, task.L * repeat - first_row);
     int64_t n = task.total;
     if (task.kv_lengths.data)
       n = *reinterpret_cast<const int64_t*>(static_cast<char*>(task.kv_lengths.data) +
@@ -204,10 +213,14 @@ template <class T, Produce produce> struct AttentionBlock {
           continue;
         }
         const int64_t count = least(16, keys - p);
+        if (count == 16 && k.dtype == dtype_of<T> && k.stride[2] == 1) {
+          make_panel(reinterpret_cast<const T*>(address(k, k_offset, group, p)), k.stride[1], task.D, panel);
+          continue;
+        }
         for (int64_t i = 0; i < count; ++i)
           read_row(address(k, k_offset, group, p + i), k.dtype, k.stride[2], task.D, row_buffer + i * task.D);
-        for (int64_t d = 0; d < task.D; ++d)
-          for (int64_t i = 0; i < 16; ++i) panel[d * 16 + i] = i < count ? row_buffer[i * task.D + d] : T(0);
+        if (count < 16) memset(row_buffer + count * task.D, 0, size_t((16 - count) * task.D) * sizeof(T));
+        make_panel(row_buffer, task.D, task.D, panel);
       }
     }
     values_poisoned = -1;
@@ -440,9 +453,8 @@ template <class T, Produce produce> struct AttentionBlock {
 template <class T, Produce produce> Plan plan_attention_as(const Attention& task) {
   Arena counting{nullptr};
   const AttentionBlock<T, produce> block(task, counting);
-  const int64_t blocks = (task.L * (task.H / task.G) + kRowBlock - 1) / kRowBlock;
   const int64_t work = rough_product(task.batch.size(), task.H, task.L, task.S, task.D + task.E);
-  return {task.batch.size() * task.G * blocks, counting.used, work};
+  return {task.batch.size() * task.G * block_count(task), counting.used, work};
 }
 template <Produce produce> Plan plan_attention(const Attention& task) {
   return task.compute == DType::f64 ? plan_attention_as<double, produce>(task)

@@ -19,9 +19,13 @@ void tile(int64_t k_count, const T* __restrict a, int64_t a_row, const T* __rest
   Vec<T> sum[R][P];
   for (int r = 0; r < R; ++r)
     for (int p = 0; p < P; ++p) sum[r][p] = Vec<T>(T(0));
+  // With few rows the tile waits for B, not for arithmetic: it asks early for the panels, or the rows, that come next.
+  const int64_t ahead = b_row == 16 ? P * b_block : 16 * b_row;
   for (int64_t k = 0; k < k_count; ++k) {
     Vec<T> row[P];
     for (int p = 0; p < P; ++p) row[p] = Vec<T>::load(b + k * b_row + p * b_block);
+    if constexpr (R <= 8)
+      for (int p = 0; p < P; ++p) __builtin_prefetch(b + k * b_row + p * b_block + ahead);
     for (int r = 0; r < R; ++r) {
       const Vec<T> x = a[r * a_row + k];
       for (int p = 0; p < P; ++p) sum[r][p] = fma(x, row[p], sum[r][p]);
@@ -31,26 +35,30 @@ void tile(int64_t k_count, const T* __restrict a, int64_t a_row, const T* __rest
     for (int p = 0; p < P; ++p) sum[r][p].store(c + r * c_row + 16 * p);
 }
 
-template <class T, int R>
+template <class T, int R, int P>
 void tile_columns(int64_t columns, int64_t k_count, const T* a, int64_t a_row, const T* b, int64_t b_row,
                   int64_t b_block, T* c, int64_t c_row) {
   int64_t j = 0;
-  for (; j + 16 * kTileVecs <= columns; j += 16 * kTileVecs)
-    tile<T, R, kTileVecs>(k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, c + j, c_row);
-  for (; j < columns; j += 16) tile<T, R, 1>(k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, c + j, c_row);
+  for (; j + 16 * P <= columns; j += 16 * P)
+    tile<T, R, P>(k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, c + j, c_row);
+  if constexpr (P > 1)
+    tile_columns<T, R, P / 2>(columns - j, k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, c + j, c_row);
 }
 
-// C = A B. columns is a multiple of 16; rows may be any number: full tiles, then fours, then ones.
+// C = A B. columns is a multiple of 16; rows may be any number: full tiles, then eights, fours and ones, in tiles that
+// are wider the lower they are, so that few rows (decoding) still read B in long stretches.
 template <class T>
 void multiply(int64_t rows, int64_t columns, int64_t k_count, const T* a, int64_t a_row, const T* b, int64_t b_row,
               int64_t b_block, T* c, int64_t c_row) {
   int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows)
-    tile_columns<T, kTileRows>(columns, k_count, a + i * a_row, a_row, b, b_row, b_block, c + i * c_row, c_row);
-  for (; i + 4 <= rows; i += 4)
-    tile_columns<T, 4>(columns, k_count, a + i * a_row, a_row, b, b_row, b_block, c + i * c_row, c_row);
-  for (; i < rows; ++i)
-    tile_columns<T, 1>(columns, k_count, a + i * a_row, a_row, b, b_row, b_block, c + i * c_row, c_row);
+  const auto run = [&]<int R, int P>() {
+    for (; i + R <= rows; i += R)
+      tile_columns<T, R, P>(columns, k_count, a + i * a_row, a_row, b, b_row, b_block, c + i * c_row, c_row);
+  };
+  run.template operator()<kTileRows, kTileVecs>();
+  if constexpr (kTileRows > 8) run.template operator()<8, kTileVecs>();
+  run.template operator()<4, 2 * kTileVecs>();
+  run.template operator()<1, 4 * kTileVecs>();
 }
 
 } // namespace

@@ -9,7 +9,12 @@ namespace {
 
 // linear: y = x w + b. Each element is a tree over blocks of the inner axis, each block one chain of kChain fused
 // multiply-adds: a single long chain would lose accuracy beside libraries that keep many partial sums.
-constexpr int64_t kLinearRows = 96, kLinearColumns = 64; // a unit of work; multiples of the register tiles
+// A unit of work: many rows by few columns, whose weights are packed once for all of them; or, where there are few
+// rows, few by many, which reads the weights where they are in long stretches. Multiples of the register tiles.
+constexpr int64_t kLinearRows = 192, kLinearColumns = 64;
+constexpr int64_t kFewRows = 24, kManyColumns = 512;
+inline int64_t linear_columns(const Linear& task) { return task.M <= kFewRows ? kManyColumns : kLinearColumns; }
+static_assert(kFewRows * kManyColumns <= kLinearRows * kLinearColumns);
 
 template <class T> struct LinearBlock {
   const Linear& task;
@@ -18,22 +23,23 @@ template <class T> struct LinearBlock {
   LinearBlock(const Linear& t, Arena& arena) : task(t) {
     const int64_t slots = stack_slots((task.K + kChain - 1) / kChain, false);
     x_block = arena.take<T>(kLinearRows * kChain);
-    w_block = arena.take<T>(kChain * kLinearColumns);
-    column = arena.take<T>(kChain);
+    w_block = arena.take<T>(kChain * linear_columns(task));
+    column = arena.take<T>(most(kChain, kManyColumns));
     partial = arena.take<T>(slots * kLinearRows * kLinearColumns);
   }
 
   void run(int64_t unit) {
     const int64_t row_blocks = (task.M + kLinearRows - 1) / kLinearRows;
-    const int64_t first_row = unit % row_blocks * kLinearRows, first_column = unit / row_blocks * kLinearColumns;
-    const int64_t rows = least(kLinearRows, task.M - first_row), columns = least(kLinearColumns, task.N - first_column);
+    const int64_t first_row = unit % row_blocks * kLinearRows, first_column = unit / row_blocks * linear_columns(task);
+    const int64_t rows = least(kLinearRows, task.M - first_row);
+    const int64_t columns = least(linear_columns(task), task.N - first_column);
     const int64_t width = round_up(columns, 16);
     ChunkStack stack;
     const auto joiner = [&](int slot) {
       T* a = partial + slot * kLinearRows * kLinearColumns;
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < width; j += 16) {
-          T* at = a + i * kLinearColumns + j;
+          T* at = a + i * width + j;
           (Vec<T>::load(at) + Vec<T>::load(at + kLinearRows * kLinearColumns)).store(at);
         }
     };
@@ -44,13 +50,12 @@ template <class T> struct LinearBlock {
       int64_t x_row, w_row;
       const T* x = read_x(first_row, rows, k, count, x_row);
       const T* w = read_w(k, count, first_column, columns, w_row);
-      multiply<T>(rows, width, count, x, x_row, w, w_row, 16, partial + slot * kLinearRows * kLinearColumns,
-                  kLinearColumns);
+      multiply<T>(rows, width, count, x, x_row, w, w_row, 16, partial + slot * kLinearRows * kLinearColumns, width);
     }
     stack.finish(joiner);
     if (task.b.data) read_row(address(task.b, 0, first_column), task.b.dtype, task.b.stride[0], columns, column);
     for (int64_t i = 0; i < rows; ++i) {
-      T* sum = partial + i * kLinearColumns;
+      T* sum = partial + i * width;
       if (task.b.data)
         for (int64_t j = 0; j < columns; ++j) sum[j] += column[j];
       write_row(sum, columns, address(task.y, 0, first_row + i, first_column), task.y.dtype);
@@ -70,19 +75,19 @@ template <class T> struct LinearBlock {
   }
   const T* read_w(int64_t k, int64_t count, int64_t first, int64_t columns, int64_t& w_row) {
     const View& w = task.w;
-    if (w.dtype == dtype_of<T> && w.stride[1] == 1 && columns % 16 == 0) {
+    if (w.dtype == dtype_of<T> && w.stride[1] == 1 && columns % 16 == 0 && task.M <= kFewRows) {
       w_row = w.stride[0];
       return reinterpret_cast<const T*>(address(w, 0, k, first));
     }
-    w_row = kLinearColumns;
-    if (columns % 16) memset(w_block, 0, size_t(kChain * kLinearColumns) * sizeof(T));
+    w_row = round_up(columns, 16);
+    if (columns % 16) memset(w_block, 0, size_t(count * w_row) * sizeof(T));
     if (w.stride[1] == 1) {
       for (int64_t i = 0; i < count; ++i)
-        read_row(address(w, 0, k + i, first), w.dtype, 1, columns, w_block + i * kLinearColumns);
+        read_row(address(w, 0, k + i, first), w.dtype, 1, columns, w_block + i * w_row);
     } else { // a transposed view: read along the inner axis
       for (int64_t j = 0; j < columns; ++j) {
         read_row(address(w, 0, k, first + j), w.dtype, w.stride[0], count, column);
-        for (int64_t i = 0; i < count; ++i) w_block[i * kLinearColumns + j] = column[i];
+        for (int64_t i = 0; i < count; ++i) w_block[i * w_row + j] = column[i];
       }
     }
     return w_block;
@@ -93,7 +98,7 @@ template <class T> Plan plan_linear_as(const Linear& task) {
   Arena counting{nullptr};
   const LinearBlock<T> block(task, counting);
   const int64_t row_blocks = (task.M + kLinearRows - 1) / kLinearRows;
-  return {row_blocks * ((task.N + kLinearColumns - 1) / kLinearColumns), counting.used,
+  return {row_blocks * ((task.N + linear_columns(task) - 1) / linear_columns(task)), counting.used,
           rough_product(task.M, task.K, task.N)};
 }
 inline Plan plan_linear(const Linear& task) {

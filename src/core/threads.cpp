@@ -122,7 +122,6 @@ public:
     std::unique_lock<std::mutex> mine(busy_, std::try_to_lock);
     const int64_t pays = 1 + job.work / kWorkPerThread;
     job.participants = int(std::min({int64_t(threads_), job.units, pays}));
-    if (mine && job.participants > 1) job.participants = std::min(job.participants, 1 + workers(job.participants - 1));
     if (!mine || job.participants == 1) {
       if (mine) mine.unlock();
       static thread_local Workspace own;
@@ -133,6 +132,7 @@ public:
       return;
     }
     job.workspace = workspace_.at_least(job.workspace_bytes * job.participants);
+    job.participants = std::min(job.participants, 1 + workers(job.participants - 1));
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       job_ = &job;
