@@ -30,29 +30,44 @@ def test_a_conversion_does_not_write_out_what_was_repeated():
 
 
 class TestTorch:
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    @pytest.fixture
+    def torch(self):
+        return pytest.importorskip("torch", reason="PyTorch is not installed")
 
-    def test_same_kind_and_type_back(self):
-        for dtype in (self.torch.float64, self.torch.float32, self.torch.float16, self.torch.bfloat16):
-            x = self.torch.ones(1, 3, 8, dtype=dtype)
+    def test_same_kind_and_type_back(self, torch):
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            x = torch.ones(1, 3, 8, dtype=dtype)
             out, lse = hw.attention(x, x, x, return_lse=True)
-            assert isinstance(out, self.torch.Tensor)
+            assert isinstance(out, torch.Tensor)
             assert out.dtype == dtype
-            assert lse.dtype == (self.torch.float64 if dtype == self.torch.float64 else self.torch.float32)
+            assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
-    def test_a_subclass_counts_as_torch(self):
-        kind = type("Tagged", (self.torch.Tensor,), {})
-        assert isinstance(hw.filter_logits(self.torch.tensor(LOGITS).as_subclass(kind)), self.torch.Tensor)
+    def test_a_subclass_counts_as_torch(self, torch):
+        kind = type("Tagged", (torch.Tensor,), {})
+        assert isinstance(hw.filter_logits(torch.tensor(LOGITS).as_subclass(kind)), torch.Tensor)
 
-    def test_the_sign_that_a_conjugate_keeps_apart(self):
-        z = self.torch.conj(self.torch.tensor([1 + 2j, 1 - 3j, 1 + 1j])).imag
+    def test_the_sign_that_a_conjugate_keeps_apart(self, torch):
+        z = torch.conj(torch.tensor([1 + 2j, 1 - 3j, 1 + 1j])).imag
         assert z.is_neg()
         assert hw.filter_logits(z).tolist() == z.tolist() == [-2, 3, -1]
 
-    def test_gradients_are_left_behind(self):
-        x = self.torch.ones(1, 2, 4, requires_grad=True)
+    def test_gradients_are_left_behind(self, torch):
+        x = torch.ones(1, 2, 4, requires_grad=True)
         assert not hw.attention(x, x, x).requires_grad
 
-    def test_a_device_without_memory_is_refused(self):
+    def test_a_device_without_memory_is_refused(self, torch):
         with pytest.raises(TypeError, match="q: expected an array in CPU memory"):
-            hw.attention(self.torch.ones(1, 2, 4, device="meta"), np.ones((1, 2, 4)), np.ones((1, 2, 4)))
+            hw.attention(torch.ones(1, 2, 4, device="meta"), np.ones((1, 2, 4)), np.ones((1, 2, 4)))
+
+
+class TestJax:
+    def test_same_kind_and_type_back(self):
+        jax = pytest.importorskip("jax", reason="JAX is not installed")
+        for dtype in (jax.numpy.float32, jax.numpy.float16, jax.numpy.bfloat16):
+            x = jax.numpy.ones((1, 3, 8), dtype)
+            out, lse = hw.attention(x, x, x, return_lse=True)
+            assert isinstance(out, jax.Array)
+            assert out.dtype == dtype
+            assert lse.dtype == jax.numpy.float32
+        assert hw.sample(jax.numpy.array(LOGITS), temperature=0) == 1
+        assert isinstance(hw.sample(jax.numpy.array([LOGITS]), temperature=0), jax.Array)
