@@ -55,10 +55,11 @@ void multiply(int64_t rows, int64_t columns, int64_t k_count, const T* a, int64_
     for (; i + R <= rows; i += R)
       tile_columns<T, R, P>(columns, k_count, a + i * a_row, a_row, b, b_row, b_block, c + i * c_row, c_row);
   };
-  run.template operator()<kTileRows, kTileVecs>();
-  if constexpr (kTileRows > 8) run.template operator()<8, kTileVecs>();
-  run.template operator()<4, 2 * kTileVecs>();
-  run.template operator()<1, 4 * kTileVecs>();
+  constexpr int vecs = sizeof(T) == 8 ? 1 : kTileVecs; // a Vec of doubles fills twice the registers
+  run.template operator()<kTileRows, vecs>();
+  if constexpr (kTileRows > 8) run.template operator()<8, vecs>();
+  run.template operator()<4, 2 * vecs>();
+  run.template operator()<1, 4 * vecs>();
 }
 
 } // namespace
