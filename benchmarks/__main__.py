@@ -1,4 +1,4 @@
-"""headway beside its peers, in one process, alternating, medians; the error against float64 beside each time.
+"""headway beside its peers, in one process, in turns, medians; the error against float64 beside each time.
 
 Run ``make bench``, or ``python -m benchmarks [attention|sampling]``. Absolute figures differ between machines;
 the ratios of one run are what counts. A peer that is not installed is left out, and said so.
@@ -24,17 +24,22 @@ except ImportError:
 Candidates = dict[str, Callable[[], Any]]
 
 
-def times(candidates: Candidates, seconds: float = 1.0) -> dict[str, float]:
-    """Return each candidate's median time, measured in turns until the time is up."""
+def times(candidates: Candidates, seconds: float = 2.0) -> dict[str, float]:
+    """Return each candidate's median time, measured in turns until the time is up.
+
+    A turn is a pause, one call that does not count, and calls for 30 ms. The pause is for the threads of the
+    candidate before, which OpenMP and OpenBLAS keep spinning for a while: they would take the next one's processors.
+    """
     taken: dict[str, list[float]] = {name: [] for name in candidates}
-    for run in candidates.values():
-        run()
     end = time.perf_counter() + seconds * len(candidates)
     while time.perf_counter() < end or len(taken[next(iter(taken))]) < 3:
         for name, run in candidates.items():
-            start = time.perf_counter()
+            time.sleep(0.3)
             run()
-            taken[name].append(time.perf_counter() - start)
+            turn = time.perf_counter() + 0.03
+            while (start := time.perf_counter()) < turn:
+                run()
+                taken[name].append(time.perf_counter() - start)
     return {name: median(values) for name, values in taken.items()}
 
 
