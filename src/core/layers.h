@@ -9,6 +9,7 @@ namespace {
 
 // linear: y = x w + b. Each element is a tree over blocks of the inner axis, each block one chain of kChain fused
 // multiply-adds: a single long chain would lose accuracy beside libraries that keep many partial sums.
+//
 // A unit of work: many rows by few columns, whose weights are packed once for all of them; or, where there are few
 // rows, few by many, which reads the weights where they are in long stretches. Multiples of the register tiles.
 constexpr int64_t kLinearRows = 192, kLinearColumns = 64;
@@ -113,7 +114,7 @@ inline void run_linear(const Linear& task, int64_t unit, void* workspace) {
 }
 
 // rotary: each pair (i, i + D/2) turns by position * frequency[i] (Su et al., 2021, in the layout of Llama). Angles are
-// float64: at position 100,000 a float32 angle is already wrong by 0.01. A unit is one position.
+// float64: at position 100,000 a float32 angle is already wrong by 0.004. A unit is one position.
 template <class T> void rotate(const Rotary& task, int64_t l, Arena arena) {
   const int64_t half = task.D / 2, padded = round_up(half, 16), items = task.batch.size();
   double *angle = arena.take<double>(padded), *sine = arena.take<double>(padded), *cosine = arena.take<double>(padded);

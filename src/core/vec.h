@@ -32,8 +32,8 @@ constexpr int kRegisterBytes = 32;
 constexpr int kRegisterBytes = 16;
 #endif
 
-// The register tile of the matrix micro-kernel, rows x Vecs of columns (gemm.h). It must leave room for the operands:
-// AVX-512: 12 x 2 accumulators + 2 of 32 registers; AVX2: 6 x 2 + 3 of 16; NEON: 6 x 4 + 5 of 32.
+// The register tile of the matrix micro-kernel, rows x Vecs of columns (gemm.h). It must leave room for the operands;
+// of floats, AVX-512: 12 x 2 accumulators + 2 of 32 registers; AVX2: 6 x 2 + 3 of 16; NEON: 6 x 4 + 5 of 32.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 12, kTileVecs = 2;
 #else

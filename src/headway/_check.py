@@ -75,7 +75,7 @@ def batch_shape(**shapes: Shape) -> Shape:
     return shape
 
 
-def mask(x: Any, name: str = "mask") -> NDArray[np.bool_]:
+def mask(x: Any, name: str) -> NDArray[np.bool_]:
     """Return a 0/1 mask as bool. A floating mask that is none is taken for an additive one, and refused."""
     array = plain(x, name)
     if array.dtype == np.bool_:

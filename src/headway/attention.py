@@ -130,7 +130,7 @@ def prepare(
             f"differ, got {length} queries and {keys.length} keys: say where the queries stand, or use a mask"
         )
     if mask is not None:
-        allowed = _check.mask(mask).view(np.uint8)
+        allowed = _check.mask(mask, "mask").view(np.uint8)
         mask = _check.broadcast(allowed, scores, "mask", "(..., H, L, S)", "; a mask per batch item is mask[:, None]")
     if bias is not None:
         bias = _check.broadcast(_added(bias, compute), scores, "bias", "(..., H, L, S)")

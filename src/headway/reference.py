@@ -328,7 +328,7 @@ def multi_head_attention(
     heads, lse = attention(q, k, v, sinks=sinks, return_lse=True, **options)
     out = linear(_join(heads), w_o, b_o)
     if decimals is not None:
-        out = np.round(out, decimals)
+        out = np.round(out, decimals) + 0.0  # a table has no -0
     return (out, lse) if return_lse else out
 
 
