@@ -15,7 +15,11 @@
 namespace headway {
 namespace {
 
-constexpr int64_t kRowBlock = 192; // most rows that share one packing of K and V; a multiple of every kTileRows
+constexpr int64_t kRowBlock = 192; // most rows that share one packing of K and V; a multiple of kTileRows
+// Rows whose scores are computed together, panel of keys by panel: a panel is then read into the first-level cache once
+// for all of them, while their scores (48 KB) stay in the second.
+constexpr int64_t kBandTiles = 4, kBandRows = kBandTiles * kTileRows;
+constexpr int64_t kBandKeys = 64; // a panel: 32 KB at D = 128, half of that at the usual 64
 
 // A head's rows in blocks of equal size. Which rows share a block changes no bit.
 inline int64_t block_rows(const Attention& task) {
@@ -62,7 +66,6 @@ template <class T> struct RowRules {
   int64_t mask_stride;
   const T* bias;
   int64_t bias_stride;
-  bool free() const { return !mask && !bias; }
 };
 
 template <class T> Vec<T> load_strided(const T* p, int64_t stride, int64_t n) {
@@ -98,14 +101,10 @@ template <class T> T score_row(T* s, int64_t begin, int64_t end, const RowRules<
   for (int64_t j = begin; j < end; j += 16) {
     Vec<T> x = Vec<T>::load(s + j) * Vec<T>(scale);
     if (softcap > 0) x = Vec<T>(softcap) * tanh(x / Vec<T>(softcap));
-    if (row.free() && row.low <= j && j + 16 <= row.high) {
-      seen = Mask<T>(Int(-1));
-    } else {
-      if (row.bias) x = x + load_strided(row.bias + j * row.bias_stride, row.bias_stride, row.high - j);
-      const Mask<T> keep = allowed(row, j);
-      seen = seen | keep;
-      x = select(keep, x, Vec<T>(kMinusInfinity<T>));
-    }
+    if (row.bias) x = x + load_strided(row.bias + j * row.bias_stride, row.bias_stride, row.high - j);
+    const Mask<T> keep = allowed(row, j);
+    seen = seen | keep;
+    x = select(keep, x, Vec<T>(kMinusInfinity<T>));
     x.store(s + j);
     top = larger(x, top);
   }
@@ -114,15 +113,39 @@ template <class T> T score_row(T* s, int64_t begin, int64_t end, const RowRules<
   return m > Constants<T>::lowest ? m : Constants<T>::lowest;
 }
 
-// Scores become exp(score - maximum); returns their sum over 16 lanes and one tree.
-template <class T> T soften(T* s, int64_t begin, int64_t end, T m) {
+// Scores times scale become exp(score - m); returns their sum over 16 lanes and one tree.
+template <class T> T soften(T* s, int64_t begin, int64_t end, T scale, T m) {
   Vec<T> total = T(0);
   for (int64_t j = begin; j < end; j += 16) {
-    const Vec<T> p = exp(Vec<T>::load(s + j) - Vec<T>(m));
+    const Vec<T> p = exp(Vec<T>::load(s + j) * Vec<T>(scale) - Vec<T>(m));
     p.store(s + j);
     total = total + p;
   }
   return sum(total);
+}
+
+// The two together, on raw products: leaves exp(score - m), sets m and the total. Where nothing but the row's bounds
+// decides, products are scaled on their way into the exponential, and the walk for the maximum writes nothing: a
+// positive scale keeps their order, so the maximum of the scaled is the scaled maximum, rounding included.
+template <class T>
+void soften_row(T* s, int64_t begin, int64_t end, const RowRules<T>& row, T scale, T softcap, T& m, T& total) {
+  m = kMinusInfinity<T>, total = T(0);
+  if (row.low >= row.high) {
+  } else if (!row.mask && !row.bias && softcap == 0 && scale > 0) {
+    for (int64_t j = begin; j < row.low; ++j) s[j] = kMinusInfinity<T>;
+    for (int64_t j = row.high; j < end; ++j) s[j] = kMinusInfinity<T>;
+    Vec<T> top = kMinusInfinity<T>;
+    for (int64_t j = begin; j < end; j += 16) top = larger(Vec<T>::load(s + j), top);
+    m = maximum(top) * scale;
+    m = m > Constants<T>::lowest ? m : Constants<T>::lowest;
+  } else {
+    m = score_row(s, begin, end, row, scale, softcap);
+    scale = T(1);
+  }
+  if (m == kMinusInfinity<T>)
+    memset(s + begin, 0, size_t(end - begin) * sizeof(T));
+  else
+    total = soften(s, begin, end, scale, m);
 }
 
 // Whether some number of a (rows, width) array is infinite or NaN.
@@ -138,15 +161,18 @@ template <class T, Produce produce> struct AttentionBlock {
   const Attention& task;
   int64_t repeat, keys, width, slots; // heads per group; E rounded up to 16; tree slots
   // scratch
-  T *queries, *panels, *values, *row_buffer, *scores;
+  T *query_buffer, *panels, *values, *row_buffer, *scores;
   T *state_maximum, *state_total, *state_sum; // (slots, kRowBlock [, width])
   // the block
   int64_t item, group, first_row, rows;
+  const T* queries;
+  int64_t query_row, mask_offset, bias_offset;
   int64_t low[kRowBlock], high[kRowBlock]; // keys that a row may reach, relative to key 0 of the task
-  ChunkStack stack[kRowBlock / kTileRows]; // one per tile of rows
+  ChunkStack stack;
   // the chunk at hand
   const T *chunk_keys, *chunk_values;
   int64_t key_row, key_block, value_row;
+  int64_t packed_from, packed_to;
   int values_poisoned; // -1: not looked at yet
 
   AttentionBlock(const Attention& t, Arena& arena) : task(t) {
@@ -154,11 +180,11 @@ template <class T, Produce produce> struct AttentionBlock {
     keys = task.S;
     width = round_up(task.E, 16);
     slots = stack_slots((task.key_offset + keys + kChunk - 1) / kChunk, produce == Produce::nodes);
-    queries = arena.take<T>(kRowBlock * task.D);
+    query_buffer = arena.take<T>(kRowBlock * task.D);
     panels = arena.take<T>(kChunk * task.D);
     values = arena.take<T>(kChunk * width);
     row_buffer = arena.take<T>(most(task.D * 16, most(width, task.S * (produce == Produce::weights))));
-    scores = arena.take<T>(kTileRows * kChunk);
+    scores = arena.take<T>(kBandRows * kChunk);
     state_maximum = arena.take<T>(slots * kRowBlock);
     state_total = arena.take<T>(slots * kRowBlock);
     state_sum = arena.take<T>(slots * kRowBlock * width);
@@ -166,8 +192,8 @@ template <class T, Produce produce> struct AttentionBlock {
 
   int64_t query_of(int64_t r) const { return (first_row + r) / repeat; }
   int64_t head_of(int64_t r) const { return group * repeat + (first_row + r) % repeat; }
-  States<T> state(int64_t slot, int64_t tile_row) const {
-    const int64_t at = slot * kRowBlock + tile_row;
+  States<T> state(int64_t slot, int64_t row) const {
+    const int64_t at = slot * kRowBlock + row;
     return {state_maximum + at, state_total + at, state_sum + at * width, width};
   }
 
@@ -190,9 +216,19 @@ template <class T, Produce produce> struct AttentionBlock {
       if (task.window_right != kUnset) to = least(to, position + task.window_right + 1);
       low[r] = least(most(from - task.key_offset, 0), keys);
       high[r] = most(low[r], least(to - task.key_offset, keys));
-      read_row(address(task.q, q_offset, head_of(r), query_of(r)), task.q.dtype, task.q.stride[2], task.D,
-               queries + r * task.D);
     }
+    if (task.q.dtype == dtype_of<T> && task.q.stride[2] == 1 && repeat == 1) {
+      queries = reinterpret_cast<const T*>(address(task.q, q_offset, group, first_row));
+      query_row = task.q.stride[1];
+    } else {
+      for (int64_t r = 0; r < rows; ++r)
+        read_row(address(task.q, q_offset, head_of(r), query_of(r)), task.q.dtype, task.q.stride[2], task.D,
+                 query_buffer + r * task.D);
+      queries = query_buffer;
+      query_row = task.D;
+    }
+    mask_offset = batch_offset(task.batch, task.mask, item);
+    bias_offset = batch_offset(task.batch, task.bias, item);
   }
 
   // Keys begin .. end of the chunk that starts at key `chunk` (all relative to key 0), in panels of 16, and their
@@ -223,7 +259,7 @@ template <class T, Produce produce> struct AttentionBlock {
         make_panel(row_buffer, task.D, task.D, panel);
       }
     }
-    values_poisoned = -1;
+    values_poisoned = -1, packed_from = begin, packed_to = end;
     if (v.dtype == dtype_of<T> && v.stride[2] == 1 && task.E == width) {
       chunk_values = reinterpret_cast<T*>(address(v, v_offset, group, chunk));
       value_row = v.stride[1];
@@ -245,78 +281,86 @@ template <class T, Produce produce> struct AttentionBlock {
     row.mask_stride = task.mask.stride[2];
     row.bias_stride = task.bias.stride[2];
     if (task.mask.data)
-      row.mask = reinterpret_cast<const uint8_t*>(
-          address(task.mask, batch_offset(task.batch, task.mask, item), head_of(r), query_of(r), chunk));
+      row.mask = reinterpret_cast<const uint8_t*>(address(task.mask, mask_offset, head_of(r), query_of(r), chunk));
     if (task.bias.data)
-      row.bias = reinterpret_cast<const T*>(
-          address(task.bias, batch_offset(task.batch, task.bias, item), head_of(r), query_of(r), chunk));
+      row.bias = reinterpret_cast<const T*>(address(task.bias, bias_offset, head_of(r), query_of(r), chunk));
     return row;
   }
 
-  // Rows tile .. tile + count against one chunk: scores, softened, weighted sum, into `into`.
-  void attend(int64_t tile_row, int64_t count, int64_t chunk, const States<T>& into) {
-    int64_t from = kChunk, to = 0; // the keys that some row of the tile may reach, relative to the chunk
-    for (int64_t r = tile_row; r < tile_row + count; ++r) {
-      if (high[r] <= low[r]) continue;
-      from = least(from, most(low[r] - chunk, 0));
-      to = most(to, least(high[r] - chunk, kChunk));
+  // A few rows, and the keys of a chunk that some of them may reach. `all` of them may reach a smaller part.
+  struct Tile {
+    int64_t row, count, from, to, all_from, all_to;
+  };
+  Tile tile_at(int64_t row, int64_t chunk) const {
+    Tile t{row, least(kTileRows, rows - row), kChunk, 0, 0, kChunk};
+    for (int64_t r = row; r < row + t.count; ++r) {
+      const int64_t a = least(most(low[r] - chunk, 0), kChunk), b = least(most(high[r] - chunk, 0), kChunk);
+      t.all_from = most(t.all_from, a), t.all_to = least(t.all_to, b);
+      if (a < b) t.from = least(t.from, a), t.to = most(t.to, b);
     }
-    if (from >= to) {
-      for (int64_t r = 0; r < count; ++r) into.maximum[r] = kMinusInfinity<T>, into.total[r] = T(0);
-      memset(into.sum, 0, size_t(count * width) * sizeof(T));
-      return;
+    t.all_from = least(t.all_from, t.to), t.all_to = most(t.all_to, t.from);
+    return t;
+  }
+
+  // Rows band .. band + kBandRows against one chunk: scores, softened, weighted sum, into `into`.
+  void attend(int64_t band, int64_t chunk, const States<T>& into) {
+    Tile tiles[kBandTiles];
+    int64_t count = 0, begin = kChunk, end = 0;
+    for (int64_t row = band; row < least(rows, band + kBandRows); row += kTileRows) {
+      const Tile t = tile_at(row, chunk);
+      for (int64_t r = row; r < row + t.count; ++r) into.maximum[r] = kMinusInfinity<T>, into.total[r] = T(0);
+      if (t.from >= t.to) continue;
+      tiles[count++] = t;
+      begin = least(begin, t.from), end = most(end, t.to);
     }
-    const int64_t begin = from / 16 * 16, end = round_up(to, 16);
-    multiply<T>(count, end - begin, task.D, queries + tile_row * task.D, task.D, chunk_keys + begin / 16 * key_block,
-                key_row, key_block, scores + begin, kChunk);
-    bool holes = false; // whether some row of the tile passes over a key that another one uses
-    for (int64_t r = 0; r < count; ++r) {
-      const RowRules<T> row = rules(tile_row + r, chunk);
-      T* s = scores + r * kChunk;
-      const T m = score_row(s, begin, end, row, T(task.scale), T(task.softcap));
-      into.maximum[r] = m;
-      into.total[r] = T(0);
-      if (m == kMinusInfinity<T>)
-        memset(s + begin, 0, size_t(end - begin) * sizeof(T));
-      else
-        into.total[r] = soften(s, begin, end, m);
-      holes |= !row.free() || row.low > from || row.high < to;
-    }
-    if (width == 0) return;
-    if (holes && values_poisoned != 0) { // only then does it matter, and only once a chunk is it looked at
-      if (values_poisoned < 0) {
-        const int64_t all = least(kChunk, keys - chunk);
-        int64_t first = all, last = 0;
-        for (int64_t r = 0; r < rows; ++r)
-          if (low[r] < high[r]) {
-            first = least(first, most(low[r] - chunk, 0));
-            last = most(last, least(high[r] - chunk, all));
-          }
-        values_poisoned = non_finite(chunk_values + first * value_row, value_row, last - first, width);
+    for (int64_t j = begin / kBandKeys * kBandKeys; j < end; j += kBandKeys)
+      for (int64_t i = 0; i < count; ++i) {
+        const Tile& t = tiles[i];
+        const int64_t a = most(j, t.from / 16 * 16), b = least(j + kBandKeys, round_up(t.to, 16));
+        if (a < b)
+          multiply<T>(t.count, b - a, task.D, queries + t.row * query_row, query_row, chunk_keys + a / 16 * key_block,
+                      key_row, key_block, scores + (t.row - band) * kChunk + a, kChunk);
       }
+    for (int64_t i = 0; i < count; ++i) {
+      const Tile& t = tiles[i];
+      T* s = scores + (t.row - band) * kChunk;
+      for (int64_t r = 0; r < t.count; ++r)
+        soften_row(s + r * kChunk, t.from / 16 * 16, round_up(t.to, 16), rules(t.row + r, chunk), T(task.scale),
+                   T(task.softcap), into.maximum[t.row + r], into.total[t.row + r]);
+      if (poisoned(t, chunk))
+        select_values(t, chunk, s, into);
+      else if (width)
+        multiply<T>(t.count, width, t.to - t.from, s + t.from, kChunk, chunk_values + t.from * value_row, value_row, 16,
+                    into.sum + t.row * width, width);
     }
-    if (holes && values_poisoned)
-      select_values(tile_row, count, chunk, begin, end, into);
-    else
-      multiply<T>(count, width, to - from, scores + from, kChunk, chunk_values + from * value_row, value_row, 16,
-                  into.sum, width);
+  }
+
+  // Whether V holds NaN or infinity where some row of the tile must not see it. A mask may leave out any key of the
+  // chunk, so all are looked at, once; else only the keys that not all rows reach.
+  bool poisoned(const Tile& t, int64_t chunk) {
+    const auto among = [&](int64_t from, int64_t to) {
+      return from < to && non_finite(chunk_values + from * value_row, value_row, to - from, width);
+    };
+    if (!task.mask.data && !task.bias.data) return among(t.from, t.all_from) || among(t.all_to, t.to);
+    if (values_poisoned < 0)
+      values_poisoned = among(packed_from - chunk, packed_to - chunk);
+    return values_poisoned;
   }
 
   // The weighted sum where V holds NaN or infinity that some row must not see: 0 * NaN is NaN, so masked keys are
   // stepped over one by one. The chain over the other keys is the same as the tile's.
-  void select_values(int64_t tile_row, int64_t count, int64_t chunk, int64_t begin, int64_t end,
-                     const States<T>& into) {
+  void select_values(const Tile& t, int64_t chunk, const T* tile_scores, const States<T>& into) {
     using Int = typename IntOf<T>::type;
-    for (int64_t r = 0; r < count; ++r) {
-      const RowRules<T> row = rules(tile_row + r, chunk);
-      T* sum = into.sum + r * width;
+    for (int64_t r = 0; r < t.count; ++r) {
+      const RowRules<T> row = rules(t.row + r, chunk);
+      T* sum = into.sum + (t.row + r) * width;
       memset(sum, 0, size_t(width) * sizeof(T));
-      for (int64_t j = begin; j < end; j += 16) {
+      for (int64_t j = t.from / 16 * 16; j < t.to; j += 16) {
         Int keep[16];
         allowed(row, j).store(keep);
         for (int64_t i = 0; i < 16; ++i) {
           if (!keep[i]) continue;
-          const Vec<T> p = scores[r * kChunk + j + i];
+          const Vec<T> p = tile_scores[r * kChunk + j + i];
           const T* v = chunk_values + (j + i) * value_row;
           for (int64_t e = 0; e < width; e += 16) fma(p, Vec<T>::load(v + e), Vec<T>::load(sum + e)).store(sum + e);
         }
@@ -336,59 +380,38 @@ template <class T, Produce produce> struct AttentionBlock {
     }
   }
 
-  bool reaches(int64_t tile_row, int64_t count, int64_t chunk) const {
-    for (int64_t r = tile_row; r < tile_row + count; ++r)
-      if (low[r] < high[r] && low[r] < chunk + kChunk && high[r] > chunk) return true;
-    return false;
-  }
-
   void run(int64_t unit) {
     begin(unit);
     const int64_t first_chunk = task.key_offset / kChunk;
-    for (int64_t t = 0; t < rows; t += kTileRows) {
-      stack[t / kTileRows] = ChunkStack();
-      if (produce == Produce::nodes) stack[t / kTileRows].before = first_chunk - 1;
-    }
+    const auto joiner = [this](int slot) { join(state(slot, 0), state(slot + 1, 0), rows); };
+    stack.size = stack.frozen = 0;
+    stack.before = produce == Produce::nodes ? first_chunk - 1 : -1;
     for_each_chunk([&](int64_t chunk) {
-      for (int64_t t = 0; t < rows; t += kTileRows) {
-        const int64_t count = least(kTileRows, rows - t);
-        if (produce != Produce::nodes && !reaches(t, count, chunk)) continue;
-        const int slot = stack[t / kTileRows].push(first_chunk + chunk / kChunk, joiner(t, count));
-        attend(t, count, chunk, state(slot, t));
-      }
+      const int slot = stack.push(first_chunk + chunk / kChunk, joiner);
+      for (int64_t band = 0; band < rows; band += kBandRows) attend(band, chunk, state(slot, 0));
     });
-    for (int64_t t = 0; t < rows; t += kTileRows) {
-      const int64_t count = least(kTileRows, rows - t);
-      if (produce == Produce::nodes) {
-        stack[t / kTileRows].settle(first_chunk + (keys + kChunk - 1) / kChunk, joiner(t, count));
-        for (int64_t n = 0; n < task.nodes; ++n) hand_on(n, t, count);
-        continue;
-      }
-      stack[t / kTileRows].finish(joiner(t, count));
-      if (stack[t / kTileRows].size == 0) attend_to_nothing(t, count);
+    if (produce == Produce::nodes) {
+      stack.settle(first_chunk + (keys + kChunk - 1) / kChunk, joiner);
+      for (int64_t n = 0; n < task.nodes; ++n) hand_on(n);
+      return;
     }
+    stack.finish(joiner);
+    if (stack.size == 0)
+      for (int64_t r = 0; r < rows; ++r) state_maximum[r] = kMinusInfinity<T>, state_total[r] = T(0);
     if (produce == Produce::output)
       for (int64_t r = 0; r < rows; ++r) finish_row(task, item, head_of(r), query_of(r), state(0, r), row_buffer);
     if (produce == Produce::weights) write_weights();
   }
 
-  auto joiner(int64_t t, int64_t count) {
-    return [this, t, count](int slot) { join(state(slot, t), state(slot + 1, t), count); };
-  }
-  void attend_to_nothing(int64_t t, int64_t count) {
-    const States<T> s = state(0, t);
-    for (int64_t r = 0; r < count; ++r) s.maximum[r] = kMinusInfinity<T>, s.total[r] = T(0);
-    memset(s.sum, 0, size_t(count * width) * sizeof(T));
-  }
-
-  void hand_on(int64_t node, int64_t t, int64_t count) {
-    const States<T> s = state(node, t);
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t row = ((node * task.batch.size() + item) * task.H + head_of(t + r)) * task.L + query_of(t + r);
+  void hand_on(int64_t node) {
+    const States<T> s = state(node, 0);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = ((node * task.batch.size() + item) * task.H + head_of(r)) * task.L + query_of(r);
+      const bool nothing = s.maximum[r] == kMinusInfinity<T>;
       static_cast<T*>(task.maximum)[row] = s.maximum[r];
       static_cast<T*>(task.total_weight)[row] = canonical(s.total[r]);
       for (int64_t e = 0; e < task.E; ++e)
-        static_cast<T*>(task.weighted_sum)[row * task.E + e] = canonical(s.sum[r * width + e]) + T(0);
+        static_cast<T*>(task.weighted_sum)[row * task.E + e] = nothing ? T(0) : canonical(s.sum[r * width + e]) + T(0);
     }
   }
 
@@ -408,10 +431,10 @@ template <class T, Produce produce> struct AttentionBlock {
         const States<T> s = state(0, r);
         if (row.low >= row.high || s.maximum[0] == kMinusInfinity<T>) continue;
         const int64_t begin = row.low / 16 * 16, end = round_up(row.high, 16);
-        multiply<T>(1, end - begin, task.D, queries + r * task.D, task.D, chunk_keys + begin / 16 * key_block, key_row,
-                    key_block, scores + begin, kChunk);
+        multiply<T>(1, end - begin, task.D, queries + r * query_row, query_row, chunk_keys + begin / 16 * key_block,
+                    key_row, key_block, scores + begin, kChunk);
         score_row(scores, begin, end, row, T(task.scale), T(task.softcap));
-        soften(scores, begin, end, s.maximum[0]);
+        soften(scores, begin, end, T(1), s.maximum[0]);
         for (int64_t j = row.low; j < row.high; ++j) scores[j] /= s.total[0];
         char* out = address(task.out, offset, head_of(r), query_of(r), chunk + row.low);
         write_row(scores + row.low, row.high - row.low, out, task.out.dtype);

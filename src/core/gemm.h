@@ -17,21 +17,28 @@ template <class T, int R, int P>
 void tile(int64_t k_count, const T* __restrict a, int64_t a_row, const T* __restrict b, int64_t b_row, int64_t b_block,
           T* __restrict c, int64_t c_row) {
   Vec<T> sum[R][P];
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
     for (int p = 0; p < P; ++p) sum[r][p] = Vec<T>(T(0));
   // With few rows the tile waits for B, not for arithmetic: it asks early for the panels, or the rows, that come next.
   const int64_t ahead = b_row == 16 ? P * b_block : 16 * b_row;
   for (int64_t k = 0; k < k_count; ++k) {
     Vec<T> row[P];
+#pragma GCC unroll 16
     for (int p = 0; p < P; ++p) row[p] = Vec<T>::load(b + k * b_row + p * b_block);
-    if constexpr (R <= 8)
+    if constexpr (R <= 4)
       for (int p = 0; p < P; ++p) __builtin_prefetch(b + k * b_row + p * b_block + ahead);
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec<T> x = a[r * a_row + k];
+#pragma GCC unroll 16
       for (int p = 0; p < P; ++p) sum[r][p] = fma(x, row[p], sum[r][p]);
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
     for (int p = 0; p < P; ++p) sum[r][p].store(c + r * c_row + 16 * p);
 }
 
@@ -45,8 +52,8 @@ void tile_columns(int64_t columns, int64_t k_count, const T* a, int64_t a_row, c
     tile_columns<T, R, P / 2>(columns - j, k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, c + j, c_row);
 }
 
-// C = A B. columns is a multiple of 16; rows may be any number: full tiles, then eights, fours and ones, in tiles that
-// are wider the lower they are, so that few rows (decoding) still read B in long stretches.
+// C = A B. columns is a multiple of 16; rows may be any number: full tiles, then four, two and one, in tiles that are no
+// narrower, so that few rows (decoding) still read B in long stretches.
 template <class T>
 void multiply(int64_t rows, int64_t columns, int64_t k_count, const T* a, int64_t a_row, const T* b, int64_t b_row,
               int64_t b_block, T* c, int64_t c_row) {
@@ -55,11 +62,11 @@ void multiply(int64_t rows, int64_t columns, int64_t k_count, const T* a, int64_
     for (; i + R <= rows; i += R)
       tile_columns<T, R, P>(columns, k_count, a + i * a_row, a_row, b, b_row, b_block, c + i * c_row, c_row);
   };
-  constexpr int vecs = sizeof(T) == 8 ? 1 : kTileVecs; // a Vec of doubles fills twice the registers
+  constexpr int vecs = sizeof(T) == 8 ? (kTileVecs + 1) / 2 : kTileVecs; // a Vec of doubles fills twice the registers
   run.template operator()<kTileRows, vecs>();
-  if constexpr (kTileRows > 8) run.template operator()<8, vecs>();
-  run.template operator()<4, 2 * vecs>();
-  run.template operator()<1, 4 * vecs>();
+  run.template operator()<4, vecs>();
+  run.template operator()<2, 2 * vecs>();
+  run.template operator()<1, 2 * vecs>();
 }
 
 } // namespace

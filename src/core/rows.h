@@ -4,6 +4,8 @@
 #include "kernels.h"
 #include "vec.h"
 
+#include <utility> // index_sequence: a type, no code
+
 namespace headway {
 namespace {
 
@@ -97,22 +99,47 @@ template <class T> void write_row(const T* from, int64_t n, void* to, DType dtyp
   }
 }
 
-// 16 rows of n numbers become a panel (n, 16): each row a lane. By blocks of 4 x 4 where SSE has a shuffle for them,
-// which is enough for packing to cost 2 % of a prefill.
+// 16 rows of n numbers become a panel (n, 16): each row a lane. Floats go four rows by four columns at a time, as many
+// such blocks side by side as a register holds, which keeps packing at 1 or 2 % of a prefill.
+inline Vec<float>::Reg load_quads(const float* p, int64_t step) { // p[0..3], p[step..], ...: four of each
+  using Quad = VectorType<float, 16>::type;
+  const auto quad = [&](int i) {
+    Quad q;
+    memcpy(&q, p + i * step, 16);
+    return q;
+  };
+#if defined(__AVX512F__)
+  const auto low = __builtin_shufflevector(quad(0), quad(1), 0, 1, 2, 3, 4, 5, 6, 7);
+  const auto high = __builtin_shufflevector(quad(2), quad(3), 0, 1, 2, 3, 4, 5, 6, 7);
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(quad(0), quad(1), 0, 1, 2, 3, 4, 5, 6, 7);
+#else
+  return quad(0);
+#endif
+}
+template <int A, int B, int C, int D, class V, size_t... I>
+V pick_quads(V x, V y, std::index_sequence<I...>) { // A .. D: 0 to 3 of x's quad, 4 to 7 of y's
+  constexpr int pick[4] = {A, B, C, D}, lanes = sizeof...(I);
+  return __builtin_shufflevector(x, y, (int(I) / 4 * 4 + pick[I % 4] % 4 + pick[I % 4] / 4 * lanes)...);
+}
 template <class T> void make_panel(const T* rows, int64_t row_stride, int64_t n, T* panel) {
   int64_t d = 0;
-#if defined(__x86_64__)
-  if constexpr (sizeof(T) == 4)
+  if constexpr (sizeof(T) == 4) {
+    using Reg = Vec<float>::Reg;
+    constexpr int lanes = kRegisterBytes / 4;
+    constexpr std::make_index_sequence<lanes> all{};
     for (; d + 4 <= n; d += 4)
-      for (int i = 0; i < 16; i += 4) {
-        const float* from = rows + i * row_stride + d;
-        __m128 r0 = _mm_loadu_ps(from), r1 = _mm_loadu_ps(from + row_stride);
-        __m128 r2 = _mm_loadu_ps(from + 2 * row_stride), r3 = _mm_loadu_ps(from + 3 * row_stride);
-        _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
-        float* to = panel + d * 16 + i;
-        _mm_storeu_ps(to, r0), _mm_storeu_ps(to + 16, r1), _mm_storeu_ps(to + 32, r2), _mm_storeu_ps(to + 48, r3);
+      for (int i = 0; i < 16; i += lanes) {
+        Reg r[4];
+        for (int j = 0; j < 4; ++j) r[j] = load_quads(rows + (i + j) * row_stride + d, 4 * row_stride);
+        const Reg a = pick_quads<0, 4, 1, 5>(r[0], r[1], all), b = pick_quads<2, 6, 3, 7>(r[0], r[1], all);
+        const Reg c = pick_quads<0, 4, 1, 5>(r[2], r[3], all), e = pick_quads<2, 6, 3, 7>(r[2], r[3], all);
+        const Reg column[4] = {pick_quads<0, 1, 4, 5>(a, c, all), pick_quads<2, 3, 6, 7>(a, c, all),
+                               pick_quads<0, 1, 4, 5>(b, e, all), pick_quads<2, 3, 6, 7>(b, e, all)};
+        for (int j = 0; j < 4; ++j) memcpy(panel + (d + j) * 16 + i, &column[j], sizeof(Reg));
       }
-#endif
+  }
   for (; d < n; ++d)
     for (int i = 0; i < 16; ++i) panel[d * 16 + i] = rows[i * row_stride + d];
 }

@@ -33,9 +33,9 @@ constexpr int kRegisterBytes = 16;
 #endif
 
 // The register tile of the matrix micro-kernel, rows x Vecs of columns (gemm.h). It must leave room for the operands;
-// of floats, AVX-512: 12 x 2 accumulators + 2 of 32 registers; AVX2: 6 x 2 + 3 of 16; NEON: 6 x 4 + 5 of 32.
+// of floats, AVX-512: 6 x 4 accumulators + 4 + 1 of 32 registers; AVX2: 6 x 2 + 2 + 1 of 16; NEON: 6 x 4 + 4 + 1 of 32.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 12, kTileVecs = 2;
+constexpr int kTileRows = 6, kTileVecs = 4;
 #else
 constexpr int kTileRows = 6, kTileVecs = 1;
 #endif
@@ -122,9 +122,6 @@ template <class T> Vec<T> select(Mask<T> m, Vec<T> yes, Vec<T> no) {
   for (int i = 0; i < Vec<T>::parts; ++i) no.part[i] = m.part[i] ? yes.part[i] : no.part[i];
   return no;
 }
-// The larger of two; where either is NaN, b. (The hardware's own max differs between targets there.)
-template <class T> Vec<T> larger(Vec<T> a, Vec<T> b) { return select(a > b, a, b); }
-
 template <class To, class From> Vec<To> bits(Vec<From> v) {
   static_assert(sizeof(To) == sizeof(From));
   Vec<To> r;
@@ -157,6 +154,25 @@ inline Vec<double> widen(Vec<float> v) {
   return convert<double>(v);
 #endif
 }
+
+// The larger of two ----------------------------------------------------------------------------------------------
+
+// What a > b ? a : b says, b where either is NaN, is the definition of x86's instruction, but not of Arm's.
+inline Vec<float>::Reg larger_reg(Vec<float>::Reg a, Vec<float>::Reg b) {
+#if defined(__AVX512F__)
+  return (Vec<float>::Reg)_mm512_mask_max_ps((__m512)a, 0xffff, (__m512)a, (__m512)b); // GCC 12 warns about the plain one
+#elif defined(__AVX2__)
+  return (Vec<float>::Reg)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline Vec<float> larger(Vec<float> a, Vec<float> b) {
+  for (int i = 0; i < Vec<float>::parts; ++i) a.part[i] = larger_reg(a.part[i], b.part[i]);
+  return a;
+}
+inline Vec<double> larger(Vec<double> a, Vec<double> b) { return select(a > b, a, b); }
+
 
 // a * b + c, rounded once ---------------------------------------------------------------------------------------
 
@@ -213,21 +229,33 @@ template <class T> Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 
 // Sums and maxima over lanes, by one fixed tree ------------------------------------------------------------------
 
+// Lanes i and i + 8 meet first, then i and i + 4, and so on. `op` takes vectors as well as numbers.
+template <class T, int Lanes, class Op> T reduce_lanes(typename VectorType<T, Lanes * int(sizeof(T))>::type v, Op op) {
+  if constexpr (Lanes == 16)
+    return reduce_lanes<T, 8>(op(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                                 __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)),
+                              op);
+  else if constexpr (Lanes == 8)
+    return reduce_lanes<T, 4>(
+        op(__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7)), op);
+  else if constexpr (Lanes == 4)
+    return reduce_lanes<T, 2>(op(__builtin_shufflevector(v, v, 0, 1), __builtin_shufflevector(v, v, 2, 3)), op);
+  else
+    return op(v[0], v[1]);
+}
 template <class T, class Op> T reduce(Vec<T> v, Op op) {
-  T x[16];
-  v.store(x);
-  for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] = op(x[i], x[i + half]);
-  return x[0];
+  for (int half = Vec<T>::parts / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) v.part[i] = op(v.part[i], v.part[i + half]);
+  return reduce_lanes<T, kRegisterBytes / int(sizeof(T))>(v.part[0], op);
 }
 template <class T> T sum(Vec<T> v) {
-  return reduce(v, [](T a, T b) { return a + b; });
+  return reduce(v, [](auto a, auto b) { return a + b; });
 }
 template <class T> T maximum(Vec<T> v) {
-  return reduce(v, [](T a, T b) { return a > b ? a : b; });
+  return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 template <class T> bool any(Vec<T> mask) {
-  return reduce(mask, [](T a, T b) { return a | b; }) != 0;
+  return reduce(mask, [](auto a, auto b) { return a | b; }) != 0;
 }
 
 // Loads and stores with conversion -------------------------------------------------------------------------------
