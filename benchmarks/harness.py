@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 TURNS = 5
+TOLERANCE = {2: 0.05, 4: 1e-3, 8: 1e-9}  # by the bytes of a number; beyond it, a result is wrong
 MEMORY = 6e9  # what a candidate may need beyond its inputs, in bytes
 
 
@@ -109,7 +110,7 @@ def measure(row: Row, seconds: float) -> Result:
         except Exception as refusal:  # a peer says in its own way what it does not do
             if name.startswith("headway"):
                 raise
-            result.left_out[name] = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
+            result.left_out[name] = _reason(refusal)
     result.times = times(ready, seconds)
     return result
 
@@ -133,7 +134,7 @@ def _turn(candidate: Candidate, seconds: float, warm_up: bool) -> list[float]:
     wait_until_quiet()
     if candidate.reset:
         candidate.reset()
-    if warm_up:
+    if warm_up or candidate.reset:
         candidate.run()
     while sum(taken) < seconds:
         if candidate.reset and taken and len(taken) % candidate.runs_per_reset == 0:
@@ -162,9 +163,15 @@ def wait_until_quiet(longest: float = 1.0) -> None:
 def _errors(out: Array, exact: Array) -> tuple[float, float]:
     difference = np.abs(out.astype(exact.dtype) - exact)
     largest = float(difference.max(initial=0))
-    if not largest <= 0.05 * float(np.abs(exact).max(initial=0)):
-        raise LeftOut(f"its result is wrong by {largest:.1e}")
+    if not largest <= TOLERANCE[out.dtype.itemsize] * float(np.abs(exact).max(initial=0)):
+        raise LeftOut(f"off by {largest:.0e}, too much for {out.dtype}")
     return float(np.sqrt(np.mean(difference**2))), largest
+
+
+def _reason(refusal: Exception) -> str:
+    """Return the line of an error that says something, without where it was raised."""
+    lines = [line.strip() for line in str(refusal).splitlines() if line.strip() and "Exception from " not in line]
+    return (lines[0] if lines else type(refusal).__name__).rpartition("[ONNXRuntimeError] : ")[2][:110]
 
 
 def enough_memory(needed: float) -> None:

@@ -1,7 +1,7 @@
 // Attention: softmax(scale q k^T + bias, masked) v, in chunks of keys, never as an L x S array.
 //
-// A unit of work is a block of rows that share one key/value head: the queries of a group's heads, row i * repeat + h.
-// For each chunk of 512 keys (anchored at absolute position 0) the block packs K and V once; then a few rows at a time
+// A unit of work is a block of rows that share one key/value head: the queries of a group's heads, row i * repeat + h;
+// where such blocks are few (decoding with few heads), a block and an aligned span of the chunks. For each chunk of 512 keys (anchored at absolute position 0) the block packs K and V once; then a few rows at a time
 //   1. scores   one chain of fused multiply-adds over D                          gemm.h
 //   2. softmax  scale, softcap, bias, mask; one maximum; exponentials; their sum   soften()
 //   3. weighted sum of V, one chain over the chunk's keys                        gemm.h
@@ -19,16 +19,10 @@ constexpr int64_t kRowBlock = 192; // most rows that share one packing of K and 
 // Rows whose scores are computed together, panel of keys by panel: a panel is then read into the first-level cache once
 // for all of them, while their scores (48 KB) stay in the second.
 constexpr int64_t kBandTiles = 4, kBandRows = kBandTiles * kTileRows;
-constexpr int64_t kBandKeys = 64; // a panel: 32 KB at D = 128, half of that at the usual 64
+constexpr int64_t kBandKeys = 64; // four panels: 16 KB at D = 64
 
-// A head's rows in blocks of equal size. Which rows share a block changes no bit.
-inline int64_t block_rows(const Attention& task) {
-  const int64_t rows = most(task.L * (task.H / task.G), 1), blocks = (rows + kRowBlock - 1) / kRowBlock;
-  return round_up((rows + blocks - 1) / blocks, kTileRows);
-}
-inline int64_t block_count(const Attention& task) {
-  return (task.L * (task.H / task.G) + block_rows(task) - 1) / block_rows(task);
-}
+// How many units each thread should find, so that all end together.
+constexpr int64_t kUnitsPerThread = 8;
 
 enum class Produce { output, nodes, weights };
 
@@ -149,33 +143,67 @@ void soften_row(T* s, int64_t begin, int64_t end, const RowRules<T>& row, T scal
 }
 
 // Whether some number of a (rows, width) array is infinite or NaN.
-template <class T> bool non_finite(const T* v, int64_t row, int64_t rows, int64_t width) {
+template <class T, class B> bool non_finite(const B* v, int64_t row, int64_t rows, int64_t width) {
   Vec<T> poison = T(0); // x * 0 is 0 for finite x alone
   for (int64_t j = 0; j < rows; ++j)
-    for (int64_t e = 0; e < width; e += 16) poison = poison + Vec<T>::load(v + j * row + e) * Vec<T>(T(0));
+    for (int64_t e = 0; e < width; e += 16) poison = poison + load(v + j * row + e) * Vec<T>(T(0));
   return any(poison != poison);
+}
+
+// Keys or values as the kernels read them: in memory of the caller's, perhaps of 16 bits, or packed.
+struct Stored {
+  const void* data;
+  DType dtype;
+  int64_t row, block; // strides as in gemm.h
+
+  // Whether numbers of this type can be computed with as they are.
+  template <class T> static bool kept(DType dtype) {
+    return dtype == dtype_of<T> || (sizeof(T) == 4 && (dtype == DType::bf16 || dtype == DType::f16));
+  }
+  // Calls visit with a pointer of the right type to element `offset`.
+  template <class T, class Visit> auto at(int64_t offset, Visit visit) const {
+    if constexpr (sizeof(T) == 4) {
+      if (dtype == DType::bf16) return visit(static_cast<const BFloat16*>(data) + offset);
+      if (dtype == DType::f16) return visit(static_cast<const Float16*>(data) + offset);
+    }
+    return visit(static_cast<const T*>(data) + offset);
+  }
+};
+
+inline int64_t block_count(const Attention& task, const Plan& plan) {
+  return (task.L * (task.H / task.G) + plan.rows - 1) / plan.rows;
+}
+inline int64_t span_count(const Attention& task, const Plan& plan) {
+  return most((task.S + plan.span * kChunk - 1) / (plan.span * kChunk), 1);
+}
+inline int64_t span_state_size(const Attention& task, const Plan& plan) {
+  return round_up(2 * plan.rows, 16) + plan.rows * round_up(task.E, 16);
 }
 
 // The computation of one block of rows against its key/value head.
 template <class T, Produce produce> struct AttentionBlock {
   const Attention& task;
+  const Plan& plan; // rows: of a block, at most; span: chunks of a unit
   int64_t repeat, keys, width, slots; // heads per group; E rounded up to 16; tree slots
   // scratch
   T *query_buffer, *panels, *values, *row_buffer, *scores;
   T *state_maximum, *state_total, *state_sum; // (slots, kRowBlock [, width])
   // the block
-  int64_t item, group, first_row, rows;
+  int64_t block, item, group, first_row, rows, span, first_key, last_key; // the keys of the unit's span
   const T* queries;
-  int64_t query_row, mask_offset, bias_offset;
+  int64_t query_row, k_offset, v_offset, mask_offset, bias_offset;
   int64_t low[kRowBlock], high[kRowBlock]; // keys that a row may reach, relative to key 0 of the task
   ChunkStack stack;
+  // A single band reads each key and value once, from memory: it packs keys just before it reads them, and takes 16-bit
+  // numbers as they are.
+  bool once;
   // the chunk at hand
-  const T *chunk_keys, *chunk_values;
-  int64_t key_row, key_block, value_row;
-  int64_t packed_from, packed_to;
+  int64_t chunk, chunk_from, chunk_to; // its first key; the keys of it that some row may reach
+  Stored stored_keys, stored_values;
+  int64_t packed;      // keys before this one are packed
   int values_poisoned; // -1: not looked at yet
 
-  AttentionBlock(const Attention& t, Arena& arena) : task(t) {
+  AttentionBlock(const Attention& t, const Plan& p, Arena& arena) : task(t), plan(p) {
     repeat = task.H / task.G;
     keys = task.S;
     width = round_up(task.E, 16);
@@ -198,12 +226,14 @@ template <class T, Produce produce> struct AttentionBlock {
   }
 
   void begin(int64_t unit) {
-    const int64_t blocks = block_count(task), most_rows = block_rows(task);
+    const int64_t blocks = block_count(task, plan);
+    span = unit % span_count(task, plan), block = unit / span_count(task, plan);
+    first_key = span * plan.span * kChunk, last_key = least(keys, first_key + plan.span * kChunk);
     // The last rows first: under a causal mask they are the longest, and threads end together.
-    first_row = (blocks - 1 - unit % blocks) * most_rows;
-    group = unit / blocks % task.G;
-    item = unit / blocks / task.G;
-    rows = least(most_rows, task.L * repeat - first_row);
+    first_row = (blocks - 1 - block % blocks) * plan.rows;
+    group = block / blocks % task.G;
+    item = block / blocks / task.G;
+    rows = least(plan.rows, task.L * repeat - first_row);
     int64_t n = task.total;
     if (task.kv_lengths.data)
       n = *reinterpret_cast<const int64_t*>(static_cast<char*>(task.kv_lengths.data) +
@@ -214,12 +244,12 @@ template <class T, Produce produce> struct AttentionBlock {
       int64_t from = task.window_left == kUnset ? 0 : position - task.window_left;
       int64_t to = task.causal ? least(n, position + 1) : n;
       if (task.window_right != kUnset) to = least(to, position + task.window_right + 1);
-      low[r] = least(most(from - task.key_offset, 0), keys);
-      high[r] = most(low[r], least(to - task.key_offset, keys));
+      low[r] = least(most(from - task.key_offset, first_key), last_key);
+      high[r] = most(low[r], least(to - task.key_offset, last_key));
     }
-    if (task.q.dtype == dtype_of<T> && task.q.stride[2] == 1 && repeat == 1) {
-      queries = reinterpret_cast<const T*>(address(task.q, q_offset, group, first_row));
-      query_row = task.q.stride[1];
+    if (task.q.dtype == dtype_of<T> && task.q.stride[2] == 1 && (repeat == 1 || task.L == 1)) {
+      queries = reinterpret_cast<const T*>(address(task.q, q_offset, head_of(0), query_of(0)));
+      query_row = task.q.stride[repeat == 1];
     } else {
       for (int64_t r = 0; r < rows; ++r)
         read_row(address(task.q, q_offset, head_of(r), query_of(r)), task.q.dtype, task.q.stride[2], task.D,
@@ -227,54 +257,61 @@ template <class T, Produce produce> struct AttentionBlock {
       queries = query_buffer;
       query_row = task.D;
     }
+    once = rows <= kBandRows && produce != Produce::weights;
+    k_offset = batch_offset(task.batch, task.k, item);
+    v_offset = batch_offset(task.batch, task.v, item);
     mask_offset = batch_offset(task.batch, task.mask, item);
     bias_offset = batch_offset(task.batch, task.bias, item);
   }
 
-  // Keys begin .. end of the chunk that starts at key `chunk` (all relative to key 0), in panels of 16, and their
-  // values.
-  void pack(int64_t chunk, int64_t begin, int64_t end) {
+  // Turns to keys from .. to, which lie in the chunk that starts at key `first` (all relative to key 0).
+  void enter(int64_t first, int64_t from, int64_t to) {
+    chunk = first, chunk_from = from - first, chunk_to = to - first;
+    packed = 0, values_poisoned = -1;
     const View &k = task.k, &v = task.v;
-    const int64_t k_offset = batch_offset(task.batch, k, item), v_offset = batch_offset(task.batch, v, item);
-    key_row = 16, key_block = 16 * task.D;
-    chunk_keys = panels;
-    if (task.k_in_panels && k.dtype == dtype_of<T>) {
-      chunk_keys = reinterpret_cast<T*>(address(k, k_offset, group, chunk / 16));
-      key_block = k.stride[1];
-    } else {
-      for (int64_t p = begin / 16 * 16; p < end; p += 16) {
-        T* panel = panels + (p - chunk) * task.D;
-        if (task.k_in_panels) {
-          read_row(address(k, k_offset, group, p / 16), k.dtype, 1, 16 * task.D, panel);
-          continue;
-        }
-        const int64_t count = least(16, keys - p);
-        if (count == 16 && k.dtype == dtype_of<T> && k.stride[2] == 1) {
-          make_panel(reinterpret_cast<const T*>(address(k, k_offset, group, p)), k.stride[1], task.D, panel);
-          continue;
-        }
+    const auto readable = [&](DType dtype) { return dtype == dtype_of<T> || (once && Stored::kept<T>(dtype)); };
+    if (task.k_in_panels && readable(k.dtype))
+      stored_keys = {address(k, k_offset, group, chunk / 16), k.dtype, 16, k.stride[1]}, packed = kChunk;
+    else
+      stored_keys = {panels, dtype_of<T>, 16, 16 * task.D};
+    if (readable(v.dtype) && v.stride[2] == 1 && task.E == width) {
+      stored_values = {address(v, v_offset, group, chunk), v.dtype, v.stride[1], 16};
+      return;
+    }
+    stored_values = {values, dtype_of<T>, width, 16};
+    for (int64_t j = chunk_from; j < chunk_to; ++j) {
+      T* row = values + j * width;
+      read_row(address(v, v_offset, group, chunk + j), v.dtype, v.stride[2], task.E, row);
+      for (int64_t e = task.E; e < width; ++e) row[e] = T(0);
+    }
+  }
+
+  // Where the panel of key j lies. Keys that are read once go through a small buffer, which stays in the cache.
+  int64_t panel_of(int64_t j) const {
+    return (stored_keys.data == panels && once ? j % kBandKeys : j) / 16 * stored_keys.block;
+  }
+  // Packs keys from .. to (multiples of 16) where they are not. Bands ask for them in rising order.
+  void pack(int64_t from, int64_t to) {
+    const View& k = task.k;
+    for (from = most(from, packed); from < to; from += 16) {
+      T* panel = panels + panel_of(from);
+      const int64_t key = chunk + from, count = least(16, keys - key);
+      if (task.k_in_panels) {
+        read_row(address(k, k_offset, group, key / 16), k.dtype, 1, 16 * task.D, panel);
+      } else if (count == 16 && k.stride[2] == 1 && Stored::kept<T>(k.dtype)) {
+        Stored{address(k, k_offset, group, key), k.dtype, 0, 0}.at<T>(
+            0, [&](auto* rows_of_k) { make_panel(rows_of_k, k.stride[1], task.D, panel, true); });
+      } else {
         for (int64_t i = 0; i < count; ++i)
-          read_row(address(k, k_offset, group, p + i), k.dtype, k.stride[2], task.D, row_buffer + i * task.D);
+          read_row(address(k, k_offset, group, key + i), k.dtype, k.stride[2], task.D, row_buffer + i * task.D);
         if (count < 16) memset(row_buffer + count * task.D, 0, size_t((16 - count) * task.D) * sizeof(T));
         make_panel(row_buffer, task.D, task.D, panel);
       }
     }
-    values_poisoned = -1, packed_from = begin, packed_to = end;
-    if (v.dtype == dtype_of<T> && v.stride[2] == 1 && task.E == width) {
-      chunk_values = reinterpret_cast<T*>(address(v, v_offset, group, chunk));
-      value_row = v.stride[1];
-    } else {
-      for (int64_t j = begin; j < end; ++j) {
-        T* row = values + (j - chunk) * width;
-        read_row(address(v, v_offset, group, j), v.dtype, v.stride[2], task.E, row);
-        for (int64_t e = task.E; e < width; ++e) row[e] = T(0);
-      }
-      chunk_values = values;
-      value_row = width;
-    }
+    packed = most(packed, to);
   }
 
-  RowRules<T> rules(int64_t r, int64_t chunk) const {
+  RowRules<T> rules(int64_t r) const {
     RowRules<T> row{};
     row.low = least(most(low[r] - chunk, 0), kChunk);
     row.high = least(most(high[r] - chunk, 0), kChunk);
@@ -291,7 +328,7 @@ template <class T, Produce produce> struct AttentionBlock {
   struct Tile {
     int64_t row, count, from, to, all_from, all_to;
   };
-  Tile tile_at(int64_t row, int64_t chunk) const {
+  Tile tile_at(int64_t row) const {
     Tile t{row, least(kTileRows, rows - row), kChunk, 0, 0, kChunk};
     for (int64_t r = row; r < row + t.count; ++r) {
       const int64_t a = least(most(low[r] - chunk, 0), kChunk), b = least(most(high[r] - chunk, 0), kChunk);
@@ -302,57 +339,80 @@ template <class T, Produce produce> struct AttentionBlock {
     return t;
   }
 
-  // Rows band .. band + kBandRows against one chunk: scores, softened, weighted sum, into `into`.
-  void attend(int64_t band, int64_t chunk, const States<T>& into) {
+  // Rows band .. band + kBandRows against the chunk: scores, softened, weighted sum, into `into`.
+  void attend(int64_t band, const States<T>& into) {
     Tile tiles[kBandTiles];
     int64_t count = 0, begin = kChunk, end = 0;
     for (int64_t row = band; row < least(rows, band + kBandRows); row += kTileRows) {
-      const Tile t = tile_at(row, chunk);
+      const Tile t = tile_at(row);
       for (int64_t r = row; r < row + t.count; ++r) into.maximum[r] = kMinusInfinity<T>, into.total[r] = T(0);
       if (t.from >= t.to) continue;
       tiles[count++] = t;
       begin = least(begin, t.from), end = most(end, t.to);
     }
-    for (int64_t j = begin / kBandKeys * kBandKeys; j < end; j += kBandKeys)
+    begin = begin / 16 * 16, end = round_up(end, 16);
+    for (int64_t j = begin / kBandKeys * kBandKeys; j < end; j += kBandKeys) {
+      pack(most(j, begin), least(j + kBandKeys, end));
       for (int64_t i = 0; i < count; ++i) {
         const Tile& t = tiles[i];
         const int64_t a = most(j, t.from / 16 * 16), b = least(j + kBandKeys, round_up(t.to, 16));
         if (a < b)
-          multiply<T>(t.count, b - a, task.D, queries + t.row * query_row, query_row, chunk_keys + a / 16 * key_block,
-                      key_row, key_block, scores + (t.row - band) * kChunk + a, kChunk);
+          times(t.count, b - a, task.D, queries + t.row * query_row, query_row, stored_keys, panel_of(a),
+                scores + (t.row - band) * kChunk + a, kChunk);
       }
+    }
     for (int64_t i = 0; i < count; ++i) {
       const Tile& t = tiles[i];
-      T* s = scores + (t.row - band) * kChunk;
-      for (int64_t r = 0; r < t.count; ++r)
-        soften_row(s + r * kChunk, t.from / 16 * 16, round_up(t.to, 16), rules(t.row + r, chunk), T(task.scale),
-                   T(task.softcap), into.maximum[t.row + r], into.total[t.row + r]);
-      if (poisoned(t, chunk))
-        select_values(t, chunk, s, into);
-      else if (width)
-        multiply<T>(t.count, width, t.to - t.from, s + t.from, kChunk, chunk_values + t.from * value_row, value_row, 16,
-                    into.sum + t.row * width, width);
+      for (int64_t r = t.row; r < t.row + t.count; ++r)
+        soften_row(scores + (r - band) * kChunk, t.from / 16 * 16, round_up(t.to, 16), rules(r), T(task.scale),
+                   T(task.softcap), into.maximum[r], into.total[r]);
+      if (poisoned(t)) {
+        select_values(t, scores + (t.row - band) * kChunk, into);
+        tiles[i].from = tiles[i].to;
+      }
     }
+    if (width == 0) return;
+    // Read once, values too go block by block, so that all tiles find them in the cache.
+    const int64_t step = once ? kBandKeys : kChunk;
+    for (int64_t j = begin / kBandKeys * kBandKeys; j < end; j += step)
+      for (int64_t i = 0; i < count; ++i) {
+        const Tile& t = tiles[i];
+        const int64_t a = most(j, t.from), b = least(j + step, t.to);
+        if (a < b)
+          times(t.count, width, b - a, scores + (t.row - band) * kChunk + a, kChunk, stored_values,
+                a * stored_values.row, into.sum + t.row * width, width, a > t.from);
+      }
+  }
+
+  void times(int64_t row_count, int64_t columns, int64_t k_count, const T* a, int64_t a_row, const Stored& b,
+             int64_t offset, T* c, int64_t c_row, bool onto = false) {
+    if (once)
+      b.at<T>(offset, [&](auto* from) {
+        multiply<Source::memory>(row_count, columns, k_count, a, a_row, from, b.row, b.block, c, c_row, onto);
+      });
+    else
+      multiply(row_count, columns, k_count, a, a_row, static_cast<const T*>(b.data) + offset, b.row, b.block, c, c_row);
   }
 
   // Whether V holds NaN or infinity where some row of the tile must not see it. A mask may leave out any key of the
   // chunk, so all are looked at, once; else only the keys that not all rows reach.
-  bool poisoned(const Tile& t, int64_t chunk) {
+  bool poisoned(const Tile& t) {
     const auto among = [&](int64_t from, int64_t to) {
-      return from < to && non_finite(chunk_values + from * value_row, value_row, to - from, width);
+      if (from >= to) return false;
+      return stored_values.at<T>(from * stored_values.row,
+                                 [&](auto* v) { return non_finite<T>(v, stored_values.row, to - from, width); });
     };
     if (!task.mask.data && !task.bias.data) return among(t.from, t.all_from) || among(t.all_to, t.to);
-    if (values_poisoned < 0)
-      values_poisoned = among(packed_from - chunk, packed_to - chunk);
+    if (values_poisoned < 0) values_poisoned = among(chunk_from, chunk_to);
     return values_poisoned;
   }
 
   // The weighted sum where V holds NaN or infinity that some row must not see: 0 * NaN is NaN, so masked keys are
   // stepped over one by one. The chain over the other keys is the same as the tile's.
-  void select_values(const Tile& t, int64_t chunk, const T* tile_scores, const States<T>& into) {
+  void select_values(const Tile& t, const T* tile_scores, const States<T>& into) {
     using Int = typename IntOf<T>::type;
     for (int64_t r = 0; r < t.count; ++r) {
-      const RowRules<T> row = rules(t.row + r, chunk);
+      const RowRules<T> row = rules(t.row + r);
       T* sum = into.sum + (t.row + r) * width;
       memset(sum, 0, size_t(width) * sizeof(T));
       for (int64_t j = t.from / 16 * 16; j < t.to; j += 16) {
@@ -361,46 +421,74 @@ template <class T, Produce produce> struct AttentionBlock {
         for (int64_t i = 0; i < 16; ++i) {
           if (!keep[i]) continue;
           const Vec<T> p = tile_scores[r * kChunk + j + i];
-          const T* v = chunk_values + (j + i) * value_row;
-          for (int64_t e = 0; e < width; e += 16) fma(p, Vec<T>::load(v + e), Vec<T>::load(sum + e)).store(sum + e);
+          stored_values.at<T>((j + i) * stored_values.row, [&](auto* v) {
+            for (int64_t e = 0; e < width; e += 16) fma(p, load(v + e), load(sum + e)).store(sum + e);
+          });
         }
       }
     }
   }
 
-  // Calls visit(chunk) for each chunk of keys that some row of the block may reach, packed.
+  // Enters each chunk of keys that some row of the block may reach, and calls visit.
   template <class Visit> void for_each_chunk(Visit visit) {
     int64_t from = keys, to = 0;
     for (int64_t r = 0; r < rows; ++r)
       if (low[r] < high[r]) from = least(from, low[r]), to = most(to, high[r]);
     if (produce == Produce::nodes) from = 0, to = keys; // a part hands on the same nodes for every row
-    for (int64_t chunk = from / kChunk * kChunk; chunk < to; chunk += kChunk) {
-      pack(chunk, most(from, chunk), least(to, chunk + kChunk));
-      visit(chunk);
+    for (int64_t first = from / kChunk * kChunk; first < to; first += kChunk) {
+      enter(first, most(from, first), least(to, first + kChunk));
+      visit();
     }
   }
 
-  void run(int64_t unit) {
+  void run(int64_t unit, void* shared) {
     begin(unit);
     const int64_t first_chunk = task.key_offset / kChunk;
-    const auto joiner = [this](int slot) { join(state(slot, 0), state(slot + 1, 0), rows); };
     stack.size = stack.frozen = 0;
     stack.before = produce == Produce::nodes ? first_chunk - 1 : -1;
-    for_each_chunk([&](int64_t chunk) {
-      const int slot = stack.push(first_chunk + chunk / kChunk, joiner);
-      for (int64_t band = 0; band < rows; band += kBandRows) attend(band, chunk, state(slot, 0));
+    for_each_chunk([&] {
+      const int slot = stack.push(first_chunk + chunk / kChunk, joiner());
+      for (int64_t band = 0; band < rows; band += kBandRows) attend(band, state(slot, 0));
     });
     if (produce == Produce::nodes) {
-      stack.settle(first_chunk + (keys + kChunk - 1) / kChunk, joiner);
+      stack.settle(first_chunk + (keys + kChunk - 1) / kChunk, joiner());
       for (int64_t n = 0; n < task.nodes; ++n) hand_on(n);
       return;
     }
-    stack.finish(joiner);
+    stack.finish(joiner());
     if (stack.size == 0)
       for (int64_t r = 0; r < rows; ++r) state_maximum[r] = kMinusInfinity<T>, state_total[r] = T(0);
+    if (span_count(task, plan) > 1 && !last_of_spans(shared)) return;
     if (produce == Produce::output)
       for (int64_t r = 0; r < rows; ++r) finish_row(task, item, head_of(r), query_of(r), state(0, r), row_buffer);
     if (produce == Produce::weights) write_weights();
+  }
+  auto joiner() {
+    return [this](int slot) { join(state(slot, 0), state(slot + 1, 0), rows); };
+  }
+
+  // Leaves the span's state, a node of the tree, where the block's other units see it. The unit that comes last joins
+  // all of them; for any other it returns false.
+  bool last_of_spans(void* shared) {
+    const int64_t spans = span_count(task, plan);
+    Arena arena{static_cast<char*>(shared)};
+    int64_t* arrived = arena.take<int64_t>(plan.units / spans) + block;
+    T* states = arena.take<T>(plan.units * span_state_size(task, plan));
+    const auto slot_of = [&](int64_t i) {
+      T* at = states + (block * spans + i) * span_state_size(task, plan);
+      return States<T>{at, at + plan.rows, at + round_up(2 * plan.rows, 16), width};
+    };
+    copy(state(0, 0), slot_of(span));
+    if (__atomic_add_fetch(arrived, 1, __ATOMIC_ACQ_REL) != spans) return false;
+    stack.size = stack.frozen = 0;
+    for (int64_t i = 0; i < spans; ++i) copy(slot_of(i), state(stack.push(i * plan.span, joiner()), 0));
+    stack.finish(joiner());
+    return true;
+  }
+  void copy(const States<T>& from, const States<T>& to) {
+    memcpy(to.maximum, from.maximum, size_t(rows) * sizeof(T));
+    memcpy(to.total, from.total, size_t(rows) * sizeof(T));
+    memcpy(to.sum, from.sum, size_t(rows * width) * sizeof(T));
   }
 
   void hand_on(int64_t node) {
@@ -425,14 +513,15 @@ template <class T, Produce produce> struct AttentionBlock {
       const States<T> s = state(0, r);
       add_sink(sink, s.maximum[0], s.total[0]);
     }
-    for_each_chunk([&](int64_t chunk) {
+    for_each_chunk([&] {
+      pack(chunk_from / 16 * 16, round_up(chunk_to, 16));
       for (int64_t r = 0; r < rows; ++r) {
-        const RowRules<T> row = rules(r, chunk);
+        const RowRules<T> row = rules(r);
         const States<T> s = state(0, r);
         if (row.low >= row.high || s.maximum[0] == kMinusInfinity<T>) continue;
         const int64_t begin = row.low / 16 * 16, end = round_up(row.high, 16);
-        multiply<T>(1, end - begin, task.D, queries + r * query_row, query_row, chunk_keys + begin / 16 * key_block,
-                    key_row, key_block, scores + begin, kChunk);
+        times(1, end - begin, task.D, queries + r * query_row, query_row, stored_keys, panel_of(begin), scores + begin,
+              kChunk);
         score_row(scores, begin, end, row, T(task.scale), T(task.softcap));
         soften(scores, begin, end, T(1), s.maximum[0]);
         for (int64_t j = row.low; j < row.high; ++j) scores[j] /= s.total[0];
@@ -473,22 +562,39 @@ template <class T, Produce produce> struct AttentionBlock {
   }
 };
 
-template <class T, Produce produce> Plan plan_attention_as(const Attention& task) {
+template <class T, Produce produce> Plan plan_attention_as(const Attention& task, int64_t threads) {
+  const int64_t rows = task.L * (task.H / task.G), heads = task.batch.size() * task.G;
+  const int64_t chunks = most((task.S + kChunk - 1) / kChunk, 1);
+  Plan plan{};
+  plan.work = rough_product(task.batch.size(), task.H, task.L, task.S, task.D + task.E);
+  const int64_t enough = kUnitsPerThread * most(least(threads, plan.work / kWorkPerThread), 1);
+  // Blocks of equal size; smaller ones where there are too few, but not so small that packing shows.
+  plan.rows = kRowBlock;
+  while (plan.rows > 2 * kBandRows && heads * ((rows + plan.rows - 1) / plan.rows) < enough) plan.rows -= kBandRows;
+  const int64_t blocks = most((rows + plan.rows - 1) / plan.rows, 1);
+  plan.rows = round_up(most((rows + blocks - 1) / blocks, 1), kTileRows);
+  // The keys are cut where that is still too few: into as many chunks as a node of the tree has, a power of two.
+  for (plan.span = 1; plan.span < chunks;) plan.span *= 2;
+  if (produce == Produce::output)
+    while (plan.span > 1 && heads * blocks * ((chunks + plan.span - 1) / plan.span) < enough) plan.span /= 2;
+  plan.units = heads * block_count(task, plan) * span_count(task, plan);
   Arena counting{nullptr};
-  const AttentionBlock<T, produce> block(task, counting);
-  const int64_t work = rough_product(task.batch.size(), task.H, task.L, task.S, task.D + task.E);
-  return {task.batch.size() * task.G * block_count(task), counting.used, work};
+  const AttentionBlock<T, produce> block(task, plan, counting);
+  plan.workspace = counting.used;
+  if (span_count(task, plan) > 1)
+    plan.shared = round_up(heads * blocks * 8, 64) + plan.units * span_state_size(task, plan) * int64_t(sizeof(T));
+  return plan;
 }
-template <Produce produce> Plan plan_attention(const Attention& task) {
-  return task.compute == DType::f64 ? plan_attention_as<double, produce>(task)
-                                    : plan_attention_as<float, produce>(task);
+template <Produce produce> Plan plan_attention(const Attention& task, int64_t threads) {
+  return task.compute == DType::f64 ? plan_attention_as<double, produce>(task, threads)
+                                    : plan_attention_as<float, produce>(task, threads);
 }
-template <Produce produce> void run_attention(const Attention& task, int64_t unit, void* workspace) {
-  Arena arena{static_cast<char*>(workspace)};
+template <Produce produce> void run_attention(const Attention& task, const Plan& plan, int64_t unit, Memory memory) {
+  Arena arena{static_cast<char*>(memory.own)};
   if (task.compute == DType::f64)
-    AttentionBlock<double, produce>(task, arena).run(unit);
+    AttentionBlock<double, produce>(task, plan, arena).run(unit, memory.shared);
   else
-    AttentionBlock<float, produce>(task, arena).run(unit);
+    AttentionBlock<float, produce>(task, plan, arena).run(unit, memory.shared);
 }
 
 // Joining states that were computed apart: nodes (nodes, batch, H, L) in order of their chunks. A unit is one head.
@@ -529,7 +635,7 @@ template <class T> struct AttentionMerge {
   }
 };
 
-inline Plan plan_merge(const Attention& task) {
+inline Plan plan_merge(const Attention& task, int64_t) {
   Arena counting{nullptr};
   if (task.compute == DType::f64)
     AttentionMerge<double>(task, counting);
@@ -538,8 +644,8 @@ inline Plan plan_merge(const Attention& task) {
   const int64_t rows = task.batch.size() * task.H;
   return {rows, counting.used, rough_product(rows, task.L, task.E, task.nodes)};
 }
-inline void run_merge(const Attention& task, int64_t unit, void* workspace) {
-  Arena arena{static_cast<char*>(workspace)};
+inline void run_merge(const Attention& task, const Plan&, int64_t unit, Memory memory) {
+  Arena arena{static_cast<char*>(memory.own)};
   if (task.compute == DType::f64)
     AttentionMerge<double>(task, arena).run(unit);
   else

@@ -6,29 +6,42 @@
 // within one element, so any R and P give the same bits.
 //
 // B comes in columns of 16: row k of column block j is at b + j * b_block + k * b_row. A row-major matrix has b_block
-// 16; panels of 16 keys, each (D, 16), have b_row 16 and b_block 16 D.
+// 16; panels of 16 keys, each (D, 16), have b_row 16 and b_block 16 D. Its numbers may be of 16 bits, widened as they
+// are loaded.
 #pragma once
 #include "vec.h"
 
 namespace headway {
 namespace {
 
-template <class T, int R, int P>
-void tile(int64_t k_count, const T* __restrict a, int64_t a_row, const T* __restrict b, int64_t b_row, int64_t b_block,
-          T* __restrict c, int64_t c_row) {
+// Where B's numbers come from. Few rows wait for memory, not for arithmetic: the tile asks early for the panels, or the
+// rows, that come next. In a cache they need no asking, which would only take turns from the loads.
+enum class Source { cache, memory };
+
+// With `onto`, C goes on from what it holds, as if one chain had walked both stretches of k.
+template <Source source, int R, int P, class T, class B>
+void tile(int64_t k_count, const T* __restrict a, int64_t a_row, const B* __restrict b, int64_t b_row, int64_t b_block,
+          T* __restrict c, int64_t c_row, bool onto) {
+  // Unrolled at once, or GCC keeps the accumulators in memory before and after the loop.
   Vec<T> sum[R][P];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) sum[r][p] = Vec<T>(T(0));
-  // With few rows the tile waits for B, not for arithmetic: it asks early for the panels, or the rows, that come next.
+  if (onto)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int p = 0; p < P; ++p) sum[r][p] = load(c + r * c_row + 16 * p);
   const int64_t ahead = b_row == 16 ? P * b_block : 16 * b_row;
   for (int64_t k = 0; k < k_count; ++k) {
     Vec<T> row[P];
 #pragma GCC unroll 16
-    for (int p = 0; p < P; ++p) row[p] = Vec<T>::load(b + k * b_row + p * b_block);
-    if constexpr (R <= 4)
-      for (int p = 0; p < P; ++p) __builtin_prefetch(b + k * b_row + p * b_block + ahead);
+    for (int p = 0; p < P; ++p) {
+      const B* from = b + k * b_row + p * b_block;
+      row[p] = load(from);
+      if constexpr (source == Source::memory) __builtin_prefetch(from + ahead, 0, 2);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec<T> x = a[r * a_row + k];
@@ -42,25 +55,26 @@ void tile(int64_t k_count, const T* __restrict a, int64_t a_row, const T* __rest
     for (int p = 0; p < P; ++p) sum[r][p].store(c + r * c_row + 16 * p);
 }
 
-template <class T, int R, int P>
-void tile_columns(int64_t columns, int64_t k_count, const T* a, int64_t a_row, const T* b, int64_t b_row,
-                  int64_t b_block, T* c, int64_t c_row) {
+template <Source source, int R, int P, class T, class B>
+void tile_columns(int64_t columns, int64_t k_count, const T* a, int64_t a_row, const B* b, int64_t b_row,
+                  int64_t b_block, T* c, int64_t c_row, bool onto) {
   int64_t j = 0;
   for (; j + 16 * P <= columns; j += 16 * P)
-    tile<T, R, P>(k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, c + j, c_row);
+    tile<source, R, P>(k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, c + j, c_row, onto);
   if constexpr (P > 1)
-    tile_columns<T, R, P / 2>(columns - j, k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, c + j, c_row);
+    tile_columns<source, R, P / 2>(columns - j, k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, c + j, c_row,
+                                   onto);
 }
 
 // C = A B. columns is a multiple of 16; rows may be any number: full tiles, then four, two and one, in tiles that are no
 // narrower, so that few rows (decoding) still read B in long stretches.
-template <class T>
-void multiply(int64_t rows, int64_t columns, int64_t k_count, const T* a, int64_t a_row, const T* b, int64_t b_row,
-              int64_t b_block, T* c, int64_t c_row) {
+template <Source source = Source::cache, class T, class B>
+void multiply(int64_t rows, int64_t columns, int64_t k_count, const T* a, int64_t a_row, const B* b, int64_t b_row,
+              int64_t b_block, T* c, int64_t c_row, bool onto = false) {
   int64_t i = 0;
   const auto run = [&]<int R, int P>() {
     for (; i + R <= rows; i += R)
-      tile_columns<T, R, P>(columns, k_count, a + i * a_row, a_row, b, b_row, b_block, c + i * c_row, c_row);
+      tile_columns<source, R, P>(columns, k_count, a + i * a_row, a_row, b, b_row, b_block, c + i * c_row, c_row, onto);
   };
   constexpr int vecs = sizeof(T) == 8 ? (kTileVecs + 1) / 2 : kTileVecs; // a Vec of doubles fills twice the registers
   run.template operator()<kTileRows, vecs>();

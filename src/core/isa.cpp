@@ -12,8 +12,8 @@
 namespace headway {
 
 // isa_sampling.cpp
-Plan HEADWAY_JOIN(plan_sampling_, HEADWAY_ISA)(const Sampling&);
-void HEADWAY_JOIN(run_sampling_, HEADWAY_ISA)(const Sampling&, int64_t, void*);
+Plan HEADWAY_JOIN(plan_sampling_, HEADWAY_ISA)(const Sampling&, int64_t);
+void HEADWAY_JOIN(run_sampling_, HEADWAY_ISA)(const Sampling&, const Plan&, int64_t, Memory);
 
 extern const Kernels HEADWAY_JOIN(kernels_, HEADWAY_ISA);
 const Kernels HEADWAY_JOIN(kernels_, HEADWAY_ISA) = {

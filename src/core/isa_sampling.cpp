@@ -7,9 +7,11 @@
 
 namespace headway {
 
-Plan HEADWAY_JOIN(plan_sampling_, HEADWAY_ISA)(const Sampling& task) { return plan_sampling(task); }
-void HEADWAY_JOIN(run_sampling_, HEADWAY_ISA)(const Sampling& task, int64_t row, void* workspace) {
-  run_sampling(task, row, workspace);
+Plan HEADWAY_JOIN(plan_sampling_, HEADWAY_ISA)(const Sampling& task, int64_t threads) {
+  return plan_sampling(task, threads);
+}
+void HEADWAY_JOIN(run_sampling_, HEADWAY_ISA)(const Sampling& task, const Plan& plan, int64_t row, Memory memory) {
+  run_sampling(task, plan, row, memory);
 }
 
 } // namespace headway

@@ -113,17 +113,25 @@ struct Sampling {
   int64_t* status; // (rows)
 };
 
-// What a kernel needs of memory, and how many independent units its work falls into. Units may run in any
-// order on any thread: none of them writes what another reads.
+// How a kernel cuts its task, and the memory that it needs. Units may run in any order on any thread. The cut may depend
+// on the number of threads, for balance; results never do.
 struct Plan {
   int64_t units;
-  int64_t workspace; // bytes per thread, 64-byte aligned
-  int64_t work;      // of all units, in multiply-adds or so: whether waking a thread pays
+  int64_t workspace;  // bytes per thread, 64-byte aligned
+  int64_t work;       // of all units, in multiply-adds or so: whether waking a thread pays
+  int64_t shared = 0; // bytes that all units see, 64-byte aligned, zero at the start
+  int64_t rows = 0, span = 0; // the kernel's own: what a unit is made of
+};
+// Waking a thread takes some 10 microseconds, in which the caller alone does about as much work as this.
+constexpr int64_t kWorkPerThread = 1 << 18;
+
+struct Memory {
+  void *own, *shared;
 };
 
 template <class Task> struct Kernel {
-  Plan (*plan)(const Task&);
-  void (*run)(const Task&, int64_t unit, void* workspace);
+  Plan (*plan)(const Task&, int64_t threads);
+  void (*run)(const Task&, const Plan&, int64_t unit, Memory);
 };
 
 struct Kernels {

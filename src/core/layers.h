@@ -51,7 +51,7 @@ template <class T> struct LinearBlock {
       int64_t x_row, w_row;
       const T* x = read_x(first_row, rows, k, count, x_row);
       const T* w = read_w(k, count, first_column, columns, w_row);
-      multiply<T>(rows, width, count, x, x_row, w, w_row, 16, partial + slot * kLinearRows * kLinearColumns, width);
+      multiply(rows, width, count, x, x_row, w, w_row, 16, partial + slot * kLinearRows * kLinearColumns, width);
     }
     stack.finish(joiner);
     if (task.b.data) read_row(address(task.b, 0, first_column), task.b.dtype, task.b.stride[0], columns, column);
@@ -102,11 +102,11 @@ template <class T> Plan plan_linear_as(const Linear& task) {
   return {row_blocks * ((task.N + linear_columns(task) - 1) / linear_columns(task)), counting.used,
           rough_product(task.M, task.K, task.N)};
 }
-inline Plan plan_linear(const Linear& task) {
+inline Plan plan_linear(const Linear& task, int64_t) {
   return task.compute == DType::f64 ? plan_linear_as<double>(task) : plan_linear_as<float>(task);
 }
-inline void run_linear(const Linear& task, int64_t unit, void* workspace) {
-  Arena arena{static_cast<char*>(workspace)};
+inline void run_linear(const Linear& task, const Plan&, int64_t unit, Memory memory) {
+  Arena arena{static_cast<char*>(memory.own)};
   if (task.compute == DType::f64)
     LinearBlock<double>(task, arena).run(unit);
   else
@@ -149,12 +149,12 @@ inline void rotary_frequencies(double base, int64_t half, double* out) {
   const double ln = log(base);
   for (int64_t i = 0; i < half; ++i) out[i] = exp(-(double(i) / double(half)) * ln);
 }
-inline Plan plan_rotary(const Rotary& task) {
+inline Plan plan_rotary(const Rotary& task, int64_t) {
   const int64_t row = (task.D + 16) * 8 + 64;
   return {task.L, 5 * row, rough_product(task.batch.size(), task.L, task.D, 8)};
 }
-inline void run_rotary(const Rotary& task, int64_t unit, void* workspace) {
-  const Arena arena{static_cast<char*>(workspace)};
+inline void run_rotary(const Rotary& task, const Plan&, int64_t unit, Memory memory) {
+  const Arena arena{static_cast<char*>(memory.own)};
   task.compute == DType::f64 ? rotate<double>(task, unit, arena) : rotate<float>(task, unit, arena);
 }
 
@@ -190,15 +190,15 @@ template <class T> void gate(const RowWise& task, int64_t r, Arena arena) {
   }
   write_row(x, n, address(task.y, 0, r), task.y.dtype);
 }
-inline Plan plan_row_wise(const RowWise& task) {
+inline Plan plan_row_wise(const RowWise& task, int64_t) {
   return {task.rows, 3 * ((task.columns + 16) * 8 + 64), rough_product(task.rows, task.columns, 8)};
 }
-inline void run_rms_norm(const RowWise& task, int64_t unit, void* workspace) {
-  const Arena arena{static_cast<char*>(workspace)};
+inline void run_rms_norm(const RowWise& task, const Plan&, int64_t unit, Memory memory) {
+  const Arena arena{static_cast<char*>(memory.own)};
   task.compute == DType::f64 ? normalise<double>(task, unit, arena) : normalise<float>(task, unit, arena);
 }
-inline void run_swiglu(const RowWise& task, int64_t unit, void* workspace) {
-  const Arena arena{static_cast<char*>(workspace)};
+inline void run_swiglu(const RowWise& task, const Plan&, int64_t unit, Memory memory) {
+  const Arena arena{static_cast<char*>(memory.own)};
   task.compute == DType::f64 ? gate<double>(task, unit, arena) : gate<float>(task, unit, arena);
 }
 

@@ -4,10 +4,15 @@
 #include "kernels.h"
 #include "vec.h"
 
-#include <utility> // index_sequence: a type, no code
+#include <type_traits> // types alone, no code
+#include <utility>
 
 namespace headway {
 namespace {
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 inline int64_t item_size(DType t) {
   switch (t) {
@@ -35,34 +40,34 @@ inline int64_t batch_offset(const Batch& batch, const View& v, int64_t index) {
   return offset;
 }
 
-template <class T, class From, class Convert>
-void read_as(const void* from, int64_t stride, int64_t n, T* to, Convert widen) {
+template <class T, class From> void read_as(const void* from, int64_t stride, int64_t n, T* to) {
   const From* p = static_cast<const From*>(from);
   if (stride == 1)
-    for (int64_t i = 0; i < n; ++i) to[i] = T(widen(p[i]));
+    for (int64_t i = 0; i < n; ++i) to[i] = T(p[i]);
   else
-    for (int64_t i = 0; i < n; ++i) to[i] = T(widen(p[i * stride]));
+    for (int64_t i = 0; i < n; ++i) to[i] = T(p[i * stride]);
 }
-
-inline void read_halves(const uint16_t* p, int64_t n, float* to) {
+template <class T, class From> void widen_as(const void* from, int64_t stride, int64_t n, T* to) {
+  const From* p = static_cast<const From*>(from);
   int64_t i = 0;
-#if defined(__F16C__)
-  for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
-#endif
-  for (; i < n; ++i) to[i] = half_to_float(p[i]);
+  if (sizeof(T) == 4 && stride == 1)
+    for (; i + 16 <= n; i += 16) load(p + i).store(reinterpret_cast<float*>(to) + i);
+  for (; i < n; i += 16) {
+    From narrow[16] = {};
+    float wide[16];
+    for (int64_t j = 0; j < least(n - i, 16); ++j) narrow[j] = p[(i + j) * stride];
+    load(narrow).store(wide);
+    for (int64_t j = 0; j < least(n - i, 16); ++j) to[i + j] = T(wide[j]);
+  }
 }
 
 template <class T> void read_row(const void* from, DType dtype, int64_t stride, int64_t n, T* to) {
   switch (dtype) {
-  case DType::f64: return read_as<T, double>(from, stride, n, to, [](double x) { return x; });
-  case DType::f32: return read_as<T, float>(from, stride, n, to, [](float x) { return x; });
-  case DType::bf16: return read_as<T, uint16_t>(from, stride, n, to, bfloat_to_float);
-  case DType::boolean: return read_as<T, uint8_t>(from, stride, n, to, [](uint8_t x) { return x; });
-  case DType::f16:
-    if constexpr (sizeof(T) == 4)
-      if (stride == 1) return read_halves(static_cast<const uint16_t*>(from), n, to);
-    return read_as<T, uint16_t>(from, stride, n, to, half_to_float);
+  case DType::f64: return read_as<T, double>(from, stride, n, to);
+  case DType::f32: return read_as<T, float>(from, stride, n, to);
+  case DType::boolean: return read_as<T, uint8_t>(from, stride, n, to);
+  case DType::bf16: return widen_as<T, BFloat16>(from, stride, n, to);
+  case DType::f16: return widen_as<T, Float16>(from, stride, n, to);
   }
 }
 
@@ -99,49 +104,65 @@ template <class T> void write_row(const T* from, int64_t n, void* to, DType dtyp
   }
 }
 
-// 16 rows of n numbers become a panel (n, 16): each row a lane. Floats go four rows by four columns at a time, as many
-// such blocks side by side as a register holds, which keeps packing at 1 or 2 % of a prefill.
-inline Vec<float>::Reg load_quads(const float* p, int64_t step) { // p[0..3], p[step..], ...: four of each
-  using Quad = VectorType<float, 16>::type;
-  const auto quad = [&](int i) {
-    Quad q;
-    memcpy(&q, p + i * step, 16);
-    return q;
+// Transposes a square of as many registers as a register has lanes: swaps its quarters, theirs, and so on.
+template <int H, class Reg, size_t N> [[gnu::always_inline]] inline void transpose(Reg (&r)[N]) {
+  const auto swap_quarters = [&]<size_t... I>(std::index_sequence<I...>) {
+#pragma GCC unroll 16
+    for (size_t i = 0; i < N; ++i) {
+      if (i & H) continue;
+      const Reg x = r[i], y = r[i + H];
+      r[i] = __builtin_shufflevector(x, y, int(I & H ? N + I - H : I)...);
+      r[i + H] = __builtin_shufflevector(x, y, int(I & H ? N + I : I + H)...);
+    }
   };
-#if defined(__AVX512F__)
-  const auto low = __builtin_shufflevector(quad(0), quad(1), 0, 1, 2, 3, 4, 5, 6, 7);
-  const auto high = __builtin_shufflevector(quad(2), quad(3), 0, 1, 2, 3, 4, 5, 6, 7);
-  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-#elif defined(__AVX2__)
-  return __builtin_shufflevector(quad(0), quad(1), 0, 1, 2, 3, 4, 5, 6, 7);
-#else
-  return quad(0);
-#endif
+  swap_quarters(std::make_index_sequence<N>());
+  if constexpr (H > 1) transpose<H / 2>(r);
 }
-template <int A, int B, int C, int D, class V, size_t... I>
-V pick_quads(V x, V y, std::index_sequence<I...>) { // A .. D: 0 to 3 of x's quad, 4 to 7 of y's
-  constexpr int pick[4] = {A, B, C, D}, lanes = sizeof...(I);
-  return __builtin_shufflevector(x, y, (int(I) / 4 * 4 + pick[I % 4] % 4 + pick[I % 4] / 4 * lanes)...);
-}
-template <class T> void make_panel(const T* rows, int64_t row_stride, int64_t n, T* panel) {
-  int64_t d = 0;
-  if constexpr (sizeof(T) == 4) {
-    using Reg = Vec<float>::Reg;
-    constexpr int lanes = kRegisterBytes / 4;
-    constexpr std::make_index_sequence<lanes> all{};
-    for (; d + 4 <= n; d += 4)
-      for (int i = 0; i < 16; i += lanes) {
-        Reg r[4];
-        for (int j = 0; j < 4; ++j) r[j] = load_quads(rows + (i + j) * row_stride + d, 4 * row_stride);
-        const Reg a = pick_quads<0, 4, 1, 5>(r[0], r[1], all), b = pick_quads<2, 6, 3, 7>(r[0], r[1], all);
-        const Reg c = pick_quads<0, 4, 1, 5>(r[2], r[3], all), e = pick_quads<2, 6, 3, 7>(r[2], r[3], all);
-        const Reg column[4] = {pick_quads<0, 1, 4, 5>(a, c, all), pick_quads<2, 3, 6, 7>(a, c, all),
-                               pick_quads<0, 1, 4, 5>(b, e, all), pick_quads<2, 3, 6, 7>(b, e, all)};
-        for (int j = 0; j < 4; ++j) memcpy(panel + (d + j) * 16 + i, &column[j], sizeof(Reg));
+
+// 16 rows of n numbers become a panel (n, 16): each row a lane. Numbers of 16 bits travel in pairs and are widened on the
+// way out. With `more` it asks for the 16 rows that follow, a few lines at a time and in the order of their addresses,
+// into the second-level cache: the processor's own prefetching follows that, but not 16 rows read side by side, which
+// alone get half as much from memory.
+template <class T, class From>
+void make_panel(const From* rows, int64_t row_stride, int64_t n, T* panel, bool more = false) {
+  constexpr int pair = sizeof(From) == 2 ? 2 : 1;
+  using Word = std::conditional_t<pair == 2, int32_t, From>;
+  using Reg = typename Vec<Word>::Reg;
+  constexpr int lanes = kRegisterBytes / int(sizeof(Word)), step = lanes * pair;
+  const From* next = rows + 16 * row_stride;
+  for (int64_t d = 0, column = 0; d < n; d += step) {
+    const int64_t count = least(step, n - d);
+    for (int i = 0; i < 16; i += lanes) {
+      const From* from = rows + i * row_stride + d;
+      Reg r[lanes];
+      if (count == step) {
+#pragma GCC unroll 16
+        for (int j = 0; j < lanes; ++j) memcpy(&r[j], from + j * row_stride, sizeof(Reg));
+      } else {
+        for (int j = 0; j < lanes; ++j) {
+          r[j] = Reg{};
+          memcpy(&r[j], from + j * row_stride, size_t(count) * sizeof(From));
+        }
       }
+      for (int j = 0; j < lanes && more; ++j) {
+        __builtin_prefetch(next + column, 0, 2);
+        if ((column += step) >= n) column = 0, next += row_stride;
+      }
+      transpose<lanes / 2>(r);
+      const auto put = [&](int64_t j, const auto& reg) {
+        if (j < count) memcpy(panel + (d + j) * 16 + i, &reg, sizeof reg);
+      };
+#pragma GCC unroll 16
+      for (int j = 0; j < lanes; ++j) {
+        if constexpr (pair == 2) {
+          put(2 * j, widen_reg(From{}, r[j] & 0xffff));
+          put(2 * j + 1, widen_reg(From{}, r[j] >> 16 & 0xffff));
+        } else {
+          put(j, r[j]);
+        }
+      }
+    }
   }
-  for (; d < n; ++d)
-    for (int i = 0; i < 16; ++i) panel[d * 16 + i] = rows[i * row_stride + d];
 }
 
 // A workspace is handed out front to back, every piece on a 64-byte line. With no memory it only counts.
@@ -160,10 +181,6 @@ template <class... Sizes> int64_t rough_product(Sizes... sizes) {
   const double product = (1.0 * ... * double(sizes));
   return product < 0x1p62 ? int64_t(product) : int64_t(1) << 62;
 }
-
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 } // namespace
 } // namespace headway

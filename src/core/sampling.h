@@ -564,14 +564,14 @@ inline void write_filtered(const Row& row) {
   }
 }
 
-inline Plan plan_sampling(const Sampling& task) {
+inline Plan plan_sampling(const Sampling& task, int64_t) {
   Plan plan{task.batch.size(), 0, rough_product(task.batch.size(), task.V, 8)};
   Workspace(Arena{nullptr}, task.V, &plan.workspace);
   return plan;
 }
 
-inline void run_sampling(const Sampling& task, int64_t index, void* memory) {
-  const Workspace space(Arena{static_cast<char*>(memory)}, task.V);
+inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memory memory) {
+  const Workspace space(Arena{static_cast<char*>(memory.own)}, task.V);
   Row row{task, index, space, {}, {}};
   Tokens& tokens = row.tokens;
   tokens.n = task.V;

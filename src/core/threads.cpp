@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -63,17 +65,26 @@ private:
 };
 
 struct Job {
-  RunUnit run;
-  const void* task;
-  int64_t units, workspace_bytes, work;
-  char* workspace;
-  int participants;
+  const Call& call;
+  Plan plan;
+  int64_t participants;
+  Memory memory; // own: of participant 0
   std::atomic<int64_t> next{0};
 
-  void take_part(int participant) {
+  // Where all of it lies in one workspace: the shared part first, then a piece for each participant.
+  int64_t shared_bytes() const { return (plan.shared + 63) / 64 * 64; }
+  int64_t own_bytes() const { return (plan.workspace + 63) / 64 * 64 + 64; }
+  int64_t bytes() const { return shared_bytes() + own_bytes() * participants; }
+  void place(char* workspace) {
+    memory = {workspace + shared_bytes(), workspace};
+    if (plan.shared) std::memset(workspace, 0, size_t(plan.shared));
+  }
+
+  void take_part(int64_t participant) {
     const StandardFloats floats;
-    char* mine = workspace + participant * workspace_bytes;
-    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) run(task, unit, mine);
+    const Memory mine{static_cast<char*>(memory.own) + participant * own_bytes(), memory.shared};
+    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < plan.units;)
+      call.run(call.call, plan, unit, mine);
   }
 };
 
@@ -96,8 +107,23 @@ int default_threads() {
 
 constexpr int64_t kKeptWorkspace = 16 << 20; // bytes kept between calls, so that short calls do not fault pages in
 
-// Waking a thread takes some 10 microseconds, in which the caller alone does about as many multiply-adds as this.
-constexpr int64_t kWorkPerThread = 1 << 18;
+// How long a thread that waits looks on before it sleeps. Waking it costs 10 to 50 microseconds, more on a virtual
+// machine, as much as a short call takes; a program that calls again within that time finds the workers awake.
+constexpr std::chrono::microseconds kPatience{100};
+
+template <class Condition> void look_on(Condition met) {
+  const auto end = std::chrono::steady_clock::now() + kPatience;
+  do {
+    for (int i = 0; i < 32; ++i) {
+      if (met()) return;
+#if defined(__x86_64__)
+      _mm_pause();
+#elif defined(__aarch64__)
+      asm volatile("yield");
+#endif
+    }
+  } while (std::chrono::steady_clock::now() < end);
+}
 
 class Pool {
 public:
@@ -118,37 +144,47 @@ public:
     threads_ = threads;
   }
 
-  void run(Job& job) {
+  void run(const Call& call) {
     std::unique_lock<std::mutex> mine(busy_, std::try_to_lock);
-    const int64_t pays = 1 + job.work / kWorkPerThread;
-    job.participants = int(std::min({int64_t(threads_), job.units, pays}));
-    if (!mine || job.participants == 1) {
-      if (mine) mine.unlock();
-      static thread_local Workspace own;
-      job.participants = 1;
-      job.workspace = own.at_least(job.workspace_bytes);
+    int64_t threads = mine ? threads_.load() : 1;
+    Job job{call, call.plan(call.call, threads), 1, {}};
+    if (job.plan.units == 0) return;
+    threads = std::min({threads, job.plan.units, 1 + job.plan.work / kWorkPerThread});
+    job.participants = threads;
+    if (threads == 1 && mine) mine.unlock();
+    static thread_local Workspace own;
+    Workspace& workspace = mine ? workspace_ : own;
+    job.place(workspace.at_least(job.bytes()));
+    if (threads > 1) job.participants = threads = std::min(threads, int64_t(1 + workers(int(threads - 1))));
+    if (threads == 1) {
       job.take_part(0);
-      own.keep_at_most(kKeptWorkspace);
-      return;
+    } else {
+      share(&job);
+      job.take_part(0);
+      finish();
     }
-    job.workspace = workspace_.at_least(job.workspace_bytes * job.participants);
-    job.participants = std::min(job.participants, 1 + workers(job.participants - 1));
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      job_ = &job;
-      ++generation_;
-    }
-    wake_.notify_all();
-    job.take_part(0);
-    {
-      std::unique_lock<std::mutex> lock(mutex_);
-      job_ = nullptr; // a worker that wakes only now finds nothing to do
-      done_.wait(lock, [this] { return active_ == 0; });
-    }
-    workspace_.keep_at_most(kKeptWorkspace);
+    workspace.keep_at_most(kKeptWorkspace);
   }
 
 private:
+  void share(Job* job) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      job_ = job;
+      ++generation_;
+    }
+    if (sleepers_) wake_.notify_all();
+  }
+  void finish() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      job_ = nullptr; // a worker that wakes only now finds nothing to do
+    }
+    look_on([this] { return active_ == 0; });
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return active_ == 0; });
+  }
+
   // Starts workers up to this number, or as many as the system allows: no result depends on how many there are.
   int workers(int wanted) {
     try {
@@ -159,11 +195,14 @@ private:
   }
   void start_worker() {
     const int participant = int(workers_.size()) + 1;
-    uint64_t seen = generation_;
-    workers_.emplace_back([this, participant, seen]() mutable {
-      std::unique_lock<std::mutex> lock(mutex_);
+    workers_.emplace_back([this, participant, seen = generation_.load()]() mutable {
       for (;;) {
-        wake_.wait(lock, [&] { return stop_ || generation_ != seen; });
+        const auto called = [&] { return stop_ || generation_ != seen; };
+        look_on(called);
+        std::unique_lock<std::mutex> lock(mutex_);
+        ++sleepers_;
+        wake_.wait(lock, called);
+        --sleepers_;
         if (stop_) return;
         seen = generation_;
         if (!job_ || participant >= job_->participants) continue;
@@ -183,9 +222,10 @@ private:
   std::vector<std::thread> workers_;
   Workspace workspace_;
   Job* job_ = nullptr;
-  uint64_t generation_ = 0;
-  int active_ = 0;
-  bool stop_ = false;
+  // Written under mutex_, and looked at without it.
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int> active_{0}, sleepers_{0};
+  std::atomic<bool> stop_{false};
   std::atomic<int> threads_;
 };
 
@@ -208,15 +248,6 @@ Pool& pool() {
 void set_num_threads(int n) { pool().resize(n); }
 int get_num_threads() { return pool().threads(); }
 
-void run_units(const Plan& plan, RunUnit run, const void* task) {
-  if (plan.units == 0) return;
-  Job job;
-  job.run = run;
-  job.task = task;
-  job.units = plan.units;
-  job.work = plan.work;
-  job.workspace_bytes = (plan.workspace + 63) / 64 * 64 + 64;
-  pool().run(job);
-}
+void execute(const Call& call) { pool().run(call); }
 
 } // namespace headway

@@ -11,23 +11,30 @@ namespace headway {
 void set_num_threads(int n); // n >= 1
 int get_num_threads();       // HEADWAY_NUM_THREADS, or the processors that this process may use
 
-using RunUnit = void (*)(const void* task, int64_t unit, void* workspace);
-// Runs all units, on up to get_num_threads() threads. The caller's floating-point modes are set aside while a unit
-// runs. Throws std::bad_alloc where there is no memory for the workspaces.
-void run_units(const Plan& plan, RunUnit run, const void* task);
+// A kernel and its task, with their types forgotten.
+struct Call {
+  Plan (*plan)(const void* call, int64_t threads);
+  void (*run)(const void* call, const Plan& plan, int64_t unit, Memory memory);
+  const void* call;
+};
+// Plans the call and runs its units on up to get_num_threads() threads. The caller's floating-point modes are set aside
+// while a unit runs. Throws std::bad_alloc where there is no memory for it.
+void execute(const Call& call);
 
 template <class Task> void execute(const Kernel<Task>& kernel, const Task& task) {
-  struct Call {
+  struct Typed {
     const Kernel<Task>& kernel;
     const Task& task;
-  } call{kernel, task};
-  run_units(
-      kernel.plan(task),
-      [](const void* c, int64_t unit, void* workspace) {
-        const Call& call = *static_cast<const Call*>(c);
-        call.kernel.run(call.task, unit, workspace);
-      },
-      &call);
+  } typed{kernel, task};
+  execute(Call{[](const void* c, int64_t threads) {
+                 const Typed& call = *static_cast<const Typed*>(c);
+                 return call.kernel.plan(call.task, threads);
+               },
+               [](const void* c, const Plan& plan, int64_t unit, Memory memory) {
+                 const Typed& call = *static_cast<const Typed*>(c);
+                 call.kernel.run(call.task, plan, unit, memory);
+               },
+               &typed});
 }
 
 // Sets rounding to nearest and gradual underflow for its lifetime, whatever the caller's thread had.

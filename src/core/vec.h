@@ -265,23 +265,43 @@ inline Vec<int32_t> lane_index() {
   return Vec<int32_t>::load(k);
 }
 
-// binary16 <-> binary32 in integers, where there is no instruction for it.
-inline float half_to_float(uint16_t h) {
-  const uint32_t sign = uint32_t(h & 0x8000) << 16;
-  uint32_t rest = h & 0x7fff, u;
-  if (rest >= 0x7c00) {
-    u = sign | 0x7f800000 | (rest & 0x3ff) << 13;
-  } else if (rest >= 0x400) {
-    u = sign | ((rest << 13) + (uint32_t(127 - 15) << 23));
-  } else {
-    const float f = float(rest) * 0x1p-24f; // exact: subnormals are multiples of 2^-24
-    memcpy(&u, &f, 4);
-    u |= sign;
-  }
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
+// Numbers as they are stored. The 16-bit ones widen exactly, in the register.
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+template <class T> Vec<T> load(const T* p) { return Vec<T>::load(p); }
+inline Vec<int32_t> load_bits(const uint16_t* p) {
+  typedef uint16_t Half __attribute__((vector_size(kRegisterBytes / 2), aligned(2), may_alias));
+  Vec<int32_t> v;
+  for (int i = 0; i < Vec<int32_t>::parts; ++i)
+    v.part[i] = __builtin_convertvector(reinterpret_cast<const Half*>(p)[i], Vec<int32_t>::Reg);
+  return v;
 }
+// 16 bits in the low half of each lane, as floats.
+inline Vec<float>::Reg widen_reg(BFloat16, Vec<int32_t>::Reg h) { return (Vec<float>::Reg)(h << 16); }
+inline Vec<float>::Reg widen_reg(Float16, Vec<int32_t>::Reg h) {
+#if defined(__AVX512F__)
+  return (Vec<float>::Reg)_mm512_maskz_cvtph_ps(0xffff, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)h));
+#else
+  // The exponent and fraction moved into place and scaled by 2^112, which is exact for subnormal numbers as well.
+  const Vec<int32_t>::Reg rest = (h & 0x7fff) << 13;
+  const Vec<int32_t>::Reg finite = (Vec<int32_t>::Reg)((Vec<float>::Reg)rest * 0x1p112f);
+  const Vec<int32_t>::Reg infinite = rest | 0x7f800000;
+  return (Vec<float>::Reg)((rest >= (0x7c00 << 13) ? infinite : finite) | (h & 0x8000) << 16);
+#endif
+}
+template <class Narrow> Vec<float> load_narrow(const Narrow* p) {
+  const Vec<int32_t> h = load_bits(&p->bits);
+  Vec<float> v;
+  for (int i = 0; i < Vec<float>::parts; ++i) v.part[i] = widen_reg(Narrow{}, h.part[i]);
+  return v;
+}
+inline Vec<float> load(const BFloat16* p) { return load_narrow(p); }
+inline Vec<float> load(const Float16* p) { return load_narrow(p); }
+
 inline uint16_t float_to_half(float f) {
   uint32_t u;
   memcpy(&u, &f, 4);
@@ -295,12 +315,6 @@ inline uint16_t float_to_half(float f) {
   magnitude += 0.5f;
   memcpy(&u, &magnitude, 4);
   return sign | uint16_t(u - 0x3f000000);
-}
-inline float bfloat_to_float(uint16_t h) {
-  const uint32_t u = uint32_t(h) << 16;
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
 }
 inline uint16_t float_to_bfloat(float f) {
   uint32_t u;
