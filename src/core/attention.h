@@ -19,7 +19,7 @@ constexpr int64_t kRowBlock = 192; // most rows that share one packing of K and 
 // Rows whose scores are computed together, panel of keys by panel: a panel is then read into the first-level cache once
 // for all of them, while their scores (48 KB) stay in the second.
 constexpr int64_t kBandTiles = 4, kBandRows = kBandTiles * kTileRows;
-constexpr int64_t kBandKeys = 64; // four panels: 16 KB at D = 64
+constexpr int64_t kBandKeys = 64; // four panels: 16 KB at D = 64. What a mask leaves out as a whole is passed over.
 
 // How many units each thread should find, so that all end together.
 constexpr int64_t kUnitsPerThread = 8;
@@ -72,9 +72,15 @@ template <class T> Vec<T> load_strided(const T* p, int64_t stride, int64_t n) {
 // Which of the keys j .. j + 15 the row may attend to. A bias of -inf forbids as a mask does.
 template <class T> Mask<T> allowed(const RowRules<T>& row, int64_t j) {
   using Int = typename IntOf<T>::type;
-  const Vec<Int> key = convert<Int>(lane_index()) + Vec<Int>(Int(j));
-  Mask<T> keep = (key >= Vec<Int>(Int(row.low))) & (key < Vec<Int>(Int(row.high)));
-  if (row.mask) {
+  const bool inside = row.low <= j && j + 16 <= row.high;
+  Mask<T> keep = Int(-1);
+  if (!inside) {
+    const Vec<Int> key = convert<Int>(lane_index()) + Vec<Int>(Int(j));
+    keep = (key >= Vec<Int>(Int(row.low))) & (key < Vec<Int>(Int(row.high)));
+  }
+  if (row.mask && row.mask_stride == 1 && inside) {
+    keep = load_integers<Int>(row.mask + j) != Vec<Int>(Int(0));
+  } else if (row.mask) {
     Int x[16] = {};
     for (int64_t i = most(row.low - j, 0); i < least(row.high - j, 16); ++i) x[i] = row.mask[(j + i) * row.mask_stride];
     keep = keep & (Vec<Int>::load(x) != Vec<Int>(Int(0)));
@@ -85,25 +91,43 @@ template <class T> Mask<T> allowed(const RowRules<T>& row, int64_t j) {
   return keep;
 }
 
-// Raw products of keys begin .. end (multiples of 16) become scores, -inf where the row may not attend. Returns their
-// maximum: -inf where nothing is allowed, else finite or +inf, so that the exponentials of -inf scores are 0. A NaN
-// score does not decide the maximum; it reaches the row through its exponential.
+// Whether scores are products times a positive scale and nothing else. That keeps their order, so the maximum of the
+// scaled is the scaled maximum, rounding included, and products are scaled on their way into the exponential.
+template <class T> bool plain(const RowRules<T>& row, T scale, T softcap) {
+  return !row.bias && softcap == 0 && scale > 0;
+}
+
+// Products of keys begin .. end (multiples of 16) become scores, but for a plain row's scale, and -inf where the row may
+// not attend. Returns the maximum of the scores: -inf where nothing is allowed, else finite or +inf, so that the
+// exponentials of -inf scores are 0. A NaN score does not decide the maximum; it reaches the row through its exponential.
 template <class T> T score_row(T* s, int64_t begin, int64_t end, const RowRules<T>& row, T scale, T softcap) {
   using Int = typename IntOf<T>::type;
+  const bool is_plain = plain(row, scale, softcap);
   Vec<T> top = kMinusInfinity<T>;
   Mask<T> seen = Int(0);
-  for (int64_t j = begin; j < end; j += 16) {
-    Vec<T> x = Vec<T>::load(s + j) * Vec<T>(scale);
-    if (softcap > 0) x = Vec<T>(softcap) * tanh(x / Vec<T>(softcap));
-    if (row.bias) x = x + load_strided(row.bias + j * row.bias_stride, row.bias_stride, row.high - j);
-    const Mask<T> keep = allowed(row, j);
-    seen = seen | keep;
-    x = select(keep, x, Vec<T>(kMinusInfinity<T>));
-    x.store(s + j);
-    top = larger(x, top);
-  }
+  const auto decide = [&](int64_t from, int64_t to) {
+    for (int64_t j = from; j < to; j += 16) {
+      Vec<T> x = Vec<T>::load(s + j);
+      if (!is_plain) {
+        x = x * Vec<T>(scale);
+        if (softcap > 0) x = Vec<T>(softcap) * tanh(x / Vec<T>(softcap));
+        if (row.bias) x = x + load_strided(row.bias + j * row.bias_stride, row.bias_stride, row.high - j);
+      }
+      const Mask<T> keep = allowed(row, j);
+      seen = seen | keep;
+      x = select(keep, x, Vec<T>(kMinusInfinity<T>));
+      x.store(s + j);
+      top = larger(x, top);
+    }
+  };
+  int64_t free_from = end, free_to = end; // what needs no deciding, and no writing
+  if (is_plain && !row.mask && round_up(row.low, 16) < row.high / 16 * 16)
+    free_from = round_up(row.low, 16), free_to = row.high / 16 * 16, seen = Mask<T>(Int(-1));
+  decide(begin, free_from);
+  for (int64_t j = free_from; j < free_to; j += 16) top = larger(Vec<T>::load(s + j), top);
+  decide(free_to, end);
   if (!any(seen)) return kMinusInfinity<T>;
-  const T m = maximum(top);
+  const T m = is_plain ? maximum(top) * scale : maximum(top);
   return m > Constants<T>::lowest ? m : Constants<T>::lowest;
 }
 
@@ -116,30 +140,6 @@ template <class T> T soften(T* s, int64_t begin, int64_t end, T scale, T m) {
     total = total + p;
   }
   return sum(total);
-}
-
-// The two together, on raw products: leaves exp(score - m), sets m and the total. Where nothing but the row's bounds
-// decides, products are scaled on their way into the exponential, and the walk for the maximum writes nothing: a
-// positive scale keeps their order, so the maximum of the scaled is the scaled maximum, rounding included.
-template <class T>
-void soften_row(T* s, int64_t begin, int64_t end, const RowRules<T>& row, T scale, T softcap, T& m, T& total) {
-  m = kMinusInfinity<T>, total = T(0);
-  if (row.low >= row.high) {
-  } else if (!row.mask && !row.bias && softcap == 0 && scale > 0) {
-    for (int64_t j = begin; j < row.low; ++j) s[j] = kMinusInfinity<T>;
-    for (int64_t j = row.high; j < end; ++j) s[j] = kMinusInfinity<T>;
-    Vec<T> top = kMinusInfinity<T>;
-    for (int64_t j = begin; j < end; j += 16) top = larger(Vec<T>::load(s + j), top);
-    m = maximum(top) * scale;
-    m = m > Constants<T>::lowest ? m : Constants<T>::lowest;
-  } else {
-    m = score_row(s, begin, end, row, scale, softcap);
-    scale = T(1);
-  }
-  if (m == kMinusInfinity<T>)
-    memset(s + begin, 0, size_t(end - begin) * sizeof(T));
-  else
-    total = soften(s, begin, end, scale, m);
 }
 
 // Whether some number of a (rows, width) array is infinite or NaN.
@@ -200,7 +200,7 @@ template <class T, Produce produce> struct AttentionBlock {
   // the chunk at hand
   int64_t chunk, chunk_from, chunk_to; // its first key; the keys of it that some row may reach
   Stored stored_keys, stored_values;
-  int64_t packed;      // keys before this one are packed
+  uint32_t packed;     // which bands of kBandKeys are, a bit each
   int values_poisoned; // -1: not looked at yet
 
   AttentionBlock(const Attention& t, const Plan& p, Arena& arena) : task(t), plan(p) {
@@ -271,44 +271,45 @@ template <class T, Produce produce> struct AttentionBlock {
     const View &k = task.k, &v = task.v;
     const auto readable = [&](DType dtype) { return dtype == dtype_of<T> || (once && Stored::kept<T>(dtype)); };
     if (task.k_in_panels && readable(k.dtype))
-      stored_keys = {address(k, k_offset, group, chunk / 16), k.dtype, 16, k.stride[1]}, packed = kChunk;
+      stored_keys = {address(k, k_offset, group, chunk / 16), k.dtype, 16, k.stride[1]};
     else
       stored_keys = {panels, dtype_of<T>, 16, 16 * task.D};
-    if (readable(v.dtype) && v.stride[2] == 1 && task.E == width) {
+    if (readable(v.dtype) && v.stride[2] == 1 && task.E == width)
       stored_values = {address(v, v_offset, group, chunk), v.dtype, v.stride[1], 16};
-      return;
-    }
-    stored_values = {values, dtype_of<T>, width, 16};
-    for (int64_t j = chunk_from; j < chunk_to; ++j) {
-      T* row = values + j * width;
-      read_row(address(v, v_offset, group, chunk + j), v.dtype, v.stride[2], task.E, row);
-      for (int64_t e = task.E; e < width; ++e) row[e] = T(0);
-    }
+    else
+      stored_values = {values, dtype_of<T>, width, 16};
   }
 
   // Where the panel of key j lies. Keys that are read once go through a small buffer, which stays in the cache.
   int64_t panel_of(int64_t j) const {
     return (stored_keys.data == panels && once ? j % kBandKeys : j) / 16 * stored_keys.block;
   }
-  // Packs keys from .. to (multiples of 16) where they are not. Bands ask for them in rising order.
-  void pack(int64_t from, int64_t to) {
-    const View& k = task.k;
-    for (from = most(from, packed); from < to; from += 16) {
-      T* panel = panels + panel_of(from);
-      const int64_t key = chunk + from, count = least(16, keys - key);
+  // Packs the keys and values of band j / kBandKeys of the chunk, where they are not and need to be.
+  void pack(int64_t j) {
+    if (packed >> j / kBandKeys & 1) return;
+    packed |= 1u << j / kBandKeys;
+    const View &k = task.k, &v = task.v;
+    const int64_t from = most(j, chunk_from), to = least(j + kBandKeys, chunk_to);
+    for (int64_t i = from / 16 * 16; i < to && stored_keys.data == panels; i += 16) {
+      T* panel = panels + panel_of(i);
+      const int64_t key = chunk + i, count = least(16, keys - key);
       if (task.k_in_panels) {
         read_row(address(k, k_offset, group, key / 16), k.dtype, 1, 16 * task.D, panel);
       } else if (count == 16 && k.stride[2] == 1 && Stored::kept<T>(k.dtype)) {
         Stored{address(k, k_offset, group, key), k.dtype, 0, 0}.at<T>(
             0, [&](auto* rows_of_k) { make_panel(rows_of_k, k.stride[1], task.D, panel, true); });
       } else {
-        for (int64_t i = 0; i < count; ++i)
-          read_row(address(k, k_offset, group, key + i), k.dtype, k.stride[2], task.D, row_buffer + i * task.D);
+        for (int64_t r = 0; r < count; ++r)
+          read_row(address(k, k_offset, group, key + r), k.dtype, k.stride[2], task.D, row_buffer + r * task.D);
         if (count < 16) memset(row_buffer + count * task.D, 0, size_t((16 - count) * task.D) * sizeof(T));
         make_panel(row_buffer, task.D, task.D, panel);
       }
     }
-    packed = most(packed, to);
+    for (int64_t i = from; i < to && stored_values.data == values; ++i) {
+      T* row = values + i * width;
+      read_row(address(v, v_offset, group, chunk + i), v.dtype, v.stride[2], task.E, row);
+      for (int64_t e = task.E; e < width; ++e) row[e] = T(0);
+    }
   }
 
   RowRules<T> rules(int64_t r) const {
@@ -324,64 +325,99 @@ template <class T, Produce produce> struct AttentionBlock {
     return row;
   }
 
-  // A few rows, and the keys of a chunk that some of them may reach. `all` of them may reach a smaller part.
+  // A few rows, and the keys of the chunk that some of them may reach: from .. to, in the bands of kBandKeys whose bit is
+  // set. What they may all reach, but for the mask, is a smaller part.
   struct Tile {
     int64_t row, count, from, to, all_from, all_to;
+    uint32_t bands;
+    bool reaches(int64_t j) const { return bands >> j / kBandKeys & 1; }
   };
   Tile tile_at(int64_t row) const {
-    Tile t{row, least(kTileRows, rows - row), kChunk, 0, 0, kChunk};
+    Tile t{row, least(kTileRows, rows - row), kChunk, 0, 0, kChunk, ~0u};
     for (int64_t r = row; r < row + t.count; ++r) {
       const int64_t a = least(most(low[r] - chunk, 0), kChunk), b = least(most(high[r] - chunk, 0), kChunk);
       t.all_from = most(t.all_from, a), t.all_to = least(t.all_to, b);
       if (a < b) t.from = least(t.from, a), t.to = most(t.to, b);
     }
+    if (task.mask.data) {
+      for (int64_t j = t.from / kBandKeys * kBandKeys; j < t.to; j += kBandKeys)
+        if (masked_out(t, most(j, t.from), least(j + kBandKeys, t.to))) t.bands &= ~(1u << j / kBandKeys);
+      while (t.from < t.to && !t.reaches(t.from)) t.from = (t.from / kBandKeys + 1) * kBandKeys;
+      while (t.from < t.to && !t.reaches(t.to - 1)) t.to = (t.to - 1) / kBandKeys * kBandKeys;
+    }
     t.all_from = least(t.all_from, t.to), t.all_to = most(t.all_to, t.from);
     return t;
   }
+  bool masked_out(const Tile& t, int64_t from, int64_t to) const {
+    for (int64_t r = t.row; r < t.row + t.count; ++r) {
+      const RowRules<T> row = rules(r);
+      uint8_t any_allowed = 0;
+      if (row.mask_stride == 1)
+        for (int64_t j = from; j < to; ++j) any_allowed |= row.mask[j];
+      else
+        for (int64_t j = from; j < to; ++j) any_allowed |= row.mask[j * row.mask_stride];
+      if (any_allowed) return false;
+    }
+    return true;
+  }
 
-  // Rows band .. band + kBandRows against the chunk: scores, softened, weighted sum, into `into`.
-  void attend(int64_t band, const States<T>& into) {
+  // Rows first .. first + kBandRows against the chunk: scores, softened, weighted sum, into `into`.
+  void attend(int64_t first, const States<T>& into) {
     Tile tiles[kBandTiles];
     int64_t count = 0, begin = kChunk, end = 0;
-    for (int64_t row = band; row < least(rows, band + kBandRows); row += kTileRows) {
+    for (int64_t row = first; row < least(rows, first + kBandRows); row += kTileRows) {
       const Tile t = tile_at(row);
       for (int64_t r = row; r < row + t.count; ++r) into.maximum[r] = kMinusInfinity<T>, into.total[r] = T(0);
       if (t.from >= t.to) continue;
       tiles[count++] = t;
-      begin = least(begin, t.from), end = most(end, t.to);
+      begin = least(begin, t.from / kBandKeys * kBandKeys), end = most(end, t.to);
     }
-    begin = begin / 16 * 16, end = round_up(end, 16);
-    for (int64_t j = begin / kBandKeys * kBandKeys; j < end; j += kBandKeys) {
-      pack(most(j, begin), least(j + kBandKeys, end));
+    const auto scores_of = [&](const Tile& t) { return scores + (t.row - first) * kChunk; };
+    for (int64_t j = begin; j < end; j += kBandKeys)
       for (int64_t i = 0; i < count; ++i) {
         const Tile& t = tiles[i];
         const int64_t a = most(j, t.from / 16 * 16), b = least(j + kBandKeys, round_up(t.to, 16));
-        if (a < b)
-          times(t.count, b - a, task.D, queries + t.row * query_row, query_row, stored_keys, panel_of(a),
-                scores + (t.row - band) * kChunk + a, kChunk);
+        if (a >= b || !t.reaches(j)) continue;
+        pack(j);
+        times(t.count, b - a, task.D, queries + t.row * query_row, query_row, stored_keys, panel_of(a),
+              scores_of(t) + a, kChunk);
       }
-    }
     for (int64_t i = 0; i < count; ++i) {
-      const Tile& t = tiles[i];
+      Tile& t = tiles[i];
       for (int64_t r = t.row; r < t.row + t.count; ++r)
-        soften_row(scores + (r - band) * kChunk, t.from / 16 * 16, round_up(t.to, 16), rules(r), T(task.scale),
-                   T(task.softcap), into.maximum[r], into.total[r]);
+        soften_row(scores + (r - first) * kChunk, t.from / 16 * 16, round_up(t.to, 16), rules(r), into.maximum[r],
+                   into.total[r]);
       if (poisoned(t)) {
-        select_values(t, scores + (t.row - band) * kChunk, into);
-        tiles[i].from = tiles[i].to;
+        select_values(t, scores_of(t), into);
+        t.bands = 0;
       }
     }
     if (width == 0) return;
-    // Read once, values too go block by block, so that all tiles find them in the cache.
+    // Read once, values too go band by band, so that all tiles find them in the cache.
     const int64_t step = once ? kBandKeys : kChunk;
-    for (int64_t j = begin / kBandKeys * kBandKeys; j < end; j += step)
+    for (int64_t j = begin; j < end; j += step)
       for (int64_t i = 0; i < count; ++i) {
         const Tile& t = tiles[i];
-        const int64_t a = most(j, t.from), b = least(j + step, t.to);
-        if (a < b)
-          times(t.count, width, b - a, scores + (t.row - band) * kChunk + a, kChunk, stored_values,
-                a * stored_values.row, into.sum + t.row * width, width, a > t.from);
+        const int64_t stop = least(j + step, t.to);
+        for (int64_t a = most(j, t.from), b; a < stop; a = b) {
+          const auto next = [&](int64_t key) { return least((key / kBandKeys + 1) * kBandKeys, stop); };
+          b = next(a);
+          if (!t.reaches(a)) continue;
+          while (b < stop && t.reaches(b)) b = next(b);
+          times(t.count, width, b - a, scores_of(t) + a, kChunk, stored_values, a * stored_values.row,
+                into.sum + t.row * width, width, a > t.from);
+        }
       }
+  }
+
+  // One row's products become exp(score - maximum).
+  void soften_row(T* s, int64_t from, int64_t to, const RowRules<T>& row, T& maximum, T& total) {
+    const T scale = T(task.scale), softcap = T(task.softcap);
+    maximum = score_row(s, from, to, row, scale, softcap);
+    if (maximum == kMinusInfinity<T>)
+      memset(s + from, 0, size_t(to - from) * sizeof(T));
+    else
+      total = soften(s, from, to, plain(row, scale, softcap) ? scale : T(1), maximum);
   }
 
   void times(int64_t row_count, int64_t columns, int64_t k_count, const T* a, int64_t a_row, const Stored& b,
@@ -391,7 +427,8 @@ template <class T, Produce produce> struct AttentionBlock {
         multiply<Source::memory>(row_count, columns, k_count, a, a_row, from, b.row, b.block, c, c_row, onto);
       });
     else
-      multiply(row_count, columns, k_count, a, a_row, static_cast<const T*>(b.data) + offset, b.row, b.block, c, c_row);
+      multiply(row_count, columns, k_count, a, a_row, static_cast<const T*>(b.data) + offset, b.row, b.block, c, c_row,
+               onto);
   }
 
   // Whether V holds NaN or infinity where some row of the tile must not see it. A mask may leave out any key of the
@@ -514,7 +551,7 @@ template <class T, Produce produce> struct AttentionBlock {
       add_sink(sink, s.maximum[0], s.total[0]);
     }
     for_each_chunk([&] {
-      pack(chunk_from / 16 * 16, round_up(chunk_to, 16));
+      for (int64_t j = 0; j < kChunk; j += kBandKeys) pack(j);
       for (int64_t r = 0; r < rows; ++r) {
         const RowRules<T> row = rules(r);
         const States<T> s = state(0, r);
@@ -522,8 +559,9 @@ template <class T, Produce produce> struct AttentionBlock {
         const int64_t begin = row.low / 16 * 16, end = round_up(row.high, 16);
         times(1, end - begin, task.D, queries + r * query_row, query_row, stored_keys, panel_of(begin), scores + begin,
               kChunk);
-        score_row(scores, begin, end, row, T(task.scale), T(task.softcap));
-        soften(scores, begin, end, T(1), s.maximum[0]);
+        const T scale = T(task.scale), softcap = T(task.softcap);
+        score_row(scores, begin, end, row, scale, softcap);
+        soften(scores, begin, end, plain(row, scale, softcap) ? scale : T(1), s.maximum[0]);
         for (int64_t j = row.low; j < row.high; ++j) scores[j] /= s.total[0];
         char* out = address(task.out, offset, head_of(r), query_of(r), chunk + row.low);
         write_row(scores + row.low, row.high - row.low, out, task.out.dtype);

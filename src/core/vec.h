@@ -273,11 +273,11 @@ struct BFloat16 {
   uint16_t bits;
 };
 template <class T> Vec<T> load(const T* p) { return Vec<T>::load(p); }
-inline Vec<int32_t> load_bits(const uint16_t* p) {
-  typedef uint16_t Half __attribute__((vector_size(kRegisterBytes / 2), aligned(2), may_alias));
-  Vec<int32_t> v;
-  for (int i = 0; i < Vec<int32_t>::parts; ++i)
-    v.part[i] = __builtin_convertvector(reinterpret_cast<const Half*>(p)[i], Vec<int32_t>::Reg);
+template <class To, class From> Vec<To> load_integers(const From* p) {
+  typedef From Narrow __attribute__((vector_size(kRegisterBytes / sizeof(To) * sizeof(From)), aligned(1), may_alias));
+  Vec<To> v;
+  for (int i = 0; i < Vec<To>::parts; ++i)
+    v.part[i] = __builtin_convertvector(reinterpret_cast<const Narrow*>(p)[i], typename Vec<To>::Reg);
   return v;
 }
 // 16 bits in the low half of each lane, as floats.
@@ -294,7 +294,7 @@ inline Vec<float>::Reg widen_reg(Float16, Vec<int32_t>::Reg h) {
 #endif
 }
 template <class Narrow> Vec<float> load_narrow(const Narrow* p) {
-  const Vec<int32_t> h = load_bits(&p->bits);
+  const Vec<int32_t> h = load_integers<int32_t>(&p->bits);
   Vec<float> v;
   for (int i = 0; i < Vec<float>::parts; ++i) v.part[i] = widen_reg(Narrow{}, h.part[i]);
   return v;
