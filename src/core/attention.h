@@ -1,7 +1,8 @@
 // Attention: softmax(scale q k^T + bias, masked) v, in chunks of keys, never as an L x S array.
 //
 // A unit of work is a block of rows that share one key/value head: the queries of a group's heads, row i * repeat + h;
-// where such blocks are few (decoding with few heads), a block and an aligned span of the chunks. For each chunk of 512 keys (anchored at absolute position 0) the block packs K and V once; then a few rows at a time
+// where such blocks are few (decoding with few heads), a block and an aligned span of the chunks. For each chunk of 512
+// keys (anchored at absolute position 0) the block packs K and V once; then a few rows at a time
 //   1. scores   one chain of fused multiply-adds over D                          gemm.h
 //   2. softmax  scale, softcap, bias, mask; one maximum; exponentials; their sum   soften()
 //   3. weighted sum of V, one chain over the chunk's keys                        gemm.h
@@ -97,9 +98,10 @@ template <class T> bool plain(const RowRules<T>& row, T scale, T softcap) {
   return !row.bias && softcap == 0 && scale > 0;
 }
 
-// Products of keys begin .. end (multiples of 16) become scores, but for a plain row's scale, and -inf where the row may
-// not attend. Returns the maximum of the scores: -inf where nothing is allowed, else finite or +inf, so that the
-// exponentials of -inf scores are 0. A NaN score does not decide the maximum; it reaches the row through its exponential.
+// Products of keys begin .. end (multiples of 16) become scores, but for a plain row's scale, and -inf where the row
+// may not attend. Returns the maximum of the scores: -inf where nothing is allowed, else finite or +inf, so that the
+// exponentials of -inf scores are 0. A NaN score does not decide the maximum; it reaches the row through its
+// exponential.
 template <class T> T score_row(T* s, int64_t begin, int64_t end, const RowRules<T>& row, T scale, T softcap) {
   using Int = typename IntOf<T>::type;
   const bool is_plain = plain(row, scale, softcap);
@@ -183,7 +185,7 @@ inline int64_t span_state_size(const Attention& task, const Plan& plan) {
 // The computation of one block of rows against its key/value head.
 template <class T, Produce produce> struct AttentionBlock {
   const Attention& task;
-  const Plan& plan; // rows: of a block, at most; span: chunks of a unit
+  const Plan& plan;                   // rows: of a block, at most; span: chunks of a unit
   int64_t repeat, keys, width, slots; // heads per group; E rounded up to 16; tree slots
   // scratch
   T *query_buffer, *panels, *values, *row_buffer, *scores;
@@ -295,14 +297,13 @@ template <class T, Produce produce> struct AttentionBlock {
       const int64_t key = chunk + i, count = least(16, keys - key);
       if (task.k_in_panels) {
         read_row(address(k, k_offset, group, key / 16), k.dtype, 1, 16 * task.D, panel);
-      } else if (count == 16 && k.stride[2] == 1 && Stored::kept<T>(k.dtype)) {
+      } else if (k.stride[2] == 1 && Stored::kept<T>(k.dtype)) {
         Stored{address(k, k_offset, group, key), k.dtype, 0, 0}.at<T>(
-            0, [&](auto* rows_of_k) { make_panel(rows_of_k, k.stride[1], task.D, panel, true); });
+            0, [&](auto* rows_of_k) { make_panel(rows_of_k, k.stride[1], count, task.D, panel, count == 16); });
       } else {
         for (int64_t r = 0; r < count; ++r)
           read_row(address(k, k_offset, group, key + r), k.dtype, k.stride[2], task.D, row_buffer + r * task.D);
-        if (count < 16) memset(row_buffer + count * task.D, 0, size_t((16 - count) * task.D) * sizeof(T));
-        make_panel(row_buffer, task.D, task.D, panel);
+        make_panel(row_buffer, task.D, count, task.D, panel);
       }
     }
     for (int64_t i = from; i < to && stored_values.data == values; ++i) {
@@ -325,8 +326,8 @@ template <class T, Produce produce> struct AttentionBlock {
     return row;
   }
 
-  // A few rows, and the keys of the chunk that some of them may reach: from .. to, in the bands of kBandKeys whose bit is
-  // set. What they may all reach, but for the mask, is a smaller part.
+  // A few rows, and the keys of the chunk that some of them may reach: from .. to, in the bands of kBandKeys whose bit
+  // is set. What they may all reach, but for the mask, is a smaller part.
   struct Tile {
     int64_t row, count, from, to, all_from, all_to;
     uint32_t bands;

@@ -66,8 +66,8 @@ void tile_columns(int64_t columns, int64_t k_count, const T* a, int64_t a_row, c
                                    onto);
 }
 
-// C = A B. columns is a multiple of 16; rows may be any number: full tiles, then four, two and one, in tiles that are no
-// narrower, so that few rows (decoding) still read B in long stretches.
+// C = A B. columns is a multiple of 16; rows may be any number: full tiles, then four, two and one, in tiles that are
+// no narrower, so that few rows (decoding) still read B in long stretches.
 template <Source source = Source::cache, class T, class B>
 void multiply(int64_t rows, int64_t columns, int64_t k_count, const T* a, int64_t a_row, const B* b, int64_t b_row,
               int64_t b_block, T* c, int64_t c_row, bool onto = false) {

@@ -113,13 +113,13 @@ struct Sampling {
   int64_t* status; // (rows)
 };
 
-// How a kernel cuts its task, and the memory that it needs. Units may run in any order on any thread. The cut may depend
-// on the number of threads, for balance; results never do.
+// How a kernel cuts its task, and the memory that it needs. Units may run in any order on any thread. The cut may
+// depend on the number of threads, for balance; results never do.
 struct Plan {
   int64_t units;
-  int64_t workspace;  // bytes per thread, 64-byte aligned
-  int64_t work;       // of all units, in multiply-adds or so: whether waking a thread pays
-  int64_t shared = 0; // bytes that all units see, 64-byte aligned, zero at the start
+  int64_t workspace;          // bytes per thread, 64-byte aligned
+  int64_t work;               // of all units, in multiply-adds or so: whether waking a thread pays
+  int64_t shared = 0;         // bytes that all units see, 64-byte aligned, zero at the start
   int64_t rows = 0, span = 0; // the kernel's own: what a unit is made of
 };
 // Waking a thread takes some 10 microseconds, in which the caller alone does about as much work as this.

@@ -119,29 +119,33 @@ template <int H, class Reg, size_t N> [[gnu::always_inline]] inline void transpo
   if constexpr (H > 1) transpose<H / 2>(r);
 }
 
-// 16 rows of n numbers become a panel (n, 16): each row a lane. Numbers of 16 bits travel in pairs and are widened on the
-// way out. With `more` it asks for the 16 rows that follow, a few lines at a time and in the order of their addresses,
-// into the second-level cache: the processor's own prefetching follows that, but not 16 rows read side by side, which
-// alone get half as much from memory.
+// Up to 16 rows of n numbers become a panel (n, 16): each row a lane, 0 where there is none. Numbers of 16 bits travel
+// in pairs and are widened on the way out. With `more` it asks for the 16 rows that follow, a few lines at a time and
+// in the order of their addresses, into the second-level cache: the processor's own prefetching follows that, but not
+// 16 rows read side by side, which alone get half as much from memory.
 template <class T, class From>
-void make_panel(const From* rows, int64_t row_stride, int64_t n, T* panel, bool more = false) {
+void make_panel(const From* rows, int64_t row_stride, int64_t count, int64_t n, T* panel, bool more = false) {
   constexpr int pair = sizeof(From) == 2 ? 2 : 1;
   using Word = std::conditional_t<pair == 2, int32_t, From>;
   using Reg = typename Vec<Word>::Reg;
   constexpr int lanes = kRegisterBytes / int(sizeof(Word)), step = lanes * pair;
   const From* next = rows + 16 * row_stride;
   for (int64_t d = 0, column = 0; d < n; d += step) {
-    const int64_t count = least(step, n - d);
+    const int64_t columns = least(step, n - d);
     for (int i = 0; i < 16; i += lanes) {
       const From* from = rows + i * row_stride + d;
       Reg r[lanes];
-      if (count == step) {
+      if (columns == step && count == 16) {
 #pragma GCC unroll 16
         for (int j = 0; j < lanes; ++j) memcpy(&r[j], from + j * row_stride, sizeof(Reg));
       } else {
         for (int j = 0; j < lanes; ++j) {
           r[j] = Reg{};
-          memcpy(&r[j], from + j * row_stride, size_t(count) * sizeof(From));
+          if (i + j >= count) continue;
+          if (columns == step)
+            memcpy(&r[j], from + j * row_stride, sizeof(Reg));
+          else
+            memcpy(&r[j], from + j * row_stride, size_t(columns) * sizeof(From));
         }
       }
       for (int j = 0; j < lanes && more; ++j) {
@@ -150,7 +154,7 @@ void make_panel(const From* rows, int64_t row_stride, int64_t n, T* panel, bool 
       }
       transpose<lanes / 2>(r);
       const auto put = [&](int64_t j, const auto& reg) {
-        if (j < count) memcpy(panel + (d + j) * 16 + i, &reg, sizeof reg);
+        if (j < columns) memcpy(panel + (d + j) * 16 + i, &reg, sizeof reg);
       };
 #pragma GCC unroll 16
       for (int j = 0; j < lanes; ++j) {

@@ -160,7 +160,8 @@ inline Vec<double> widen(Vec<float> v) {
 // What a > b ? a : b says, b where either is NaN, is the definition of x86's instruction, but not of Arm's.
 inline Vec<float>::Reg larger_reg(Vec<float>::Reg a, Vec<float>::Reg b) {
 #if defined(__AVX512F__)
-  return (Vec<float>::Reg)_mm512_mask_max_ps((__m512)a, 0xffff, (__m512)a, (__m512)b); // GCC 12 warns about the plain one
+  return (Vec<float>::Reg)_mm512_mask_max_ps((__m512)a, 0xffff, (__m512)a,
+                                             (__m512)b); // GCC 12 warns about the plain one
 #elif defined(__AVX2__)
   return (Vec<float>::Reg)_mm256_max_ps((__m256)a, (__m256)b);
 #else
@@ -172,7 +173,6 @@ inline Vec<float> larger(Vec<float> a, Vec<float> b) {
   return a;
 }
 inline Vec<double> larger(Vec<double> a, Vec<double> b) { return select(a > b, a, b); }
-
 
 // a * b + c, rounded once ---------------------------------------------------------------------------------------
 
@@ -230,14 +230,14 @@ template <class T> Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 // Sums and maxima over lanes, by one fixed tree ------------------------------------------------------------------
 
 // Lanes i and i + 8 meet first, then i and i + 4, and so on. `op` takes vectors as well as numbers.
-template <class T, int Lanes, class Op> T reduce_lanes(typename VectorType<T, Lanes * int(sizeof(T))>::type v, Op op) {
+template <class T, int Lanes, class Op> T reduce_lanes(typename VectorType<T, Lanes* int(sizeof(T))>::type v, Op op) {
   if constexpr (Lanes == 16)
     return reduce_lanes<T, 8>(op(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
                                  __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)),
                               op);
   else if constexpr (Lanes == 8)
-    return reduce_lanes<T, 4>(
-        op(__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7)), op);
+    return reduce_lanes<T, 4>(op(__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7)),
+                              op);
   else if constexpr (Lanes == 4)
     return reduce_lanes<T, 2>(op(__builtin_shufflevector(v, v, 0, 1), __builtin_shufflevector(v, v, 2, 3)), op);
   else

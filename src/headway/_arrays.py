@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +17,11 @@ from . import _native
 
 FLOATING = ("float64", "float32", "float16", "bfloat16")
 _NAMES = {np.dtype(name): name for name in FLOATING[:3]}
+_STORAGE = {name: np.dtype(np.uint16 if name == "bfloat16" else name) for name in FLOATING}
 _CPU = (1, 3)  # DLPack's kDLCPU and kDLCUDAHost: memory that the processor can read
 
 
-@dataclass(frozen=True)
-class Operand:
+class Operand(NamedTuple):
     """A user's array, ready for the kernels.
 
     ``data`` holds bfloat16 as uint16 bits; ``dtype`` says what the numbers are; ``wrap`` turns a NumPy array (with
@@ -53,8 +52,8 @@ def unwrap(x: Any, name: str) -> Operand:
     """
     if isinstance(x, Operand):
         return x
-    if type(x) is np.ndarray and x.dtype in _NAMES:  # the common case, without asking twice
-        return Operand(_addressable(x), _NAMES[x.dtype], as_numpy)
+    if type(x) is np.ndarray and (dtype := _NAMES.get(x.dtype)):  # the common case, without asking twice
+        return Operand(_addressable(x), dtype, as_numpy)
     data, wrap = _to_numpy(x, name)
     kind = data.dtype.kind
     if _is_bfloat16(x):
@@ -80,6 +79,8 @@ def plain(x: Any, name: str) -> NDArray[Any]:
 
 def promote(*dtypes: str) -> str:
     """Return the type that operands of these types meet in, as NumPy promotes: float16 with bfloat16 is float32."""
+    if len(set(dtypes)) == 1:
+        return dtypes[0]
     widest = min(dtypes, key=FLOATING.index)
     return "float32" if {"float16", "bfloat16"} <= set(dtypes) and widest == "float16" else widest
 
@@ -96,7 +97,7 @@ def compute_dtype(dtype: str) -> str:
 
 def storage(dtype: str) -> np.dtype[Any]:
     """Return the NumPy type that numbers of this type are stored in."""
-    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+    return _STORAGE[dtype]
 
 
 def _is_bfloat16(x: Any) -> bool:
@@ -144,8 +145,9 @@ def _from_dlpack(x: Any, name: str) -> NDArray[Any]:
 
 def _addressable(data: NDArray[Any]) -> NDArray[Any]:
     """Copy only what a kernel cannot address: foreign byte order, unaligned memory, strides between elements."""
-    fits = data.dtype.isnative and data.flags.aligned
-    if fits and all(stride % data.itemsize == 0 for stride in data.strides):
+    flags = data.flags
+    fits = data.dtype.isnative and flags.aligned
+    if fits and (flags.c_contiguous or all(stride % data.itemsize == 0 for stride in data.strides)):
         return data
     return data.astype(data.dtype.newbyteorder("="), order="C", copy=True)
 

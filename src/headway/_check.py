@@ -55,6 +55,8 @@ def choice(x: Any, name: str, options: tuple[Any, ...]) -> None:
 
 def broadcast(array: NDArray[Any], shape: Shape, name: str, meaning: str, cure: str = "") -> NDArray[Any]:
     """Return a view of the array in this shape."""
+    if array.shape == shape:
+        return array
     try:
         return np.broadcast_to(array, shape)
     except ValueError:
@@ -66,7 +68,8 @@ def broadcast(array: NDArray[Any], shape: Shape, name: str, meaning: str, cure: 
 def batch_shape(**shapes: Shape) -> Shape:
     """Return the common shape of the arrays' leading axes."""
     try:
-        shape = np.broadcast_shapes(*shapes.values())
+        alike = len(set(shapes.values())) == 1
+        shape = next(iter(shapes.values())) if alike else np.broadcast_shapes(*shapes.values())
     except ValueError:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(f"{' and '.join(shapes)}: expected leading axes that broadcast, got {listed}") from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,7 @@ _LARGEST_HEAD = 2**24  # a chunk of keys must fit the address space many times o
 _FARTHEST = 2**53  # positions, so that no sum of two leaves int64
 
 
-@dataclass(frozen=True)
-class Keys:
+class Keys(NamedTuple):
     """The key side of a call: an array (..., G, S, D), or a cache's panels (..., G, panels, D, 16)."""
 
     operand: Operand
@@ -35,8 +34,7 @@ class Keys:
     in_panels: bool = False
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One checked call: arrays broadcast to the batch, ready for the kernels."""
 
     q: NDArray[Any]
@@ -152,9 +150,9 @@ def prepare(
     )
     core = keys.operand.data.shape[len(keys.batch) :]
     return Call(
-        q=np.broadcast_to(query.data, (*shape, heads, length, size)),
-        k=np.broadcast_to(keys.operand.data, (*shape, *core)),
-        v=None if v is None else np.broadcast_to(value.data, (*shape, *value.data.shape[-3:])),
+        q=_repeated(query.data, (*shape, heads, length, size)),
+        k=_repeated(keys.operand.data, (*shape, *core)),
+        v=None if v is None else _repeated(value.data, (*shape, *value.data.shape[-3:])),
         mask=mask,
         bias=bias,
         sinks=sinks,
@@ -165,6 +163,10 @@ def prepare(
         dtype=dtype,
         like=query,
     )
+
+
+def _repeated(data: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    return data if data.shape == shape else np.broadcast_to(data, shape)
 
 
 def _window(window: Any) -> tuple[int | None, int | None]:
@@ -199,10 +201,11 @@ def _sinks(sinks: Any, shape: tuple[int, ...], compute: str) -> NDArray[Any]:
     return _check.broadcast(array, shape, "sinks", "(..., H)")
 
 
-def run(call: Call, return_lse: bool) -> Any:
-    """Run a checked call of attention; the result is of q's kind."""
+def run(call: Call, return_lse: bool, out: NDArray[Any] | None = None) -> Any:
+    """Run a checked call of attention, into ``out`` where it is given; the result is of q's kind."""
     assert call.v is not None
-    out = np.empty((*call.shape, call.v.shape[-1]), storage(call.dtype))
+    if out is None:
+        out = np.empty((*call.shape, call.v.shape[-1]), storage(call.dtype))
     lse = np.empty(call.shape, call.compute) if return_lse else None
     _native.attention(call.q, call.k, call.v, call.mask, call.bias, call.sinks, call.kv_lengths, call.options, out, lse)
     result = call.like.wrap(out, call.dtype)

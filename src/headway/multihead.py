@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from . import _check, _native
-from ._arrays import Operand, as_bits, compute_dtype, promote, unwrap
+from ._arrays import Operand, as_bits, compute_dtype, promote, storage, unwrap
 from .attention import key_array, prepare, run
 from .layers import product
 
@@ -122,10 +121,13 @@ def multi_head_attention(
         sinks=sinks,
         kv_lengths=kv_lengths,
     )
-    call = replace(call, dtype=final if w_o is None else compute, like=Operand(call.q, compute, as_bits))
-    attended, lse = run(call, True) if return_lse else (run(call, False), None)
-    *batch, _, length, size = attended.shape
-    out = np.swapaxes(attended, -3, -2).reshape(*batch, length, heads * size)
+    call = call._replace(dtype=final if w_o is None else compute, like=Operand(call.q, compute, as_bits))
+    *batch, _, length = call.shape
+    size = projected["v"].data.shape[-1]
+    side_by_side = np.empty((*batch, length, heads, size), storage(call.dtype))
+    attended = run(call, return_lse, np.swapaxes(side_by_side, -3, -2))
+    lse = attended[1] if return_lse else None
+    out = side_by_side.reshape(*batch, length, heads * size)
     if weights["o"] is not None:
         out = product(Operand(out, compute, as_bits), weights["o"], biases["o"], final, ("attended", "w_o", "b_o"))
     if places is not None:
