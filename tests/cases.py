@@ -54,6 +54,8 @@ def awkward(dtype: str) -> tuple[np.ndarray, ...]:
 INPUTS = {dtype: attention_inputs(dtype) for dtype in DTYPES}
 AWKWARD = {dtype: awkward(dtype) for dtype in DTYPES}
 PLAIN = {D: tuple(normal(rng, 2, n, D) for n in (45, 700, 700)) for D in (64, 3)}
+# Few heads and long keys, which threads share by spans of chunks; few rows, and more than a band of them.
+LONG = tuple(normal(rng, *shape) for shape in ((4, 11, 64), (1, 9 * CHUNK + 5, 64), (1, 9 * CHUNK + 5, 64)))
 WIDE_PLAIN = tuple(normal(rng, 2, n, 3, dtype="float64") for n in (5, 60, 60))
 X, W, B = normal(rng, 2, 50, 300), normal(rng, 300, 72), normal(rng, 72)
 SPREAD = X[0, :6] * 3
@@ -112,6 +114,12 @@ def _cache(dtype: str) -> Any:
     return cache.attend(q, return_lse=True)
 
 
+def _long(dtype: str) -> Any:
+    q, k, v = (x.astype(DTYPES[dtype]) for x in LONG)
+    in_a_window = hw.attention(q, k, v, causal="bottom_right", window=(3 * CHUNK, None))
+    return hw.attention(q, k, v, return_lse=True), hw.attention(q[:, :1], k, v), in_a_window
+
+
 def _awkward(dtype: str) -> Any:
     q, k, v = AWKWARD[dtype]
     return hw.attention(q, k, v, return_lse=True), hw.attention(q[:, 1:2], k[:, 6:400], v[:, 6:400])
@@ -158,6 +166,7 @@ KINDS: dict[str, Callable[[str], Any]] = {
     "weights": _weights,
     "parts": _parts,
     "cache": _cache,
+    "long": _long,
     "awkward": _awkward,
     "layer": _layer,
     "linear": _linear,

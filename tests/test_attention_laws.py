@@ -245,6 +245,21 @@ def test_every_rule_is_the_mask_that_it_stands_for(seed: int, L: int, S: int, dt
         assert same(j <= i, causal=True)
 
 
+@given(SEEDS, st.sampled_from([1, 7, 30, 200]), LENGTHS, st.sampled_from(list(DTYPES)), st.floats(0.05, 0.9))
+@settings(max_examples=60)
+def test_stretches_that_a_mask_leaves_out(seed: int, L: int, S: int, dtype: str, density: float) -> None:
+    """Blocks of a mask's zeros, as documents packed into one sequence have: passed over, whatever lies there."""
+    q, k, v, rng = arrays(seed, L, S, 20, 16, dtype)
+    blocks = rng.random((2, -(-L // 11), -(-S // 64))) < density
+    mask = blocks.repeat(11, 1).repeat(64, 2)[:, :L, :S].repeat(2, 0)
+    want = hw.attention(q, k, v, bias=np.where(mask, 0, -np.inf), return_lse=True)
+    assert same_bits(hw.attention(q, k, v, mask=mask, return_lse=True), want)
+    assert same_bits(hw.attention(q, k, v, mask=np.asfortranarray(mask), return_lse=True), want)
+    nobody = ~mask.reshape(2, 2, L, S).any((1, 2))  # keys that no row of the group may attend to
+    k[nobody], v[nobody] = np.nan, np.inf
+    assert same_bits(hw.attention(q, k, v, mask=mask, return_lse=True), want)
+
+
 # NaN and zero -------------------------------------------------------------------------------------------------------
 
 THE_NAN = {"float64": 0x7FF8 << 48, "float32": 0x7FC0 << 16, "float16": 0x7E00, "bfloat16": 0x7FC0}

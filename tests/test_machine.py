@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -252,6 +253,7 @@ def extra_memory(H: int, L: int, S: int, D: int, options: str) -> int:
     [
         # The whole at L = 65,536 takes minutes: here in a window, and in full under the marker `slow`.
         (8, 65536, 65536, 64, "{'causal': True, 'window': (256, 0)}"),
+        (1, 262_144, 262_144, 64, "{'causal': True, 'window': (256, 0)}"),
         (1, 16, 400_000, 64, "{}"),  # long rows: L x S would be 26 MB for one copy, K packed 102 MB
         (1, 6000, 6000, 16, "{}"),  # L x S would be 144 MB
         (2, 5000, 5000, 16, "{'causal': True, 'softcap': 5.0}"),
