@@ -68,6 +68,18 @@ def test_the_number_of_threads_may_change_while_others_compute(expected: dict[st
         assert all(future.result() == expected for future in running)
 
 
+def test_workers_that_wait_fall_asleep(keep_threads: None) -> None:
+    """They look out for the next call for a tenth of a millisecond, and then cost nothing."""
+    hw.set_num_threads(4)
+    x = np.ones((8, 200, 32), np.float32)
+    for _ in range(20):
+        hw.attention(x, x, x)
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.1
+
+
 @FORKS
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_fork_after_use(expected: dict[str, str], keep_threads: None) -> None:
