@@ -23,7 +23,7 @@ constexpr int64_t kBandTiles = 4, kBandRows = kBandTiles * kTileRows;
 constexpr int64_t kBandKeys = 64; // four panels: 16 KB at D = 64. What a mask leaves out as a whole is passed over.
 
 // How many units each thread should find, so that all end together.
-constexpr int64_t kUnitsPerThread = 8;
+constexpr int64_t kUnitsPerThread = 4;
 
 enum class Produce { output, nodes, weights };
 
@@ -190,7 +190,7 @@ template <class T, Produce produce> struct AttentionBlock {
   int64_t repeat, keys, width, slots; // heads per group; E rounded up to 16; tree slots
   // scratch
   T *query_buffer, *panels, *values, *row_buffer, *scores;
-  T *state_maximum, *state_total, *state_sum; // (slots, kRowBlock [, width])
+  T *state_maximum, *state_total, *state_sum; // (slots, plan.rows [, width])
   // the block
   int64_t block, item, group, first_row, rows, span, first_key, last_key; // the keys of the unit's span
   const T* queries;
@@ -211,20 +211,20 @@ template <class T, Produce produce> struct AttentionBlock {
     keys = task.S;
     width = round_up(task.E, 16);
     slots = stack_slots((task.key_offset + keys + kChunk - 1) / kChunk, produce == Produce::nodes);
-    query_buffer = arena.take<T>(kRowBlock * task.D);
+    query_buffer = arena.take<T>(plan.rows * task.D);
     panels = arena.take<T>(kChunk * task.D);
     values = arena.take<T>(kChunk * width);
     row_buffer = arena.take<T>(most(task.D * 16, most(width, task.S * (produce == Produce::weights))));
     scores = arena.take<T>(kBandRows * kChunk);
-    state_maximum = arena.take<T>(slots * kRowBlock);
-    state_total = arena.take<T>(slots * kRowBlock);
-    state_sum = arena.take<T>(slots * kRowBlock * width);
+    state_maximum = arena.take<T>(slots * plan.rows);
+    state_total = arena.take<T>(slots * plan.rows);
+    state_sum = arena.take<T>(slots * plan.rows * width);
   }
 
   int64_t query_of(int64_t r) const { return (first_row + r) / repeat; }
   int64_t head_of(int64_t r) const { return group * repeat + (first_row + r) % repeat; }
   States<T> state(int64_t slot, int64_t row) const {
-    const int64_t at = slot * kRowBlock + row;
+    const int64_t at = slot * plan.rows + row;
     return {state_maximum + at, state_total + at, state_sum + at * width, width};
   }
 
