@@ -153,26 +153,6 @@ template <class T, class B> bool non_finite(const B* v, int64_t row, int64_t row
   return any(poison != poison);
 }
 
-// Keys or values as the kernels read them: in memory of the caller's, perhaps of 16 bits, or packed.
-struct Stored {
-  const void* data;
-  DType dtype;
-  int64_t row, block; // strides as in gemm.h
-
-  // Whether numbers of this type can be computed with as they are.
-  template <class T> static bool kept(DType dtype) {
-    return dtype == dtype_of<T> || (sizeof(T) == 4 && (dtype == DType::bf16 || dtype == DType::f16));
-  }
-  // Calls visit with a pointer of the right type to element `offset`.
-  template <class T, class Visit> auto at(int64_t offset, Visit visit) const {
-    if constexpr (sizeof(T) == 4) {
-      if (dtype == DType::bf16) return visit(static_cast<const BFloat16*>(data) + offset);
-      if (dtype == DType::f16) return visit(static_cast<const Float16*>(data) + offset);
-    }
-    return visit(static_cast<const T*>(data) + offset);
-  }
-};
-
 inline int64_t block_count(const Attention& task, const Plan& plan) {
   return (task.L * (task.H / task.G) + plan.rows - 1) / plan.rows;
 }
@@ -274,13 +254,13 @@ template <class T, Produce produce> struct AttentionBlock {
     const View &k = task.k, &v = task.v;
     const auto readable = [&](DType dtype) { return dtype == dtype_of<T> || (once && Stored::kept<T>(dtype)); };
     if (task.k_in_panels && readable(k.dtype))
-      stored_keys = {address(k, k_offset, group, chunk / 16), k.dtype, 16, k.stride[1]};
+      stored_keys = {address(k, k_offset, group, chunk / 16), k.dtype, 16, k.stride[1], kBandKeys / 16 * k.stride[1]};
     else
-      stored_keys = {panels, dtype_of<T>, 16, 16 * task.D};
+      stored_keys = {panels, dtype_of<T>, 16, 16 * task.D, 0};
     if (readable(v.dtype) && v.stride[2] == 1 && task.E == width)
-      stored_values = {address(v, v_offset, group, chunk), v.dtype, v.stride[1], 16};
+      stored_values = {address(v, v_offset, group, chunk), v.dtype, v.stride[1], 16, 16 * v.stride[1]};
     else
-      stored_values = {values, dtype_of<T>, width, 16};
+      stored_values = {values, dtype_of<T>, width, 16, 0};
   }
 
   // Where the panel of key j lies. Keys that are read once go through a small buffer, which stays in the cache.
@@ -299,8 +279,9 @@ template <class T, Produce produce> struct AttentionBlock {
       if (task.k_in_panels) {
         read_row(address(k, k_offset, group, key / 16), k.dtype, 1, 16 * task.D, panel);
       } else if (k.stride[2] == 1 && Stored::kept<T>(k.dtype)) {
-        Stored{address(k, k_offset, group, key), k.dtype, 0, 0}.at<T>(
-            0, [&](auto* rows_of_k) { make_panel(rows_of_k, k.stride[1], count, task.D, panel, count == 16); });
+        Stored{address(k, k_offset, group, key), k.dtype, 0, 0, 0}.at<T>(0, [&](auto* rows_of_k) {
+          make_panel(rows_of_k, k.stride[1], count, task.D, panel, rows_of_k + 16 * k.stride[1]);
+        });
       } else {
         for (int64_t r = 0; r < count; ++r)
           read_row(address(k, k_offset, group, key + r), k.dtype, k.stride[2], task.D, row_buffer + r * task.D);
@@ -426,7 +407,7 @@ template <class T, Produce produce> struct AttentionBlock {
              int64_t offset, T* c, int64_t c_row, bool onto = false) {
     if (once)
       b.at<T>(offset, [&](auto* from) {
-        multiply<Source::memory>(row_count, columns, k_count, a, a_row, from, b.row, b.block, c, c_row, onto);
+        multiply<Source::memory>(row_count, columns, k_count, a, a_row, from, b.row, b.block, c, c_row, onto, b.ahead);
       });
     else
       multiply(row_count, columns, k_count, a, a_row, static_cast<const T*>(b.data) + offset, b.row, b.block, c, c_row,

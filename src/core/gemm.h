@@ -14,14 +14,15 @@
 namespace headway {
 namespace {
 
-// Where B's numbers come from. Few rows wait for memory, not for arithmetic: the tile asks early for the panels, or the
-// rows, that come next. In a cache they need no asking, which would only take turns from the loads.
+// Few rows wait for memory, not for arithmetic: while the tile reads B it asks for what lies `ahead` of it, into the
+// second-level cache. Where B is in a cache already, there is nothing to ask for, and asking would take turns from the
+// loads.
 enum class Source { cache, memory };
 
 // With `onto`, C goes on from what it holds, as if one chain had walked both stretches of k.
 template <Source source, int R, int P, class T, class B>
 void tile(int64_t k_count, const T* __restrict a, int64_t a_row, const B* __restrict b, int64_t b_row, int64_t b_block,
-          T* __restrict c, int64_t c_row, bool onto) {
+          int64_t ahead, T* __restrict c, int64_t c_row, bool onto) {
   // Unrolled at once, or GCC keeps the accumulators in memory before and after the loop.
   Vec<T> sum[R][P];
 #pragma GCC unroll 16
@@ -33,7 +34,6 @@ void tile(int64_t k_count, const T* __restrict a, int64_t a_row, const B* __rest
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) sum[r][p] = load(c + r * c_row + 16 * p);
-  const int64_t ahead = b_row == 16 ? P * b_block : 16 * b_row;
   for (int64_t k = 0; k < k_count; ++k) {
     Vec<T> row[P];
 #pragma GCC unroll 16
@@ -57,24 +57,25 @@ void tile(int64_t k_count, const T* __restrict a, int64_t a_row, const B* __rest
 
 template <Source source, int R, int P, class T, class B>
 void tile_columns(int64_t columns, int64_t k_count, const T* a, int64_t a_row, const B* b, int64_t b_row,
-                  int64_t b_block, T* c, int64_t c_row, bool onto) {
+                  int64_t b_block, int64_t ahead, T* c, int64_t c_row, bool onto) {
   int64_t j = 0;
   for (; j + 16 * P <= columns; j += 16 * P)
-    tile<source, R, P>(k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, c + j, c_row, onto);
+    tile<source, R, P>(k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, ahead, c + j, c_row, onto);
   if constexpr (P > 1)
-    tile_columns<source, R, P / 2>(columns - j, k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, c + j, c_row,
-                                   onto);
+    tile_columns<source, R, P / 2>(columns - j, k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, ahead, c + j,
+                                   c_row, onto);
 }
 
 // C = A B. columns is a multiple of 16; rows may be any number: full tiles, then four, two and one, in tiles that are
 // no narrower, so that few rows (decoding) still read B in long stretches.
 template <Source source = Source::cache, class T, class B>
 void multiply(int64_t rows, int64_t columns, int64_t k_count, const T* a, int64_t a_row, const B* b, int64_t b_row,
-              int64_t b_block, T* c, int64_t c_row, bool onto = false) {
+              int64_t b_block, T* c, int64_t c_row, bool onto = false, int64_t ahead = 0) {
   int64_t i = 0;
   const auto run = [&]<int R, int P>() {
     for (; i + R <= rows; i += R)
-      tile_columns<source, R, P>(columns, k_count, a + i * a_row, a_row, b, b_row, b_block, c + i * c_row, c_row, onto);
+      tile_columns<source, R, P>(columns, k_count, a + i * a_row, a_row, b, b_row, b_block, ahead, c + i * c_row, c_row,
+                                 onto);
   };
   constexpr int vecs = sizeof(T) == 8 ? (kTileVecs + 1) / 2 : kTileVecs; // a Vec of doubles fills twice the registers
   run.template operator()<kTileRows, vecs>();

@@ -3,6 +3,7 @@
 #include "attention.h"
 #include "kernels.h"
 #include "layers.h"
+#include "linear.h"
 
 #define HEADWAY_JOIN_(a, b) a##b
 #define HEADWAY_JOIN(a, b) HEADWAY_JOIN_(a, b)

@@ -120,16 +120,15 @@ template <int H, class Reg, size_t N> [[gnu::always_inline]] inline void transpo
 }
 
 // Up to 16 rows of n numbers become a panel (n, 16): each row a lane, 0 where there is none. Numbers of 16 bits travel
-// in pairs and are widened on the way out. With `more` it asks for the 16 rows that follow, a few lines at a time and
+// in pairs and are widened on the way out. Meanwhile it asks for the 16 rows from `next` on, a few lines at a time and
 // in the order of their addresses, into the second-level cache: the processor's own prefetching follows that, but not
 // 16 rows read side by side, which alone get half as much from memory.
 template <class T, class From>
-void make_panel(const From* rows, int64_t row_stride, int64_t count, int64_t n, T* panel, bool more = false) {
+void make_panel(const From* rows, int64_t row_stride, int64_t count, int64_t n, T* panel, const From* next = nullptr) {
   constexpr int pair = sizeof(From) == 2 ? 2 : 1;
   using Word = std::conditional_t<pair == 2, int32_t, From>;
   using Reg = typename Vec<Word>::Reg;
   constexpr int lanes = kRegisterBytes / int(sizeof(Word)), step = lanes * pair;
-  const From* next = rows + 16 * row_stride;
   for (int64_t d = 0, column = 0; d < n; d += step) {
     const int64_t columns = least(step, n - d);
     for (int i = 0; i < 16; i += lanes) {
@@ -148,7 +147,7 @@ void make_panel(const From* rows, int64_t row_stride, int64_t count, int64_t n, 
             memcpy(&r[j], from + j * row_stride, size_t(columns) * sizeof(From));
         }
       }
-      for (int j = 0; j < lanes && more; ++j) {
+      for (int j = 0; j < lanes && next; ++j) {
         __builtin_prefetch(next + column, 0, 2);
         if ((column += step) >= n) column = 0, next += row_stride;
       }
@@ -168,6 +167,27 @@ void make_panel(const From* rows, int64_t row_stride, int64_t count, int64_t n, 
     }
   }
 }
+
+// Keys, values or weights as the kernels read them: in memory of the caller's, perhaps of 16 bits, or packed.
+struct Stored {
+  const void* data;
+  DType dtype;
+  int64_t row, block; // strides as in gemm.h
+  int64_t ahead;      // to what is read soon after
+
+  // Whether numbers of this type can be computed with as they are.
+  template <class T> static bool kept(DType dtype) {
+    return dtype == dtype_of<T> || (sizeof(T) == 4 && (dtype == DType::bf16 || dtype == DType::f16));
+  }
+  // Calls visit with a pointer of the right type to element `offset`.
+  template <class T, class Visit> auto at(int64_t offset, Visit visit) const {
+    if constexpr (sizeof(T) == 4) {
+      if (dtype == DType::bf16) return visit(static_cast<const BFloat16*>(data) + offset);
+      if (dtype == DType::f16) return visit(static_cast<const Float16*>(data) + offset);
+    }
+    return visit(static_cast<const T*>(data) + offset);
+  }
+};
 
 // A workspace is handed out front to back, every piece on a 64-byte line. With no memory it only counts.
 struct Arena {

@@ -300,7 +300,15 @@ template <class Narrow> Vec<float> load_narrow(const Narrow* p) {
   return v;
 }
 inline Vec<float> load(const BFloat16* p) { return load_narrow(p); }
-inline Vec<float> load(const Float16* p) { return load_narrow(p); }
+inline Vec<float> load(const Float16* p) {
+#if defined(__AVX512F__)
+  Vec<float> v;
+  v.part[0] = (Vec<float>::Reg)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return v;
+#else
+  return load_narrow(p);
+#endif
+}
 
 inline uint16_t float_to_half(float f) {
   uint32_t u;

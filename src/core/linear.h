@@ -1,0 +1,160 @@
+// linear: y = x w + b.
+//
+// Each element is a tree over blocks of the inner axis, each block one chain of kChain fused multiply-adds in order: a
+// single long chain would lose accuracy beside libraries that keep many partial sums. Which elements are computed
+// together, and in how many visits a chain grows, changes no bit; so few rows and many take different ways. Many rows
+// wait for arithmetic: weights are packed once for all of them. Few rows wait for memory: weights are read once, where
+// they are and as they are.
+#pragma once
+#include "gemm.h"
+#include "rows.h"
+#include "tree.h"
+
+namespace headway {
+namespace {
+
+constexpr int64_t kFewRows = 24;        // four tiles: from there on, arithmetic takes longer than reading the weights
+constexpr int64_t kManyRows = 192;      // most rows of a unit: their part of x, 192 KB, stays in the second-level cache
+constexpr int64_t kPanelColumns = 64;   // weights are packed so many columns at a time, 64 KB
+constexpr int64_t kFewColumns = 1024;   // most columns of a unit of few rows: a page of each row of w
+constexpr int64_t kFewBytes = 32 << 10; // of w between two visits of an accumulator that waits in the cache
+constexpr int64_t kPanelDepth = 64;     // of the inner axis, where few rows need panels: 16 KB
+
+// The columns of a unit: enough units for all threads, and long stretches of memory.
+inline int64_t linear_columns(const Linear& task, int64_t threads) {
+  if (task.M > kFewRows) return kPanelColumns;
+  const int64_t share = round_up((task.N + 2 * threads - 1) / (2 * threads), kPanelColumns);
+  return least(most(share, kPanelColumns), task.w.stride[1] == 1 ? kFewColumns : kPanelColumns);
+}
+
+template <class T> struct LinearBlock {
+  const Linear& task;
+  const Plan& plan; // rows and span: the most rows and columns of a unit
+  bool few;
+  int64_t area;
+  T *x_block, *packed, *column, *sums; // sums: (slots, rows, columns)
+
+  LinearBlock(const Linear& t, const Plan& p, Arena& arena) : task(t), plan(p), few(task.M <= kFewRows) {
+    area = plan.rows * plan.span;
+    x_block = arena.take<T>(plan.rows * kChain);
+    packed = arena.take<T>(kChain * kPanelColumns);
+    column = arena.take<T>(most(16 * kChain, plan.span));
+    sums = arena.take<T>(stack_slots((task.K + kChain - 1) / kChain, false) * area);
+  }
+
+  void run(int64_t unit) {
+    const int64_t row_blocks = (task.M + plan.rows - 1) / plan.rows;
+    const int64_t first_row = unit % row_blocks * plan.rows, rows = least(plan.rows, task.M - first_row);
+    const int64_t first = unit / row_blocks * plan.span, columns = least(plan.span, task.N - first);
+    const int64_t width = round_up(columns, 16);
+    ChunkStack stack;
+    const auto joiner = [&](int slot) {
+      T* at = sums + slot * area;
+      for (int64_t i = 0; i < rows * width; i += 16) (load(at + i) + load(at + area + i)).store(at + i);
+    };
+    if (task.K == 0) memset(sums, 0, size_t(area) * sizeof(T)); // what an empty inner axis sums to
+    for (int64_t k = 0; k < task.K; k += kChain) {
+      const int64_t count = least(kChain, task.K - k);
+      T* sum = sums + stack.push(k / kChain, joiner) * area;
+      int64_t x_row;
+      const T* x = read_x(first_row, rows, k, count, x_row);
+      int64_t done = 0;
+      if (few && task.w.stride[1] == 1 && Stored::kept<T>(task.w.dtype)) {
+        done = columns / 16 * 16;
+        read_once(rows, done, k, count, first, x, x_row, sum, width);
+      }
+      const int64_t depth = few ? kPanelDepth : kChain;
+      for (int64_t j = done; j < columns; j += kPanelColumns)
+        for (int64_t g = 0; g < count; g += depth) {
+          const int64_t some = least(depth, count - g), wide = least(kPanelColumns, columns - j);
+          const Stored w = pack(k + g, some, first + j, wide);
+          multiply(rows, round_up(wide, 16), some, x + g, x_row, packed, w.row, w.block, sum + j, width, g > 0);
+        }
+    }
+    stack.finish(joiner);
+    if (task.b.data) read_row(address(task.b, 0, first), task.b.dtype, task.b.stride[0], columns, column);
+    for (int64_t i = 0; i < rows; ++i) {
+      T* sum = sums + i * width;
+      if (task.b.data)
+        for (int64_t j = 0; j < columns; ++j) sum[j] += column[j];
+      write_row(sum, columns, address(task.y, 0, first_row + i, first), task.y.dtype);
+    }
+  }
+
+  // Few rows, and w's rows contiguous: some rows of w at a time, so that they are read in long stretches, while the
+  // chains, which grow by as many steps, wait in the cache.
+  void read_once(int64_t rows, int64_t columns, int64_t k, int64_t count, int64_t first, const T* x, int64_t x_row,
+                 T* sum, int64_t width) {
+    const int64_t row = task.w.stride[0];
+    const int64_t depth = most(kFewBytes / (most(columns, 16) * item_size(task.w.dtype)), most(8, 4 * rows));
+    for (int64_t g = 0; g < count; g += depth)
+      Stored{address(task.w, 0, k + g, first), task.w.dtype, row, 16, depth * row}.at<T>(0, [&](auto* w) {
+        multiply<Source::memory>(rows, columns, least(depth, count - g), x + g, x_row, w, row, 16, sum, width, g > 0,
+                                 depth * row);
+      });
+  }
+
+  const T* read_x(int64_t row, int64_t rows, int64_t k, int64_t count, int64_t& x_row) {
+    const View& x = task.x;
+    if (x.dtype == dtype_of<T> && x.stride[1] == 1) {
+      x_row = x.stride[0];
+      return reinterpret_cast<const T*>(address(x, 0, row, k));
+    }
+    for (int64_t i = 0; i < rows; ++i)
+      read_row(address(x, 0, row + i, k), x.dtype, x.stride[1], count, x_block + i * kChain);
+    x_row = kChain;
+    return x_block;
+  }
+
+  // Rows k .. k + count of w, columns first .. first + columns: as they lie, or in panels of 16 where columns do.
+  Stored pack(int64_t k, int64_t count, int64_t first, int64_t columns) {
+    const View& w = task.w;
+    const int64_t width = round_up(columns, 16);
+    if (w.stride[1] == 1) {
+      for (int64_t i = 0; i < count; ++i) {
+        T* row = packed + i * width;
+        read_row(address(w, 0, k + i, first), w.dtype, 1, columns, row);
+        for (int64_t j = columns; j < width; ++j) row[j] = T(0);
+      }
+      return {packed, dtype_of<T>, width, 16, 0};
+    }
+    for (int64_t j = 0; j < columns; j += 16) {
+      T* panel = packed + j * count;
+      const int64_t lanes = least(16, columns - j);
+      if (w.stride[0] == 1 && Stored::kept<T>(w.dtype)) { // the transposed view of an (out, in) matrix
+        Stored{address(w, 0, k, first + j), w.dtype, 0, 0, 0}.at<T>(
+            0, [&](auto* from) { make_panel(from, w.stride[1], lanes, count, panel, from + count); });
+      } else {
+        for (int64_t lane = 0; lane < lanes; ++lane)
+          read_row(address(w, 0, k, first + j + lane), w.dtype, w.stride[0], count, column + lane * count);
+        make_panel(column, count, lanes, count, panel);
+      }
+    }
+    return {packed, dtype_of<T>, 16, 16 * count, 0};
+  }
+};
+
+template <class T> Plan plan_linear_as(const Linear& task, int64_t threads) {
+  Plan plan{};
+  plan.work = rough_product(task.M, task.K, task.N);
+  plan.rows = task.M <= kFewRows ? most(task.M, 1) : kManyRows;
+  plan.span = linear_columns(task, most(least(threads, plan.work / kWorkPerThread), 1));
+  plan.units = ((task.M + plan.rows - 1) / plan.rows) * ((task.N + plan.span - 1) / plan.span);
+  Arena counting{nullptr};
+  const LinearBlock<T> block(task, plan, counting);
+  plan.workspace = counting.used;
+  return plan;
+}
+inline Plan plan_linear(const Linear& task, int64_t threads) {
+  return task.compute == DType::f64 ? plan_linear_as<double>(task, threads) : plan_linear_as<float>(task, threads);
+}
+inline void run_linear(const Linear& task, const Plan& plan, int64_t unit, Memory memory) {
+  Arena arena{static_cast<char*>(memory.own)};
+  if (task.compute == DType::f64)
+    LinearBlock<double>(task, plan, arena).run(unit);
+  else
+    LinearBlock<float>(task, plan, arena).run(unit);
+}
+
+} // namespace
+} // namespace headway
