@@ -169,7 +169,7 @@ template <class T, Produce produce> struct AttentionBlock {
   const Plan& plan;                   // rows: of a block, at most; span: chunks of a unit
   int64_t repeat, keys, width, slots; // heads per group; E rounded up to 16; tree slots
   // scratch
-  T *query_buffer, *panels, *values, *row_buffer, *scores;
+  T *query_buffer, *panels, *values, *row_buffer, *scores, *later_sums;
   T *state_maximum, *state_total, *state_sum; // (slots, plan.rows [, width])
   // the block
   int64_t block, item, group, first_row, rows, span, first_key, last_key; // the keys of the unit's span
@@ -196,6 +196,7 @@ template <class T, Produce produce> struct AttentionBlock {
     values = arena.take<T>(kChunk * width);
     row_buffer = arena.take<T>(most(task.D * 16, most(width, task.S * (produce == Produce::weights))));
     scores = arena.take<T>(kBandRows * kChunk);
+    later_sums = arena.take<T>(kBandRows * width);
     state_maximum = arena.take<T>(slots * plan.rows);
     state_total = arena.take<T>(slots * plan.rows);
     state_sum = arena.take<T>(slots * plan.rows * width);
@@ -313,10 +314,11 @@ template <class T, Produce produce> struct AttentionBlock {
   struct Tile {
     int64_t row, count, from, to, all_from, all_to;
     uint32_t bands;
+    bool begun; // whether the chain at hand has keys
     bool reaches(int64_t j) const { return bands >> j / kBandKeys & 1; }
   };
   Tile tile_at(int64_t row) const {
-    Tile t{row, least(kTileRows, rows - row), kChunk, 0, 0, kChunk, ~0u};
+    Tile t{row, least(kTileRows, rows - row), kChunk, 0, 0, kChunk, ~0u, false};
     for (int64_t r = row; r < row + t.count; ++r) {
       const int64_t a = least(most(low[r] - chunk, 0), kChunk), b = least(most(high[r] - chunk, 0), kChunk);
       t.all_from = most(t.all_from, a), t.all_to = least(t.all_to, b);
@@ -376,21 +378,34 @@ template <class T, Produce produce> struct AttentionBlock {
       }
     }
     if (width == 0) return;
-    // Read once, values too go band by band, so that all tiles find them in the cache.
-    const int64_t step = once ? kBandKeys : kChunk;
-    for (int64_t j = begin; j < end; j += step)
+    // A weighted sum is one chain for each kChain keys, and the chains' sum in order.
+    for (int64_t link = begin / kChain * kChain; link < end; link += kChain) {
+      for (int64_t i = 0; i < count; ++i) tiles[i].begun = false;
+      // Read once, values too go band by band, so that all tiles find them in the cache.
+      const int64_t step = once ? kBandKeys : kChain;
+      for (int64_t j = link; j < least(link + kChain, end); j += step)
+        for (int64_t i = 0; i < count; ++i) {
+          Tile& t = tiles[i];
+          const int64_t stop = least(j + step, t.to);
+          for (int64_t a = most(j, t.from), b; a < stop; a = b) {
+            const auto next = [&](int64_t key) { return least((key / kBandKeys + 1) * kBandKeys, stop); };
+            b = next(a);
+            if (!t.reaches(a)) continue;
+            while (b < stop && t.reaches(b)) b = next(b);
+            T* sum = t.from >= link ? into.sum + t.row * width : later_sums + (t.row - first) * width;
+            times(t.count, width, b - a, scores_of(t) + a, kChunk, stored_values, a * stored_values.row, sum, width,
+                  t.begun);
+            t.begun = true;
+          }
+        }
       for (int64_t i = 0; i < count; ++i) {
         const Tile& t = tiles[i];
-        const int64_t stop = least(j + step, t.to);
-        for (int64_t a = most(j, t.from), b; a < stop; a = b) {
-          const auto next = [&](int64_t key) { return least((key / kBandKeys + 1) * kBandKeys, stop); };
-          b = next(a);
-          if (!t.reaches(a)) continue;
-          while (b < stop && t.reaches(b)) b = next(b);
-          times(t.count, width, b - a, scores_of(t) + a, kChunk, stored_values, a * stored_values.row,
-                into.sum + t.row * width, width, a > t.from);
-        }
+        if (!t.begun || t.from >= link) continue;
+        T* sum = into.sum + t.row * width;
+        const T* later = later_sums + (t.row - first) * width;
+        for (int64_t e = 0; e < t.count * width; e += 16) (load(sum + e) + load(later + e)).store(sum + e);
       }
+    }
   }
 
   // One row's products become exp(score - maximum).
@@ -433,18 +448,22 @@ template <class T, Produce produce> struct AttentionBlock {
     using Int = typename IntOf<T>::type;
     for (int64_t r = 0; r < t.count; ++r) {
       const RowRules<T> row = rules(t.row + r);
-      T* sum = into.sum + (t.row + r) * width;
+      T *sum = into.sum + (t.row + r) * width, *chain = later_sums;
       memset(sum, 0, size_t(width) * sizeof(T));
-      for (int64_t j = t.from / 16 * 16; j < t.to; j += 16) {
-        Int keep[16];
-        allowed(row, j).store(keep);
-        for (int64_t i = 0; i < 16; ++i) {
-          if (!keep[i]) continue;
-          const Vec<T> p = tile_scores[r * kChunk + j + i];
-          stored_values.at<T>((j + i) * stored_values.row, [&](auto* v) {
-            for (int64_t e = 0; e < width; e += 16) fma(p, load(v + e), load(sum + e)).store(sum + e);
-          });
+      for (int64_t link = t.from / kChain * kChain; link < t.to; link += kChain) {
+        memset(chain, 0, size_t(width) * sizeof(T));
+        for (int64_t j = most(link, t.from / 16 * 16); j < least(link + kChain, t.to); j += 16) {
+          Int keep[16];
+          allowed(row, j).store(keep);
+          for (int64_t i = 0; i < 16; ++i) {
+            if (!keep[i]) continue;
+            const Vec<T> p = tile_scores[r * kChunk + j + i];
+            stored_values.at<T>((j + i) * stored_values.row, [&](auto* v) {
+              for (int64_t e = 0; e < width; e += 16) fma(p, load(v + e), load(chain + e)).store(chain + e);
+            });
+          }
         }
+        for (int64_t e = 0; e < width; e += 16) (load(sum + e) + load(chain + e)).store(sum + e);
       }
     }
   }

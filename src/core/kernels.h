@@ -14,7 +14,7 @@ constexpr int kMaxBatchAxes = 8;
 // The contract of bits names these numbers: changing one changes results.
 constexpr int64_t kLanes = 16;        // every sum over lanes runs over 16 of them, whatever a register holds
 constexpr int64_t kChunk = 512;       // keys that share one maximum; anchored at absolute position 0
-constexpr int64_t kChain = 256;       // longest chain of fused multiply-adds in linear
+constexpr int64_t kChain = 256;       // longest chain of fused multiply-adds over keys, or over linear's inner axis
 constexpr int64_t kUnset = INT64_MIN; // "no bound" for an integer option
 
 struct Batch {
