@@ -68,7 +68,7 @@ class Result:
 
     @property
     def ours(self) -> list[str]:
-        """headway's own candidates."""
+        """Headway's own candidates."""
         return [name for name in self.times if name.startswith("headway")]
 
     @property
@@ -124,7 +124,7 @@ def times(candidates: dict[str, Candidate], seconds: float = 1.0) -> dict[str, f
     taken: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(TURNS):
         for name, candidate in candidates.items():
-            if len(taken[name]) < 2 and sum(taken[name]) < 4 * seconds or sum(taken[name]) < seconds:
+            if (len(taken[name]) < 2 and sum(taken[name]) < 4 * seconds) or sum(taken[name]) < seconds:
                 taken[name] += _turn(candidate, seconds / TURNS, warm_up=sum(taken[name][-1:]) < seconds / 4)
     return {name: median(values) for name, values in taken.items()}
 

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import headway as hw
 import numpy as np
+
+import headway as hw
 
 from .harness import Array, Candidate, enough_memory
 from .problem import Problem
@@ -109,7 +110,7 @@ def onnxruntime(p: Problem) -> Candidate:
 
 
 def onnxruntime_multi_head(p: Problem) -> Candidate:
-    """onnxruntime's own MultiHeadAttention, which does not keep all scores; (B, L, H D) in and out."""
+    """Onnxruntime's own MultiHeadAttention, which does not keep all scores; (B, L, H D) in and out."""
     from onnx import helper
 
     feeds = {"q": _in_rows(p.q), "k": _in_rows(p.k), "v": _in_rows(p.v)}
@@ -120,7 +121,7 @@ def onnxruntime_multi_head(p: Problem) -> Candidate:
 
 
 def onnxruntime_group_query(p: Problem) -> Candidate:
-    """onnxruntime's own GroupQueryAttention, always causal; keys and values in a cache that it appends to."""
+    """Onnxruntime's own GroupQueryAttention, always causal; keys and values in a cache that it appends to."""
     from onnx import helper
 
     shape = p.shape

@@ -122,7 +122,9 @@ class Problem:
         for item in range(self.shape.batch):
             for group in range(self.shape.groups):
                 heads = slice(group * repeats, (group + 1) * repeats)
-                q, k, v = (x.astype(wide) for x in (self.q[item, heads][:, rows], self.k[item, group], self.v[item, group]))
+                q, k, v = (
+                    x.astype(wide) for x in (self.q[item, heads][:, rows], self.k[item, group], self.v[item, group])
+                )
                 s = q @ k.T / np.sqrt(wide(self.shape.size))
                 if may is not None:
                     s = np.where(may[item % len(may)], s, -np.inf)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-import headway as hw
 import numpy as np
+
+import headway as hw
 
 from .harness import Array, Candidate, LeftOut
 

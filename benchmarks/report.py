@@ -1,0 +1,207 @@
+"""What was measured, kept as JSON under build/bench, and shown: in the terminal, as tables, as a plot."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .harness import Result, Row
+
+ROOT = Path(__file__).parent.parent
+STORE = ROOT / "build" / "bench" / "results.json"
+PAGE = ROOT / "docs" / "performance.md"
+PLOT = ROOT / "docs" / "performance" / "attention.svg"
+BEGIN, END = "<!-- measured: begin (make bench writes this part) -->", "<!-- measured: end -->"
+PEERS = ("torch", "onnxruntime", "openvino", "jax", "numpy")
+Stored = dict[str, Any]
+
+
+def show(row: Row, result: Result, limits: dict[str, float]) -> None:
+    """Print a row: each candidate's time, rate, share of the limit, ratio to the best peer, errors."""
+    print(f"\n{row.section}: {row.name}")
+    for name in sorted(result.times, key=result.times.__getitem__):
+        seconds = result.times[name]
+        line = f"  {name:<34}{_time(seconds):>10}"
+        if row.limit:
+            line += f"{row.work / seconds / 1e9:>9.1f} {row.unit}"
+            if row.limit in limits:
+                line += f"{row.work / seconds / 1e9 / limits[row.limit]:>6.0%} of the limit"
+        if name in result.errors:
+            rms, largest = result.errors[name]
+            line += f"   error rms {rms:.1e}, max {largest:.1e}"
+        if name in result.ours and (ratio := result.ratio(name)) is not None:
+            line += f"   {ratio:.2f}x the best peer{' <- SLOWER' * (ratio < 1)}"
+            line += " <- LESS EXACT" * result.less_exact(name)
+        print(line, flush=True)
+    for name, why in result.left_out.items():
+        print(f"  {name:<34}left out: {why}", flush=True)
+
+
+def keep(row: Row, result: Result, limits: dict[str, float]) -> None:
+    """Add a row to what is stored, in place of an older measurement of it."""
+    stored = load()
+    stored["machine"] = machine(limits)
+    entry = {"work": row.work, "limit": row.limit, "limits": limits, **asdict(result)}
+    stored.setdefault("rows", {}).setdefault(row.section, {})[row.name] = entry
+    STORE.parent.mkdir(parents=True, exist_ok=True)
+    STORE.write_text(json.dumps(stored, indent=1))
+
+
+def load() -> Stored:
+    """Return what is stored."""
+    return dict(json.loads(STORE.read_text())) if STORE.exists() else {}
+
+
+def machine(limits: dict[str, float]) -> Stored:
+    """Say what was measured on."""
+    name = platform.processor() or platform.machine()
+    flags: set[str] = set()
+    if (info := Path("/proc/cpuinfo")).exists():
+        fields = dict(line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in fields.items()}
+        name, flags = fields.get("model name", name), set(fields.get("flags", "").split())
+    wide = " with AVX-512" if "avx512f" in flags else " with AVX2" if "avx2" in flags else ""
+    versions = {}
+    for peer in PEERS:
+        try:
+            versions[peer] = version(peer)
+        except PackageNotFoundError:
+            versions[peer] = "not installed"
+    return {"processor": name + wide, "versions": versions, "limits": limits}
+
+
+def write(rows: list[Row], threads: int) -> None:
+    """Write the page's tables and the plot from what is stored."""
+    stored = load()
+    order = {(row.section, row.name): place for place, row in enumerate(rows)}
+    sections: dict[str, list[tuple[str, Stored]]] = {}
+    for section, entries in stored["rows"].items():
+        named = sorted(entries.items(), key=lambda entry: order.get((section, entry[0]), len(order)))
+        sections[section] = [entry for entry in named if (section, entry[0]) in order]
+    about = stored["machine"]
+    peers = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    limits = about["limits"]
+    text = [
+        BEGIN,
+        "",
+        f"Measured on {threads} threads of a processor that calls itself {about['processor']}; {peers}. "
+        f"Limits measured in the same run: {limits.get('fma', 0):.0f} GFLOP/s of fused multiply-adds in float32, "
+        f"{limits.get('read', 0):.0f} GB/s read.",
+        "",
+    ]
+    for section, entries in sections.items():
+        text += [f"### {section[0].upper()}{section[1:]}", "", *_table(entries), ""]
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(before + "\n".join([*text, END]) + rest.split(END)[1])
+    plot(stored)
+
+
+def _table(entries: list[tuple[str, Stored]]) -> list[str]:
+    results = {
+        name: Result(**{k: v for k, v in e.items() if k in ("times", "errors", "left_out")}) for name, e in entries
+    }
+    for name, entry in entries:
+        results[name].floors = tuple(entry["floors"])
+    peers = sorted({peer.partition(",")[0] for result in results.values() for peer in result.peers}, key=_peer_order)
+    lines = [
+        f"| | headway | rate | of limit | {' | '.join(peers)} | best peer / headway | rms error: headway, best peer |",
+        f"|---|---|---|---|{'---|' * len(peers)}---|---|",
+    ]
+    for name, entry in entries:
+        result = results[name]
+        for ours in result.ours:
+            seconds = result.times[ours]
+            rate = entry["work"] / seconds / 1e9 if entry["limit"] else 0.0
+            limit = entry["limits"].get(entry["limit"])
+            unit = {"": "", "read": " GB/s"}.get(entry["limit"], " GFLOP/s")
+            cells = [name + ours.removeprefix("headway"), _time(seconds), f"{rate:.3g}{unit}" if rate else ""]
+            cells.append(f"{rate / limit:.0%}" if limit else "")
+            for peer in peers:
+                best = [t for n, t in result.times.items() if n.partition(",")[0] == peer and n not in result.floors]
+                cells.append(_time(min(best)) if best else "-")
+            ratio, peer = result.ratio(ours), result.exact_peer
+            cells.append("" if ratio is None else f"{ratio:.2f}" if ratio >= 1 else f"**{ratio:.2f}**")
+            errors = [f"{result.errors[n][0]:.1e}" for n in (ours, peer) if n in result.errors]
+            if result.errors and result.less_exact(ours):
+                errors[0] = f"**{errors[0]}**"
+            lines.append(f"| {' | '.join([*cells, ', '.join(errors)])} |")
+    return lines
+
+
+def _peer_order(name: str) -> int:
+    known = ("torch", "onnxruntime", "OpenVINO", "JAX", "NumPy")
+    return known.index(name) if name in known else len(known)
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def plot(stored: Stored) -> None:
+    """Draw prefill and decode, each with the machine's limit."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.hashsalt": "headway", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False})
+    plt.rcParams["axes.spines.right"] = False
+    colours = {"headway": "#b3261e", "torch": "#6b6b6b", "onnxruntime": "#2a6f97", "OpenVINO": "#7b5ea7"}
+    colours |= {"JAX": "#c58b1b", "NumPy": "#8aa399"}
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10.5, 3.4), width_ratios=(4, 4, 3))
+    prefill, limits = stored["rows"].get("prefill", {}), stored["machine"]["limits"]
+    for axes, suffix, title in ((left, "", "prefill, D = 64"), (middle, ", causal", "prefill, causal")):
+        chosen = {
+            L: prefill.get(f"{2 if L == 16384 else 12} heads, L={L}, D=64{suffix}")
+            for L in (16, 128, 512, 2048, 4096, 16384)
+        }
+        for name, colour in colours.items():
+            points = [
+                (L, entry["work"] / min(times) / 1e9)
+                for L, entry in chosen.items()
+                if entry
+                if (times := [t for n, t in entry["times"].items() if n.partition(",")[0] == name])
+            ]
+            if points:
+                style = {"linewidth": 2.2, "zorder": 3} if name == "headway" else {"linewidth": 1.2}
+                axes.plot(*zip(*points), marker="o", markersize=3, color=colour, label=name, **style)
+        if "fma" in limits:
+            axes.axhline(limits["fma"], color="black", linewidth=0.8, linestyle=":")
+            axes.annotate("FMA peak", (16, limits["fma"]), xytext=(0, 3), textcoords="offset points")
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(0, max(limits.get("fma", 0) * 1.12, 1))
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel("L")
+        axes.set_ylabel("GFLOP/s")
+    left.legend(frameon=False, fontsize=8)
+    decode = {name: e for name, e in stored["rows"].get("decode", {}).items() if "S=4096" in name or "S=32768" in name}
+    decode = {name: e for name, e in decode.items() if name.startswith(("32 over", "8 over 8", "64 over"))}
+    for place, entry in enumerate(decode.values()):
+        best: dict[str, float] = {}
+        for candidate, seconds in entry["times"].items():
+            key = candidate if candidate.startswith("headway") else candidate.partition(",")[0]
+            best[key] = min(best.get(key, 1e9), seconds)
+        for candidate, seconds in best.items():
+            base = candidate.partition(",")[0]
+            marker = "D" if candidate == "headway, KVCache" else "d" if base == "headway" else "o"
+            right.plot(entry["work"] / seconds / 1e9, -place, marker, color=colours.get(base, "black"), markersize=5)
+    if "read" in limits:
+        right.axvline(limits["read"], color="black", linewidth=0.8, linestyle=":")
+        right.annotate("read bandwidth", (limits["read"], 0.4), ha="right", fontsize=8)
+    right.set_yticks([-place for place in range(len(decode))])
+    right.set_yticklabels([name.replace(" heads, ", "\n") for name in decode], fontsize=8)
+    right.set_xlim(0)
+    right.set_ylim(-len(decode) + 0.4, 0.9)
+    right.set_xlabel("GB/s of keys and values")
+    right.set_title("decode (diamonds: headway)", loc="left", fontsize=10)
+    figure.tight_layout()
+    PLOT.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PLOT, metadata={"Date": None})
+    plt.close(figure)
