@@ -63,10 +63,10 @@ template <class T> struct LinearBlock {
         done = columns / 16 * 16;
         read_once(rows, done, k, count, first, x, x_row, sum, width);
       }
-      const int64_t depth = few ? kPanelDepth : kChain;
       for (int64_t j = done; j < columns; j += kPanelColumns)
-        for (int64_t g = 0; g < count; g += depth) {
-          const int64_t some = least(depth, count - g), wide = least(kPanelColumns, columns - j);
+        for (int64_t g = 0, some; g < count; g += some) {
+          const int64_t wide = least(kPanelColumns, columns - j);
+          some = least(few ? g == 0 ? first_depth(k, first + j) : kPanelDepth : kChain, count - g);
           const Stored w = pack(k + g, some, first + j, wide);
           multiply(rows, round_up(wide, 16), some, x + g, x_row, packed, w.row, w.block, sum + j, width, g > 0);
         }
@@ -92,6 +92,14 @@ template <class T> struct LinearBlock {
         multiply<Source::memory>(rows, columns, least(depth, count - g), x + g, x_row, w, row, 16, sum, width, g > 0,
                                  depth * row);
       });
+  }
+
+  // Columns of w that are read side by side are often a power of two apart, and share few places in the cache: a line
+  // that is read in two halves is lost in between. So the first visit ends where lines do.
+  int64_t first_depth(int64_t k, int64_t column_of_w) const {
+    const auto at = reinterpret_cast<uintptr_t>(address(task.w, 0, k, column_of_w));
+    const int64_t rest = int64_t(-at % 64) / item_size(task.w.dtype);
+    return rest ? rest : kPanelDepth;
   }
 
   const T* read_x(int64_t row, int64_t rows, int64_t k, int64_t count, int64_t& x_row) {

@@ -119,6 +119,17 @@ template <int H, class Reg, size_t N> [[gnu::always_inline]] inline void transpo
   if constexpr (H > 1) transpose<H / 2>(r);
 }
 
+// The first bytes of a register, and zeros; nothing else is read.
+template <class Reg> [[gnu::always_inline]] inline Reg load_part(const void* from, int64_t bytes) {
+#if defined(__AVX512BW__)
+  return (Reg)_mm512_maskz_loadu_epi8(bytes == 64 ? ~0ull : (1ull << bytes) - 1, from);
+#else
+  Reg r{};
+  memcpy(&r, from, size_t(bytes));
+  return r;
+#endif
+}
+
 // Up to 16 rows of n numbers become a panel (n, 16): each row a lane, 0 where there is none. Numbers of 16 bits travel
 // in pairs and are widened on the way out. Meanwhile it asks for the 16 rows from `next` on, a few lines at a time and
 // in the order of their addresses, into the second-level cache: the processor's own prefetching follows that, but not
@@ -138,14 +149,8 @@ void make_panel(const From* rows, int64_t row_stride, int64_t count, int64_t n, 
 #pragma GCC unroll 16
         for (int j = 0; j < lanes; ++j) memcpy(&r[j], from + j * row_stride, sizeof(Reg));
       } else {
-        for (int j = 0; j < lanes; ++j) {
-          r[j] = Reg{};
-          if (i + j >= count) continue;
-          if (columns == step)
-            memcpy(&r[j], from + j * row_stride, sizeof(Reg));
-          else
-            memcpy(&r[j], from + j * row_stride, size_t(columns) * sizeof(From));
-        }
+        for (int j = 0; j < lanes; ++j)
+          r[j] = load_part<Reg>(from + j * row_stride, i + j < count ? columns * int64_t(sizeof(From)) : 0);
       }
       for (int j = 0; j < lanes && next; ++j) {
         __builtin_prefetch(next + column, 0, 2);
