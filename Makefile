@@ -3,7 +3,7 @@
 #   make demo     text from the model that ships, every attention layer and every token through headway
 #   make test     the tests, against the peers that run here
 #   make check    lint, types, formatting, freshness of the generated stub
-#   make bench    headway beside its peers
+#   make bench    headway beside its peers, into docs/performance.md; BENCH='layers --only L=512' for a part
 #   make versions build and test on the oldest and the newest Python
 #   make cross    the same bits on 64-bit Arm, under emulation
 
@@ -16,6 +16,7 @@ CXX_FILES := $(shell find src/core tests -name '*.h' -o -name '*.cpp')
 
 # The CPU build of PyTorch is asked for by its version: an open requirement would bring gigabytes of CUDA along.
 PEERS := torch==2.13.0 transformers>=5,<6
+BENCH_PEERS := onnx>=1.18 onnxruntime>=1.23 openvino>=2025.0 jax>=0.6
 
 .PHONY: demo test check bench versions cross stub format clean
 .DELETE_ON_ERROR:
@@ -36,8 +37,8 @@ check: $(VENV)/check
 	$(BIN)/python -m nanobind.stubgen -q -m headway._native -o $(VENV)/_native.pyi
 	diff -u src/headway/_native.pyi $(VENV)/_native.pyi
 
-bench: $(VENV)/test $(VENV)/peers
-	$(BIN)/python -m benchmarks
+bench: $(VENV)/bench
+	$(BIN)/python -m benchmarks $(BENCH) --write
 
 versions:
 	$(MAKE) VENV=.venv-3.10 PYTHON=python3.10 PEERS= test
@@ -75,6 +76,10 @@ $(VENV)/test: $(VENV)/demo
 # Peers are oracles: where one cannot be had (no wheel for this platform), its tests skip and say so.
 $(VENV)/peers: $(VENV)/test
 	for peer in $(patsubst %,'%',$(PEERS)); do $(PIP) "$$peer" || { echo "no $$peer here: its tests skip"; test -z "$$CI"; }; done
+	touch $@
+
+$(VENV)/bench: $(VENV)/peers
+	for peer in $(patsubst %,'%',$(BENCH_PEERS)); do $(PIP) "$$peer" || echo "no $$peer here: it is left out"; done
 	touch $@
 
 $(VENV)/check: $(VENV)/test
