@@ -51,7 +51,7 @@ def test_every_sentence_has_a_test() -> None:
     document = (Path(__file__).parent.parent / "docs" / "semantics.md").read_text()
     sentences = {int(n) for n in re.findall(r"^- \*\*A(\d+)\*\* ", document, re.MULTILINE)}
     tests = {int(m[1]) for name in globals() if (m := re.match(r"test_a(\d+)_", name))}
-    assert len(sentences) >= 39
+    assert len(sentences) >= 40
     assert sentences == set(range(1, len(sentences) + 1))
     assert tests == sentences
 
@@ -433,3 +433,15 @@ def test_a38_rms_norm() -> None:
 
 def test_a39_swiglu() -> None:
     assert close(hw.swiglu(X, X + 1), X / (1 + np.exp(-X)) * (X + 1))
+
+
+def test_a40_fast_is_exact_up_to_bfloat16_and_not_for_float64() -> None:
+    q, k, v = (x.astype(np.float32) for x in (Q, K, V))
+    fast, exact = hw.attention(q, k, v, precision="fast"), hw.attention(q, k, v, precision="exact")
+    assert np.abs(fast - exact).max() <= 0.05
+    assert (exact == hw.attention(q, k, v)).all()
+    mask = np.arange(5) < 3
+    poisoned = np.where(mask[:, None], v, np.nan).astype(np.float32)
+    assert np.isfinite(hw.attention(q, k, poisoned, mask=mask, precision="fast")).all()
+    with pytest.raises(ValueError, match="precision"):
+        hw.attention(Q, K, V, precision="fast")

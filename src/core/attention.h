@@ -27,6 +27,10 @@ constexpr int64_t kUnitsPerThread = 4;
 
 enum class Produce { output, nodes, weights };
 
+// Products of numbers as they are, under the contract of bits; or, where the caller asks for speed, of bfloat16 pairs:
+// queries, keys, weights and values rounded to bfloat16 and multiplied two at a time. All else is the same.
+enum class Products { exact, pairs };
+
 template <class T> constexpr T kMinusInfinity = -T(__builtin_inff());
 
 // One state of the tree: what a run of keys contributes to `rows` rows. A row that attends to none of the keys has
@@ -164,12 +168,13 @@ inline int64_t span_state_size(const Attention& task, const Plan& plan) {
 }
 
 // The computation of one block of rows against its key/value head.
-template <class T, Produce produce> struct AttentionBlock {
+template <class T, Produce produce, Products products = Products::exact> struct AttentionBlock {
+  static constexpr bool pairs = products == Products::pairs;
   const Attention& task;
   const Plan& plan;                   // rows: of a block, at most; span: chunks of a unit
   int64_t repeat, keys, width, slots; // heads per group; E rounded up to 16; tree slots
   // scratch
-  T *query_buffer, *panels, *values, *row_buffer, *scores, *later_sums;
+  T *query_buffer, *panels, *values, *row_buffer, *scores, *later_sums; // with room for pairs, which are smaller
   T *state_maximum, *state_total, *state_sum; // (slots, plan.rows [, width])
   // the block
   int64_t block, item, group, first_row, rows, span, first_key, last_key; // the keys of the unit's span
@@ -191,10 +196,10 @@ template <class T, Produce produce> struct AttentionBlock {
     keys = task.S;
     width = round_up(task.E, 16);
     slots = stack_slots((task.key_offset + keys + kChunk - 1) / kChunk, produce == Produce::nodes);
-    query_buffer = arena.take<T>(plan.rows * task.D);
-    panels = arena.take<T>(kChunk * task.D);
+    query_buffer = arena.take<T>(plan.rows * (task.D + 1));
+    panels = arena.take<T>(kChunk * (task.D + 1));
     values = arena.take<T>(kChunk * width);
-    row_buffer = arena.take<T>(most(task.D * 16, most(width, task.S * (produce == Produce::weights))));
+    row_buffer = arena.take<T>(most((task.D + 1) * 16, most(2 * width, task.S * (produce == Produce::weights))));
     scores = arena.take<T>(kBandRows * kChunk);
     later_sums = arena.take<T>(kBandRows * width);
     state_maximum = arena.take<T>(slots * plan.rows);
@@ -231,7 +236,17 @@ template <class T, Produce produce> struct AttentionBlock {
       low[r] = least(most(from - task.key_offset, first_key), last_key);
       high[r] = most(low[r], least(to - task.key_offset, last_key));
     }
-    if (task.q.dtype == dtype_of<T> && task.q.stride[2] == 1 && (repeat == 1 || task.L == 1)) {
+    if (pairs) {
+      const int64_t steps = (task.D + 1) / 2;
+      for (int64_t r = 0; r < rows; ++r) {
+        auto* to = reinterpret_cast<BFloat16Pair*>(query_buffer) + r * steps;
+        to[steps - 1].bits = 0;
+        read_row(address(task.q, q_offset, head_of(r), query_of(r)), task.q.dtype, task.q.stride[2], task.D, row_buffer);
+        write_row(row_buffer, task.D, to, DType::bf16);
+      }
+      queries = query_buffer;
+      query_row = steps;
+    } else if (task.q.dtype == dtype_of<T> && task.q.stride[2] == 1 && (repeat == 1 || task.L == 1)) {
       queries = reinterpret_cast<const T*>(address(task.q, q_offset, head_of(0), query_of(0)));
       query_row = task.q.stride[repeat == 1];
     } else {
@@ -253,6 +268,11 @@ template <class T, Produce produce> struct AttentionBlock {
     chunk = first, chunk_from = from - first, chunk_to = to - first;
     packed = 0, values_poisoned = -1;
     const View &k = task.k, &v = task.v;
+    if (pairs) {
+      stored_keys = {panels, dtype_of<T>, 16, (task.D + 1) / 2 * 16, 0};
+      stored_values = {values, dtype_of<T>, width, 16, 0};
+      return;
+    }
     const auto readable = [&](DType dtype) { return dtype == dtype_of<T> || (once && Stored::kept<T>(dtype)); };
     if (task.k_in_panels && readable(k.dtype))
       stored_keys = {address(k, k_offset, group, chunk / 16), k.dtype, 16, k.stride[1], kBandKeys / 16 * k.stride[1]};
@@ -294,6 +314,61 @@ template <class T, Produce produce> struct AttentionBlock {
       read_row(address(v, v_offset, group, chunk + i), v.dtype, v.stride[2], task.E, row);
       for (int64_t e = task.E; e < width; ++e) row[e] = T(0);
     }
+  }
+
+  // The same as pairs: of features in panels of keys, (D / 2, 16 keys); of keys in rows of values, (keys / 2, E). What is
+  // odd meets a zero.
+  void pack_pairs(int64_t j) {
+    if (packed >> j / kBandKeys & 1) return;
+    packed |= 1u << j / kBandKeys;
+    const View& k = task.k;
+    const int64_t from = most(j, chunk_from), to = least(j + kBandKeys, chunk_to), steps = (task.D + 1) / 2;
+    for (int64_t i = from / 16 * 16; i < to; i += 16) {
+      auto* panel = reinterpret_cast<int32_t*>(panels) + panel_of(i);
+      const int64_t key = chunk + i, count = least(16, keys - key);
+      if (task.k_in_panels) {
+        read_row(address(k, k_offset, group, key / 16), k.dtype, 1, 16 * task.D, row_buffer);
+        memset(row_buffer + 16 * task.D, 0, 16 * sizeof(T));
+        for (int64_t d = 0; d < task.D; d += 2)
+          join_pairs(row_buffer + d * 16, row_buffer + (d + 1) * 16, 16, panel + d * 8);
+      } else if (k.dtype == DType::bf16 && k.stride[2] == 1 && task.D % 2 == 0 && k.stride[1] % 2 == 0) {
+        const auto* words = reinterpret_cast<const int32_t*>(address(k, k_offset, group, key));
+        make_panel(words, k.stride[1] / 2, count, steps, panel, words + 8 * k.stride[1]);
+      } else {
+        auto* words = reinterpret_cast<int32_t*>(row_buffer);
+        T* row = row_buffer + 16 * steps; // behind 16 rows of pairs
+        for (int64_t r = 0; r < count; ++r) {
+          words[r * steps + steps - 1] = 0;
+          read_row(address(k, k_offset, group, key + r), k.dtype, k.stride[2], task.D, row);
+          write_row(row, task.D, words + r * steps, DType::bf16);
+        }
+        make_panel(words, steps, count, steps, panel);
+      }
+    }
+    const bool narrow_rows = task.v.dtype == DType::bf16 && task.v.stride[2] == 1 && task.E == width;
+    for (int64_t i = from / 2 * 2; i < to; i += 2) {
+      if (narrow_rows && i >= chunk_from && i + 1 < chunk_to) {
+        const auto* even = reinterpret_cast<const uint16_t*>(address(task.v, v_offset, group, chunk + i));
+        const uint16_t* odd = even + task.v.stride[1];
+        auto* pair = reinterpret_cast<int32_t*>(values) + i / 2 * width;
+        for (int64_t e = 0; e < width; e += 16)
+          (load_integers<int32_t>(even + e) | load_integers<int32_t>(odd + e) << 16).store(pair + e);
+        continue;
+      }
+      T *even = row_buffer, *odd = row_buffer + width;
+      read_values(i >= chunk_from ? i : -1, even);
+      read_values(i + 1 < chunk_to ? i + 1 : -1, odd);
+      join_pairs(even, odd, width, reinterpret_cast<int32_t*>(values) + i / 2 * width);
+    }
+  }
+  static void join_pairs(const T* even, const T* odd, int64_t n, int32_t* to) {
+    for (int64_t i = 0; i < n; i += 16) (narrow(load(even + i)) | narrow(load(odd + i)) << 16).store(to + i);
+  }
+  // One row of V as the caller gave it, or zeros.
+  void read_values(int64_t key, T* to) const {
+    const int64_t count = key < 0 ? 0 : task.E;
+    if (count) read_row(address(task.v, v_offset, group, chunk + key), task.v.dtype, task.v.stride[2], count, to);
+    for (int64_t e = count; e < width; ++e) to[e] = T(0);
   }
 
   RowRules<T> rules(int64_t r) const {
@@ -346,76 +421,107 @@ template <class T, Produce produce> struct AttentionBlock {
     return true;
   }
 
+  // Up to kBandRows rows, whose scores are computed together.
+  struct Band {
+    Tile tiles[kBandTiles];
+    int64_t count = 0, first, begin = kChunk, end = 0; // tiles that reach anything; the first row; the keys
+  };
+
   // Rows first .. first + kBandRows against the chunk: scores, softened, weighted sum, into `into`.
   void attend(int64_t first, const States<T>& into) {
-    Tile tiles[kBandTiles];
-    int64_t count = 0, begin = kChunk, end = 0;
+    Band band;
+    band.first = first;
     for (int64_t row = first; row < least(rows, first + kBandRows); row += kTileRows) {
       const Tile t = tile_at(row);
       for (int64_t r = row; r < row + t.count; ++r) into.maximum[r] = kMinusInfinity<T>, into.total[r] = T(0);
       if (t.from >= t.to) continue;
-      tiles[count++] = t;
-      begin = least(begin, t.from / kBandKeys * kBandKeys), end = most(end, t.to);
+      band.tiles[band.count++] = t;
+      band.begin = least(band.begin, t.from / kBandKeys * kBandKeys), band.end = most(band.end, t.to);
     }
-    const auto scores_of = [&](const Tile& t) { return scores + (t.row - first) * kChunk; };
-    for (int64_t j = begin; j < end; j += kBandKeys)
-      for (int64_t i = 0; i < count; ++i) {
-        const Tile& t = tiles[i];
+    score(band);
+    const T scale = T(task.scale), softcap = T(task.softcap);
+    for (int64_t i = 0; i < band.count; ++i) {
+      Tile& t = band.tiles[i];
+      T* s = scores + (t.row - first) * kChunk;
+      const int64_t from = t.from / 16 * 16, to = round_up(t.to, 16);
+      T *maximum = into.maximum + t.row, *total = into.total + t.row;
+      // All maxima before all exponentials: a row's would wait for its own maximum.
+      for (int64_t r = 0; r < t.count; ++r)
+        maximum[r] = score_row(s + r * kChunk, from, to, rules(t.row + r), scale, softcap);
+      const bool scaled = plain(rules(t.row), scale, softcap); // the same for all rows
+      for (int64_t r = 0; r < t.count; ++r)
+        if (maximum[r] == kMinusInfinity<T>)
+          memset(s + r * kChunk + from, 0, size_t(to - from) * sizeof(T));
+        else
+          total[r] = soften(s + r * kChunk, from, to, scaled ? scale : T(1), maximum[r]);
+      if (poisoned(t)) {
+        select_values(t, s, into);
+        t.bands = 0;
+      } else if constexpr (pairs) {
+        for (int64_t r = 0; r < t.count; ++r)
+          for (int64_t j = from; j < to; j += 16) // in place: what is written is half as long
+            store_narrow(load(s + r * kChunk + j), reinterpret_cast<uint16_t*>(s + r * kChunk) + j);
+      }
+    }
+    if (width) sum_values(band, into);
+  }
+
+  // Panel by panel of keys, for all tiles.
+  void score(const Band& band) {
+    for (int64_t j = band.begin; j < band.end; j += kBandKeys)
+      for (int64_t i = 0; i < band.count; ++i) {
+        const Tile& t = band.tiles[i];
         const int64_t a = most(j, t.from / 16 * 16), b = least(j + kBandKeys, round_up(t.to, 16));
         if (a >= b || !t.reaches(j)) continue;
-        pack(j);
-        times(t.count, b - a, task.D, queries + t.row * query_row, query_row, stored_keys, panel_of(a),
-              scores_of(t) + a, kChunk);
+        T* s = scores + (t.row - band.first) * kChunk + a;
+        if constexpr (pairs) {
+          pack_pairs(j);
+          multiply(t.count, b - a, query_row, reinterpret_cast<const BFloat16Pair*>(queries) + t.row * query_row,
+                   query_row, reinterpret_cast<const BFloat16Pair*>(panels) + panel_of(a), 16, stored_keys.block, s,
+                   kChunk);
+        } else {
+          pack(j);
+          times(t.count, b - a, task.D, queries + t.row * query_row, query_row, stored_keys, panel_of(a), s, kChunk);
+        }
       }
-    for (int64_t i = 0; i < count; ++i) {
-      Tile& t = tiles[i];
-      for (int64_t r = t.row; r < t.row + t.count; ++r)
-        soften_row(scores + (r - first) * kChunk, t.from / 16 * 16, round_up(t.to, 16), rules(r), into.maximum[r],
-                   into.total[r]);
-      if (poisoned(t)) {
-        select_values(t, scores_of(t), into);
-        t.bands = 0;
-      }
-    }
-    if (width == 0) return;
-    // A weighted sum is one chain for each kChain keys, and the chains' sum in order.
-    for (int64_t link = begin / kChain * kChain; link < end; link += kChain) {
-      for (int64_t i = 0; i < count; ++i) tiles[i].begun = false;
-      // Read once, values too go band by band, so that all tiles find them in the cache.
+  }
+
+  // A weighted sum is one chain for each kChain keys, and the chains' sum in order.
+  void sum_values(Band& band, const States<T>& into) {
+    for (int64_t link = band.begin / kChain * kChain; link < band.end; link += kChain) {
+      for (int64_t i = 0; i < band.count; ++i) band.tiles[i].begun = false;
+      // Read once, values go band by band, so that all tiles find them in the cache.
       const int64_t step = once ? kBandKeys : kChain;
-      for (int64_t j = link; j < least(link + kChain, end); j += step)
-        for (int64_t i = 0; i < count; ++i) {
-          Tile& t = tiles[i];
+      for (int64_t j = link; j < least(link + kChain, band.end); j += step)
+        for (int64_t i = 0; i < band.count; ++i) {
+          Tile& t = band.tiles[i];
+          T* sum = t.from >= link ? into.sum + t.row * width : later_sums + (t.row - band.first) * width;
           const int64_t stop = least(j + step, t.to);
           for (int64_t a = most(j, t.from), b; a < stop; a = b) {
             const auto next = [&](int64_t key) { return least((key / kBandKeys + 1) * kBandKeys, stop); };
             b = next(a);
             if (!t.reaches(a)) continue;
             while (b < stop && t.reaches(b)) b = next(b);
-            T* sum = t.from >= link ? into.sum + t.row * width : later_sums + (t.row - first) * width;
-            times(t.count, width, b - a, scores_of(t) + a, kChunk, stored_values, a * stored_values.row, sum, width,
-                  t.begun);
+            weigh(t, band.first, a, b, sum);
             t.begun = true;
           }
         }
-      for (int64_t i = 0; i < count; ++i) {
-        const Tile& t = tiles[i];
+      for (int64_t i = 0; i < band.count; ++i) {
+        const Tile& t = band.tiles[i];
         if (!t.begun || t.from >= link) continue;
         T* sum = into.sum + t.row * width;
-        const T* later = later_sums + (t.row - first) * width;
+        const T* later = later_sums + (t.row - band.first) * width;
         for (int64_t e = 0; e < t.count * width; e += 16) (load(sum + e) + load(later + e)).store(sum + e);
       }
     }
   }
-
-  // One row's products become exp(score - maximum).
-  void soften_row(T* s, int64_t from, int64_t to, const RowRules<T>& row, T& maximum, T& total) {
-    const T scale = T(task.scale), softcap = T(task.softcap);
-    maximum = score_row(s, from, to, row, scale, softcap);
-    if (maximum == kMinusInfinity<T>)
-      memset(s + from, 0, size_t(to - from) * sizeof(T));
+  void weigh(const Tile& t, int64_t first, int64_t a, int64_t b, T* sum) {
+    const T* p = scores + (t.row - first) * kChunk;
+    if constexpr (pairs)
+      multiply(t.count, width, (b + 1) / 2 - a / 2, reinterpret_cast<const BFloat16Pair*>(p) + a / 2, kChunk,
+               reinterpret_cast<const BFloat16Pair*>(values) + a / 2 * width, width, 16, sum, width, t.begun);
     else
-      total = soften(s, from, to, plain(row, scale, softcap) ? scale : T(1), maximum);
+      times(t.count, width, b - a, p + a, kChunk, stored_values, a * stored_values.row, sum, width, t.begun);
   }
 
   void times(int64_t row_count, int64_t columns, int64_t k_count, const T* a, int64_t a_row, const Stored& b,
@@ -433,6 +539,13 @@ template <class T, Produce produce> struct AttentionBlock {
   // chunk, so all are looked at, once; else only the keys that not all rows reach.
   bool poisoned(const Tile& t) {
     const auto among = [&](int64_t from, int64_t to) {
+      if constexpr (pairs) {
+        for (int64_t j = most(from / 2 * 2, chunk_from); j < least(round_up(to, 2), chunk_to); ++j) {
+          read_values(j, row_buffer);
+          if (non_finite<T>(row_buffer, width, 1, width)) return true;
+        }
+        return false;
+      }
       if (from >= to) return false;
       return stored_values.at<T>(from * stored_values.row,
                                  [&](auto* v) { return non_finite<T>(v, stored_values.row, to - from, width); });
@@ -458,9 +571,13 @@ template <class T, Produce produce> struct AttentionBlock {
           for (int64_t i = 0; i < 16; ++i) {
             if (!keep[i]) continue;
             const Vec<T> p = tile_scores[r * kChunk + j + i];
-            stored_values.at<T>((j + i) * stored_values.row, [&](auto* v) {
+            const auto add = [&](auto* v) {
               for (int64_t e = 0; e < width; e += 16) fma(p, load(v + e), load(chain + e)).store(chain + e);
-            });
+            };
+            if (pairs)
+              read_values(j + i, row_buffer), add(row_buffer);
+            else
+              stored_values.at<T>((j + i) * stored_values.row, add);
           }
         }
         for (int64_t e = 0; e < width; e += 16) (load(sum + e) + load(chain + e)).store(sum + e);
@@ -602,7 +719,8 @@ template <class T, Produce produce> struct AttentionBlock {
   }
 };
 
-template <class T, Produce produce> Plan plan_attention_as(const Attention& task, int64_t threads) {
+template <class T, Produce produce, Products products = Products::exact>
+Plan plan_attention_as(const Attention& task, int64_t threads) {
   const int64_t rows = task.L * (task.H / task.G), heads = task.batch.size() * task.G;
   const int64_t chunks = most((task.S + kChunk - 1) / kChunk, 1);
   Plan plan{};
@@ -619,7 +737,7 @@ template <class T, Produce produce> Plan plan_attention_as(const Attention& task
     while (plan.span > 1 && heads * blocks * ((chunks + plan.span - 1) / plan.span) < enough) plan.span /= 2;
   plan.units = heads * block_count(task, plan) * span_count(task, plan);
   Arena counting{nullptr};
-  const AttentionBlock<T, produce> block(task, plan, counting);
+  const AttentionBlock<T, produce, products> block(task, plan, counting);
   plan.workspace = counting.used;
   if (span_count(task, plan) > 1)
     plan.shared = round_up(heads * blocks * 8, 64) + plan.units * span_state_size(task, plan) * int64_t(sizeof(T));

@@ -85,7 +85,7 @@ struct Options {
   bool causal, bottom_right;
   std::optional<int64_t> window_left, window_right;
   int64_t total, key_offset;
-  bool wide, k_in_panels;
+  bool wide, k_in_panels, fast;
 };
 
 Attention attention_task(const In& q, const In& k, const std::optional<In>& v, const std::optional<In>& mask,
@@ -143,7 +143,7 @@ void attention(const In& q, const In& k, const In& v, const std::optional<In>& m
   Attention t = attention_task(q, k, v, mask, bias, sinks, kv_lengths, options);
   t.out = view(out, "out", t.batch, {t.H, t.L, t.E});
   t.lse = view(lse, "lse", t.batch, {t.H, t.L});
-  run(kernels().attention, t);
+  run(options.fast && !options.wide ? fast_attention() : kernels().attention, t);
 }
 
 void attention_weights(const In& q, const In& k, const std::optional<In>& mask, const std::optional<In>& bias,
@@ -358,9 +358,10 @@ NB_MODULE(_native, m) {
 
   nb::class_<Options>(m, "Options")
       .def(nb::init<std::optional<double>, double, bool, bool, std::optional<int64_t>, std::optional<int64_t>, int64_t,
-                    int64_t, bool, bool>(),
+                    int64_t, bool, bool, bool>(),
            nb::kw_only(), "scale"_a.none(), "softcap"_a, "causal"_a, "bottom_right"_a, "window_left"_a.none(),
-           "window_right"_a.none(), "total"_a, "key_offset"_a, "wide"_a, "k_in_panels"_a);
+           "window_right"_a.none(), "total"_a, "key_offset"_a, "wide"_a, "k_in_panels"_a,
+           "fast"_a);
 
   m.attr("CHUNK") = kChunk;
   m.attr("LANES") = kLanes;

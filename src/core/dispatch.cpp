@@ -14,6 +14,10 @@ extern const Kernels kernels_neon;
 #endif
 extern const Kernels kernels_portable;
 
+#if defined(HEADWAY_FAST)
+extern const Kernel<Attention> attention_fast;
+#endif
+
 const KernelList& supported_kernels() {
   static const KernelList list = [] {
     KernelList found{};
@@ -46,6 +50,13 @@ const Kernels& kernels() {
     throw std::invalid_argument("HEADWAY_ISA: expected one of " + names + " on this machine, got '" + wanted + "'");
   }();
   return chosen;
+}
+
+const Kernel<Attention>& fast_attention() {
+#if defined(HEADWAY_FAST)
+  if (&kernels() == &kernels_avx512 && __builtin_cpu_supports("avx512bf16")) return attention_fast;
+#endif
+  return kernels().attention;
 }
 
 } // namespace headway

@@ -7,7 +7,7 @@
 //
 // B comes in columns of 16: row k of column block j is at b + j * b_block + k * b_row. A row-major matrix has b_block
 // 16; panels of 16 keys, each (D, 16), have b_row 16 and b_block 16 D. Its numbers may be of 16 bits, widened as they
-// are loaded.
+// are loaded; or both A and B hold pairs of 16-bit numbers, and k counts pairs.
 #pragma once
 #include "vec.h"
 
@@ -20,8 +20,8 @@ namespace {
 enum class Source { cache, memory };
 
 // With `onto`, C goes on from what it holds, as if one chain had walked both stretches of k.
-template <Source source, int R, int P, class T, class B>
-void tile(int64_t k_count, const T* __restrict a, int64_t a_row, const B* __restrict b, int64_t b_row, int64_t b_block,
+template <Source source, int R, int P, class T, class A, class B>
+void tile(int64_t k_count, const A* __restrict a, int64_t a_row, const B* __restrict b, int64_t b_row, int64_t b_block,
           int64_t ahead, T* __restrict c, int64_t c_row, bool onto) {
   // Unrolled at once, or GCC keeps the accumulators in memory before and after the loop.
   Vec<T> sum[R][P];
@@ -35,7 +35,7 @@ void tile(int64_t k_count, const T* __restrict a, int64_t a_row, const B* __rest
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) sum[r][p] = load(c + r * c_row + 16 * p);
   for (int64_t k = 0; k < k_count; ++k) {
-    Vec<T> row[P];
+    decltype(load(b)) row[P];
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) {
       const B* from = b + k * b_row + p * b_block;
@@ -44,7 +44,7 @@ void tile(int64_t k_count, const T* __restrict a, int64_t a_row, const B* __rest
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec<T> x = a[r * a_row + k];
+      const auto x = broadcast(a[r * a_row + k]);
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) sum[r][p] = fma(x, row[p], sum[r][p]);
     }
@@ -55,8 +55,8 @@ void tile(int64_t k_count, const T* __restrict a, int64_t a_row, const B* __rest
     for (int p = 0; p < P; ++p) sum[r][p].store(c + r * c_row + 16 * p);
 }
 
-template <Source source, int R, int P, class T, class B>
-void tile_columns(int64_t columns, int64_t k_count, const T* a, int64_t a_row, const B* b, int64_t b_row,
+template <Source source, int R, int P, class T, class A, class B>
+void tile_columns(int64_t columns, int64_t k_count, const A* a, int64_t a_row, const B* b, int64_t b_row,
                   int64_t b_block, int64_t ahead, T* c, int64_t c_row, bool onto) {
   int64_t j = 0;
   for (; j + 16 * P <= columns; j += 16 * P)
@@ -68,8 +68,8 @@ void tile_columns(int64_t columns, int64_t k_count, const T* a, int64_t a_row, c
 
 // C = A B. columns is a multiple of 16; rows may be any number: full tiles, then four, two and one, in tiles that are
 // no narrower, so that few rows (decoding) still read B in long stretches.
-template <Source source = Source::cache, class T, class B>
-void multiply(int64_t rows, int64_t columns, int64_t k_count, const T* a, int64_t a_row, const B* b, int64_t b_row,
+template <Source source = Source::cache, class T, class A, class B>
+void multiply(int64_t rows, int64_t columns, int64_t k_count, const A* a, int64_t a_row, const B* b, int64_t b_row,
               int64_t b_block, T* c, int64_t c_row, bool onto = false, int64_t ahead = 0) {
   int64_t i = 0;
   const auto run = [&]<int R, int P>() {

@@ -152,5 +152,8 @@ struct KernelList {
 };
 const KernelList& supported_kernels();
 const Kernels& kernels();
+// Attention for precision="fast": with 16-bit dot products where the machine has them and the table above is its best,
+// else the table's own.
+const Kernel<Attention>& fast_attention();
 
 } // namespace headway

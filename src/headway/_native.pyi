@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 class Options:
-    def __init__(self, *, scale: float | None, softcap: float, causal: bool, bottom_right: bool, window_left: int | None, window_right: int | None, total: int, key_offset: int, wide: bool, k_in_panels: bool) -> None: ...
+    def __init__(self, *, scale: float | None, softcap: float, causal: bool, bottom_right: bool, window_left: int | None, window_right: int | None, total: int, key_offset: int, wide: bool, k_in_panels: bool, fast: bool) -> None: ...
 
 CHUNK: int = 512
 

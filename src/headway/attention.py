@@ -77,6 +77,7 @@ def prepare(
     softcap: Any = None,
     sinks: Any = None,
     kv_lengths: Any = None,
+    precision: str = "exact",
     key_offset: int = 0,
     of_a_part: bool = False,
 ) -> Call:
@@ -115,6 +116,11 @@ def prepare(
         highest = _FARTHEST if of_a_part else total
         lengths = _check.integers(kv_lengths, "kv_lengths", 0, highest)
         kv_lengths = _check.broadcast(lengths, shape, "kv_lengths", "the batch (...)")
+    _check.choice(precision, "precision", ("exact", "fast"))
+    if precision == "fast" and compute == "float64":
+        raise ValueError(
+            "precision: expected 'exact' for float64, got 'fast', which computes in bfloat16; convert q, k and v first"
+        )
     _check.choice(causal, "causal", (None, False, True, "top_left", "bottom_right"))
     if causal is True and length != keys.length:
         raise ValueError(
@@ -147,6 +153,7 @@ def prepare(
         key_offset=key_offset,
         wide=compute == "float64",
         k_in_panels=keys.in_panels,
+        fast=precision == "fast",
     )
     core = keys.operand.data.shape[len(keys.batch) :]
     return Call(
@@ -225,6 +232,7 @@ def attention(
     softcap: float | None = None,
     sinks: Any = None,
     kv_lengths: Any = None,
+    precision: str = "exact",
     return_lse: bool = False,
 ) -> Any:
     """Attend: softmax(q k^T * scale) v, head by head (Vaswani et al., 2017, "Attention Is All You Need").
@@ -243,12 +251,14 @@ def attention(
         softcap: c > 0 replaces each scaled score s by c tanh(s / c) (Gemma 2, 2024), before bias and mask.
         sinks: (H,) or (..., H): a score per head that joins the softmax's denominator alone (Xiao et al., 2023).
         kv_lengths: integers broadcasting to the batch (...): how many keys each batch item really has.
+        precision: "exact"; "fast" gives up the contract of bits for the machine's 16-bit dot products, where it has
+            them (AVX512-BF16): q, k, the weights and v are rounded to bfloat16, sums stay float32. Not for float64.
         return_lse: also return the log-sum-exp of each row's scores (natural logarithm, without sinks).
 
     Returns:
         (..., H, L, E) of q's kind, in the type that q, k and v promote to; with return_lse a pair, the second
-        (..., H, L) in float32, or float64 for float64. Each row depends, bit for bit, only on its query, the keys
-        and values that it may attend to, their positions and the options.
+        (..., H, L) in float32, or float64 for float64. Unless precision is "fast", each row depends, bit for bit,
+        only on its query, the keys and values that it may attend to, their positions and the options.
 
     Raises:
         TypeError: not an array of floating numbers, or not in CPU memory.
@@ -271,6 +281,7 @@ def attention(
         softcap=softcap,
         sinks=sinks,
         kv_lengths=kv_lengths,
+        precision=precision,
     )
     return run(call, return_lse)
 

@@ -115,6 +115,7 @@ class KVCache:
         softcap: float | None = None,
         sinks: Any = None,
         kv_lengths: Any = None,
+        precision: str = "exact",
         return_lse: bool = False,
     ) -> Any:
         """Attend to the cache: `attention(q, cache.keys, cache.values, ...)` without the copies.
@@ -137,6 +138,7 @@ class KVCache:
             softcap=softcap,
             sinks=sinks,
             kv_lengths=kv_lengths,
+            precision=precision,
         )
         return run(call, return_lse)
 

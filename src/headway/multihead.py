@@ -38,6 +38,7 @@ def multi_head_attention(
     softcap: float | None = None,
     sinks: Any = None,
     kv_lengths: Any = None,
+    precision: str = "exact",
     return_lse: bool = False,
 ) -> Any:
     """Multi-head attention, forward (Vaswani et al., 2017, section 3.2.2).
@@ -69,6 +70,7 @@ def multi_head_attention(
         softcap: see `attention`.
         sinks: see `attention`.
         kv_lengths: see `attention`.
+        precision: see `attention`; projections are exact in either.
         return_lse: also return the log-sum-exp (..., h, L).
 
     Returns:
@@ -120,6 +122,7 @@ def multi_head_attention(
         softcap=softcap,
         sinks=sinks,
         kv_lengths=kv_lengths,
+        precision=precision,
     )
     call = call._replace(dtype=final if w_o is None else compute, like=Operand(call.q, compute, as_bits))
     *batch, _, length = call.shape

@@ -1,0 +1,159 @@
+"""precision="fast": outside the contract of bits, inside the contract of meaning.
+
+Where the machine has no 16-bit dot product, fast is exact, and these tests hold all the more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import CHUNK, DTYPES, LAYOUTS, laid_out, normal, same_bits, wide
+
+import headway as hw
+from headway import reference
+
+NARROW = ["float32", "float16", "bfloat16"]
+UNIT = 2.0**-8  # half the distance between neighbouring bfloat16 numbers near 1
+
+
+def close(got: Any, want: np.ndarray, v: np.ndarray) -> bool:
+    """Rounding q, k, weights and v to bfloat16: a few units of the largest value, far less on average."""
+    error = np.abs(wide(got) - want)
+    return bool(error.max(initial=0) <= 6 * UNIT * np.abs(wide(v)).max(initial=1e-30))
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([1, 2, 5, 16, 23, 24, 25, 70, 130]),
+    st.sampled_from([1, 2, 15, 16, 17, 63, 64, 65, 255, 257, CHUNK - 1, CHUNK + 1, 3 * CHUNK + 5]),
+    st.sampled_from([1, 2, 7, 16, 33, 64]),
+    st.sampled_from([1, 16, 19, 64]),
+    st.sampled_from(NARROW),
+    st.data(),
+)
+@settings(max_examples=150)
+def test_fast_is_the_definition_up_to_bfloat16(
+    seed: int, L: int, S: int, D: int, E: int, dtype: str, data: st.DataObject
+) -> None:
+    rng = np.random.default_rng(seed)
+    q, k, v = (normal(rng, *shape, dtype=dtype) for shape in ((4, L, D), (2, S, D), (2, S, E)))
+    options: dict[str, Any] = data.draw(
+        st.sampled_from(
+            [
+                {},
+                {"causal": "bottom_right"},
+                {"causal": "top_left", "window": (20, 3)},
+                {"mask": rng.random((4, L, S)) < 0.6},
+                {"mask": np.repeat(rng.random((4, L, -(-S // 64))) < 0.4, 64, -1)[..., :S]},
+                {"bias": normal(rng, 4, L, S), "sinks": normal(rng, 4)},
+                {"softcap": 5.0, "kv_lengths": int(rng.integers(0, S + 1))},
+            ]
+        )
+    )
+    layout = data.draw(st.sampled_from(LAYOUTS))
+    q, k, v = (laid_out(x, layout) for x in (q, k, v))
+    out, lse = hw.attention(q, k, v, precision="fast", return_lse=True, **options)
+    want, want_lse = reference.attention(wide(q), wide(k), wide(v), return_lse=True, **options)
+    assert close(out, want, v)
+    nothing = np.isneginf(want_lse)
+    assert (np.isneginf(lse) == nothing).all()
+    assert not wide(out)[nothing].any()
+    # A score is off by 2 units times |q| |k| / sqrt(D), which here is below 8 sqrt(D).
+    assert np.abs(lse[~nothing] - want_lse[~nothing]).max(initial=0) <= 8 * UNIT * (1 + np.sqrt(D))
+
+
+def test_how_exact(capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (normal(rng, 4, 512, 64, dtype="bfloat16") for _ in range(3))
+    want = reference.attention(wide(q), wide(k), wide(v))
+    error = wide(hw.attention(q, k, v, precision="fast")) - want
+    rms = np.sqrt(np.mean(error**2)) / np.sqrt(np.mean(want**2))
+    with capsys.disabled():
+        print(f"\nattention, fast: rms error {rms / UNIT:.2f} x 2^-8 of the result's rms")
+    assert rms <= 0.5 * UNIT
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(NARROW), st.integers(1, 60), st.integers(1, 700))
+@settings(max_examples=60)
+def test_masked_keys_may_hold_anything(seed: int, dtype: str, L: int, S: int) -> None:
+    rng = np.random.default_rng(seed)
+    q, k, v = (normal(rng, 2, n, 8, dtype=dtype) for n in (L, S, S))
+    hidden = rng.random(S) < 0.3
+    poisoned_k, poisoned_v = k.copy(), v.copy()
+    poisoned_k[:, hidden], poisoned_v[:, hidden] = np.nan, np.inf
+    for options in ({"mask": ~hidden}, {"bias": np.where(hidden, -np.inf, 0)}):
+        want = wide(hw.attention(q, k, v, precision="fast", **options))
+        got = wide(hw.attention(q, poisoned_k, poisoned_v, precision="fast", **options))
+        assert np.isfinite(got).all()
+        assert close(got, want, v)
+    n = int(rng.integers(0, S + 1))
+    poisoned_k, poisoned_v = k.copy(), v.copy()
+    poisoned_k[:, n:], poisoned_v[:, n:] = np.nan, np.nan
+    for options in ({"kv_lengths": n}, {"kv_lengths": n, "causal": "top_left"}):
+        got = hw.attention(q, poisoned_k, poisoned_v, precision="fast", **options)
+        assert same_bits(got, hw.attention(q, k, v, precision="fast", **options))
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_threads_batch_and_rows_do_not_matter(dtype: str, keep_threads: None) -> None:
+    """Not promised, and yet so: the work is cut as in exact."""
+    rng = np.random.default_rng(1)
+    q, k, v = (normal(rng, 3, heads, n, 64, dtype=dtype) for heads, n in ((4, 50), (1, 1400), (1, 1400)))
+    hw.set_num_threads(1)
+    want = hw.attention(q, k, v, precision="fast")
+    hw.set_num_threads(5)
+    assert same_bits(hw.attention(q, k, v, precision="fast"), want)
+    assert same_bits(hw.attention(q[1], k[1], v[1], precision="fast"), want[1])
+    assert same_bits(hw.attention(q[:, :, 7:9], k, v, precision="fast"), want[:, :, 7:9])
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("D", [64, 7])
+def test_from_a_cache_and_in_a_layer(dtype: str, D: int) -> None:
+    rng = np.random.default_rng(2)
+    q, k, v = (normal(rng, 2, n, D, dtype=dtype) for n in (3, 600, 600))
+    cache = hw.KVCache(2, D, dtype=DTYPES[dtype])
+    cache.append(k, v)
+    want = hw.attention(q, k, v, causal="bottom_right", precision="fast")
+    assert same_bits(cache.attend(q, precision="fast"), want)
+    x = normal(rng, 9, 32, dtype=dtype)
+    exact, fast = (hw.multi_head_attention(x, x, x, num_heads=4, precision=p) for p in ("exact", "fast"))
+    assert close(fast, wide(exact), x)
+
+
+def test_empty_shapes() -> None:
+    for L, S in ((0, 3), (3, 0), (0, 0)):
+        q, k, v = (np.ones((2, n, 4), np.float32) for n in (L, S, S))
+        assert same_bits(hw.attention(q, k, v, precision="fast"), np.zeros((2, L, 4), np.float32))
+
+
+def test_errors() -> None:
+    x = np.ones((1, 2, 4))
+    with pytest.raises(ValueError, match=r"precision: expected 'exact' for float64"):
+        hw.attention(x, x, x, precision="fast")
+    with pytest.raises(ValueError, match=r"precision: expected one of 'exact', 'fast', got 'medium'"):
+        hw.attention(x, x, x, precision="medium")
+
+
+BOTH = """
+import json, numpy as np, headway as hw
+q, k, v = np.random.default_rng(0).standard_normal((3, 2, 40, 16)).astype(np.float32)
+same = bool((hw.attention(q, k, v, precision="fast") == hw.attention(q, k, v)).all())
+print(json.dumps([hw.info().isa, same]))
+"""
+
+
+@pytest.mark.parametrize("isa", [isa for isa in hw.info().isas if isa != "avx512"])
+def test_without_the_instruction_fast_is_exact(isa: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BOTH], env={**os.environ, "HEADWAY_ISA": isa}, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == [isa, True]
