@@ -71,6 +71,11 @@ def test_fast_is_the_definition_up_to_bfloat16(
 
 
 def test_how_exact(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two roundings to bfloat16, of the weights and of the result (q, k and v are bfloat16 already).
+
+    One rounding is off by 2^-8 x sqrt(3 / (8 x 3 ln 2)) = 0.425 x 2^-8 of the number on average, its mantissa being
+    anywhere; two that know nothing of each other by 0.60 x 2^-8.
+    """
     rng = np.random.default_rng(0)
     q, k, v = (normal(rng, 4, 512, 64, dtype="bfloat16") for _ in range(3))
     want = reference.attention(wide(q), wide(k), wide(v))
@@ -78,7 +83,7 @@ def test_how_exact(capsys: pytest.CaptureFixture[str]) -> None:
     rms = np.sqrt(np.mean(error**2)) / np.sqrt(np.mean(want**2))
     with capsys.disabled():
         print(f"\nattention, fast: rms error {rms / UNIT:.2f} x 2^-8 of the result's rms")
-    assert rms <= 0.5 * UNIT
+    assert rms <= 1.1 * 0.60 * UNIT
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(NARROW), st.integers(1, 60), st.integers(1, 700))
@@ -103,7 +108,7 @@ def test_masked_keys_may_hold_anything(seed: int, dtype: str, L: int, S: int) ->
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_threads_batch_and_rows_do_not_matter(dtype: str, keep_threads: None) -> None:
+def test_threads_and_batch_do_not_matter(dtype: str, keep_threads: None) -> None:
     """Not promised, and yet so: the work is cut as in exact."""
     rng = np.random.default_rng(1)
     q, k, v = (normal(rng, 3, heads, n, 64, dtype=dtype) for heads, n in ((4, 50), (1, 1400), (1, 1400)))
@@ -112,19 +117,26 @@ def test_threads_batch_and_rows_do_not_matter(dtype: str, keep_threads: None) ->
     hw.set_num_threads(5)
     assert same_bits(hw.attention(q, k, v, precision="fast"), want)
     assert same_bits(hw.attention(q[1], k[1], v[1], precision="fast"), want[1])
-    assert same_bits(hw.attention(q[:, :, 7:9], k, v, precision="fast"), want[:, :, 7:9])
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_few_rows_are_exact(dtype: str) -> None:
+    """Decoding waits for memory, not for products."""
+    rng = np.random.default_rng(1)
+    q, k, v = (normal(rng, heads, n, 64, dtype=dtype) for heads, n in ((4, 1), (2, 900), (2, 900)))
+    assert same_bits(hw.attention(q, k, v, precision="fast"), hw.attention(q, k, v))
 
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("D", [64, 7])
 def test_from_a_cache_and_in_a_layer(dtype: str, D: int) -> None:
     rng = np.random.default_rng(2)
-    q, k, v = (normal(rng, 2, n, D, dtype=dtype) for n in (3, 600, 600))
+    q, k, v = (normal(rng, 2, n, D, dtype=dtype) for n in (40, 600, 600))
     cache = hw.KVCache(2, D, dtype=DTYPES[dtype])
     cache.append(k, v)
     want = hw.attention(q, k, v, causal="bottom_right", precision="fast")
     assert same_bits(cache.attend(q, precision="fast"), want)
-    x = normal(rng, 9, 32, dtype=dtype)
+    x = normal(rng, 50, 32, dtype=dtype)
     exact, fast = (hw.multi_head_attention(x, x, x, num_heads=4, precision=p) for p in ("exact", "fast"))
     assert close(fast, wide(exact), x)
 

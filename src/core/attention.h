@@ -9,29 +9,17 @@
 // leave a state (maximum, total weight, weighted sum). The states meet in the fixed tree of tree.h. Nothing is rescaled
 // within a chunk, and an absent chunk changes no bit, so a row is a function of the keys that it may attend to.
 #pragma once
-#include "exp.h"
-#include "gemm.h"
+#include "operands.h"
+#include "softmax.h"
 #include "tree.h"
 
 namespace headway {
 namespace {
 
-constexpr int64_t kRowBlock = 384; // most rows that share one packing of K and V, which then costs 1 %
-// Rows whose scores are computed together, panel of keys by panel: a panel is then read into the first-level cache once
-// for all of them, while their scores (48 KB) stay in the second.
-constexpr int64_t kBandTiles = 4, kBandRows = kBandTiles * kTileRows;
-constexpr int64_t kBandKeys = 64; // four panels: 16 KB at D = 64. What a mask leaves out as a whole is passed over.
-
 // How many units each thread should find, so that all end together.
 constexpr int64_t kUnitsPerThread = 4;
 
 enum class Produce { output, nodes, weights };
-
-// Products of numbers as they are, under the contract of bits; or, where the caller asks for speed, of bfloat16 pairs:
-// queries, keys, weights and values rounded to bfloat16 and multiplied two at a time. All else is the same.
-enum class Products { exact, pairs };
-
-template <class T> constexpr T kMinusInfinity = -T(__builtin_inff());
 
 // One state of the tree: what a run of keys contributes to `rows` rows. A row that attends to none of the keys has
 // maximum -inf, and joins as nothing.
@@ -58,105 +46,6 @@ template <class T> void join(const States<T>& a, const States<T>& b, int64_t row
     join_row(a.maximum[r], a.total[r], a.sum + r * a.width, b.maximum[r], b.total[r], b.sum + r * b.width, a.width);
 }
 
-// Where one row's mask and bias lie, and the keys it may reach, all relative to a chunk's first key.
-template <class T> struct RowRules {
-  int64_t low, high;
-  const uint8_t* mask;
-  int64_t mask_stride;
-  const T* bias;
-  int64_t bias_stride;
-};
-
-template <class T> Vec<T> load_strided(const T* p, int64_t stride, int64_t n) {
-  if (stride == 1 && n >= 16) return Vec<T>::load(p);
-  T x[16] = {};
-  for (int64_t i = 0; i < least(n, 16); ++i) x[i] = p[i * stride];
-  return Vec<T>::load(x);
-}
-
-// Which of the keys j .. j + 15 the row may attend to. A bias of -inf forbids as a mask does.
-template <class T> Mask<T> allowed(const RowRules<T>& row, int64_t j) {
-  using Int = typename IntOf<T>::type;
-  const bool inside = row.low <= j && j + 16 <= row.high;
-  Mask<T> keep = Int(-1);
-  if (!inside) {
-    const Vec<Int> key = convert<Int>(lane_index()) + Vec<Int>(Int(j));
-    keep = (key >= Vec<Int>(Int(row.low))) & (key < Vec<Int>(Int(row.high)));
-  }
-  if (row.mask && row.mask_stride == 1 && inside) {
-    keep = load_integers<Int>(row.mask + j) != Vec<Int>(Int(0));
-  } else if (row.mask) {
-    Int x[16] = {};
-    for (int64_t i = most(row.low - j, 0); i < least(row.high - j, 16); ++i) x[i] = row.mask[(j + i) * row.mask_stride];
-    keep = keep & (Vec<Int>::load(x) != Vec<Int>(Int(0)));
-  }
-  if (row.bias)
-    keep = keep &
-           (load_strided(row.bias + j * row.bias_stride, row.bias_stride, row.high - j) != Vec<T>(kMinusInfinity<T>));
-  return keep;
-}
-
-// Whether scores are products times a positive scale and nothing else. That keeps their order, so the maximum of the
-// scaled is the scaled maximum, rounding included, and products are scaled on their way into the exponential.
-template <class T> bool plain(const RowRules<T>& row, T scale, T softcap) {
-  return !row.bias && softcap == 0 && scale > 0;
-}
-
-// Products of keys begin .. end (multiples of 16) become scores, but for a plain row's scale, and -inf where the row
-// may not attend. Returns the maximum of the scores: -inf where nothing is allowed, else finite or +inf, so that the
-// exponentials of -inf scores are 0. A NaN score does not decide the maximum; it reaches the row through its
-// exponential.
-template <class T> T score_row(T* s, int64_t begin, int64_t end, const RowRules<T>& row, T scale, T softcap) {
-  using Int = typename IntOf<T>::type;
-  const bool is_plain = plain(row, scale, softcap);
-  Vec<T> top = kMinusInfinity<T>;
-  Mask<T> seen = Int(0);
-  const auto decide = [&](int64_t from, int64_t to) {
-    for (int64_t j = from; j < to; j += 16) {
-      Vec<T> x = Vec<T>::load(s + j);
-      if (!is_plain) {
-        x = x * Vec<T>(scale);
-        if (softcap > 0) x = Vec<T>(softcap) * tanh(x / Vec<T>(softcap));
-        if (row.bias) x = x + load_strided(row.bias + j * row.bias_stride, row.bias_stride, row.high - j);
-      }
-      const Mask<T> keep = allowed(row, j);
-      seen = seen | keep;
-      x = select(keep, x, Vec<T>(kMinusInfinity<T>));
-      x.store(s + j);
-      top = larger(x, top);
-    }
-  };
-  int64_t free_from = end, free_to = end; // what needs no deciding, and no writing
-  if (is_plain && !row.mask && round_up(row.low, 16) < row.high / 16 * 16)
-    free_from = round_up(row.low, 16), free_to = row.high / 16 * 16, seen = Mask<T>(Int(-1));
-  decide(begin, free_from);
-  for (int64_t j = free_from; j < free_to; j += 16) top = larger(Vec<T>::load(s + j), top);
-  decide(free_to, end);
-  if (!any(seen)) return kMinusInfinity<T>;
-  const T m = is_plain ? maximum(top) * scale : maximum(top);
-  return m > Constants<T>::lowest ? m : Constants<T>::lowest;
-}
-
-// Scores times scale become exp(score - m); returns their sum over 16 lanes and one tree.
-template <class T> T soften(T* s, int64_t begin, int64_t end, T scale, T m) {
-  Vec<T> total = T(0);
-#pragma GCC unroll 2
-  for (int64_t j = begin; j < end; j += 16) {
-    const Vec<T> p = exp(Vec<T>::load(s + j) * Vec<T>(scale) - Vec<T>(m));
-    p.store(s + j);
-    total = total + p;
-  }
-  return sum(total);
-}
-
-// Whether some number of a (rows, width) array is infinite or NaN.
-template <class T, class B> bool non_finite(const B* v, int64_t row, int64_t rows, int64_t width) {
-  Vec<T> poison = T(0); // x * 0 is 0 for finite x alone
-  for (int64_t j = 0; j < rows; ++j)
-    for (int64_t e = 0; e < width; e += 16) poison = poison + load(v + j * row + e) * Vec<T>(T(0));
-  return any(poison != poison);
-}
-
 inline int64_t block_count(const Attention& task, const Plan& plan) {
   return (task.L * (task.H / task.G) + plan.rows - 1) / plan.rows;
 }
@@ -168,38 +57,33 @@ inline int64_t span_state_size(const Attention& task, const Plan& plan) {
 }
 
 // The computation of one block of rows against its key/value head.
-template <class T, Produce produce, Products products = Products::exact> struct AttentionBlock {
-  static constexpr bool pairs = products == Products::pairs;
+template <class T, Produce produce, class Operands = headway::Operands<T>> struct AttentionBlock {
+  // Rows whose scores are computed together, panel of keys by panel: a panel is then read into the first-level cache
+  // once for all of them, while their scores (48 KB) stay in the second.
+  static constexpr int64_t kTile = Operands::kTile, kBandTiles = 4, kBandRows = kBandTiles * kTile;
+
   const Attention& task;
-  const Plan& plan;                   // rows: of a block, at most; span: chunks of a unit
-  int64_t repeat, keys, width, slots; // heads per group; E rounded up to 16; tree slots
+  const Plan& plan;           // rows: of a block, at most; span: chunks of a unit
+  int64_t keys, width, slots; // E rounded up to 16; tree slots
+  Operands operands;
   // scratch
-  T *query_buffer, *panels, *values, *row_buffer, *scores, *later_sums; // with room for pairs, which are smaller
+  T *row_buffer, *scores, *later_sums;
   T *state_maximum, *state_total, *state_sum; // (slots, plan.rows [, width])
   // the block
-  int64_t block, item, group, first_row, rows, span, first_key, last_key; // the keys of the unit's span
-  const T* queries;
-  int64_t query_row, k_offset, v_offset, mask_offset, bias_offset;
-  int64_t low[kRowBlock], high[kRowBlock]; // keys that a row may reach, relative to key 0 of the task
+  BlockRows rows;
+  int64_t block, span, first_key, last_key; // the keys of the unit's span
+  int64_t mask_offset, bias_offset;
+  int64_t low[Operands::kRows], high[Operands::kRows]; // keys that a row may reach, relative to key 0 of the task
   ChunkStack stack;
-  // A single band reads each key and value once, from memory: it packs keys just before it reads them, and takes 16-bit
-  // numbers as they are.
-  bool once;
   // the chunk at hand
   int64_t chunk, chunk_from, chunk_to; // its first key; the keys of it that some row may reach
-  Stored stored_keys, stored_values;
-  uint32_t packed;     // which bands of kBandKeys are, a bit each
-  int values_poisoned; // -1: not looked at yet
+  int values_poisoned;                 // -1: not looked at yet
 
-  AttentionBlock(const Attention& t, const Plan& p, Arena& arena) : task(t), plan(p) {
-    repeat = task.H / task.G;
+  AttentionBlock(const Attention& t, const Plan& p, Arena& arena) : task(t), plan(p), operands(t, p.rows, arena) {
     keys = task.S;
     width = round_up(task.E, 16);
     slots = stack_slots((task.key_offset + keys + kChunk - 1) / kChunk, produce == Produce::nodes);
-    query_buffer = arena.take<T>(plan.rows * (task.D + 1));
-    panels = arena.take<T>(kChunk * (task.D + 1));
-    values = arena.take<T>(kChunk * width);
-    row_buffer = arena.take<T>(most((task.D + 1) * 16, most(2 * width, task.S * (produce == Produce::weights))));
+    row_buffer = arena.take<T>(most(width, task.S * (produce == Produce::weights)));
     scores = arena.take<T>(kBandRows * kChunk);
     later_sums = arena.take<T>(kBandRows * width);
     state_maximum = arena.take<T>(slots * plan.rows);
@@ -207,8 +91,6 @@ template <class T, Produce produce, Products products = Products::exact> struct 
     state_sum = arena.take<T>(slots * plan.rows * width);
   }
 
-  int64_t query_of(int64_t r) const { return (first_row + r) / repeat; }
-  int64_t head_of(int64_t r) const { return group * repeat + (first_row + r) % repeat; }
   States<T> state(int64_t slot, int64_t row) const {
     const int64_t at = slot * plan.rows + row;
     return {state_maximum + at, state_total + at, state_sum + at * width, width};
@@ -218,157 +100,35 @@ template <class T, Produce produce, Products products = Products::exact> struct 
     const int64_t blocks = block_count(task, plan);
     span = unit % span_count(task, plan), block = unit / span_count(task, plan);
     first_key = span * plan.span * kChunk, last_key = least(keys, first_key + plan.span * kChunk);
+    rows.repeat = task.H / task.G;
     // The last rows first: under a causal mask they are the longest, and threads end together.
-    first_row = (blocks - 1 - block % blocks) * plan.rows;
-    group = block / blocks % task.G;
-    item = block / blocks / task.G;
-    rows = least(plan.rows, task.L * repeat - first_row);
+    rows.first = (blocks - 1 - block % blocks) * plan.rows;
+    rows.group = block / blocks % task.G;
+    rows.item = block / blocks / task.G;
+    rows.count = least(plan.rows, task.L * rows.repeat - rows.first);
     int64_t n = task.total;
     if (task.kv_lengths.data)
       n = *reinterpret_cast<const int64_t*>(static_cast<char*>(task.kv_lengths.data) +
-                                            batch_offset(task.batch, task.kv_lengths, item) * 8);
-    const int64_t shift = task.bottom_right ? n - task.L : 0, q_offset = batch_offset(task.batch, task.q, item);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t position = query_of(r) + shift;
+                                            batch_offset(task.batch, task.kv_lengths, rows.item) * 8);
+    const int64_t shift = task.bottom_right ? n - task.L : 0;
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const int64_t position = rows.query(r) + shift;
       int64_t from = task.window_left == kUnset ? 0 : position - task.window_left;
       int64_t to = task.causal ? least(n, position + 1) : n;
       if (task.window_right != kUnset) to = least(to, position + task.window_right + 1);
       low[r] = least(most(from - task.key_offset, first_key), last_key);
       high[r] = most(low[r], least(to - task.key_offset, last_key));
     }
-    if (pairs) {
-      const int64_t steps = (task.D + 1) / 2;
-      for (int64_t r = 0; r < rows; ++r) {
-        auto* to = reinterpret_cast<BFloat16Pair*>(query_buffer) + r * steps;
-        to[steps - 1].bits = 0;
-        read_row(address(task.q, q_offset, head_of(r), query_of(r)), task.q.dtype, task.q.stride[2], task.D, row_buffer);
-        write_row(row_buffer, task.D, to, DType::bf16);
-      }
-      queries = query_buffer;
-      query_row = steps;
-    } else if (task.q.dtype == dtype_of<T> && task.q.stride[2] == 1 && (repeat == 1 || task.L == 1)) {
-      queries = reinterpret_cast<const T*>(address(task.q, q_offset, head_of(0), query_of(0)));
-      query_row = task.q.stride[repeat == 1];
-    } else {
-      for (int64_t r = 0; r < rows; ++r)
-        read_row(address(task.q, q_offset, head_of(r), query_of(r)), task.q.dtype, task.q.stride[2], task.D,
-                 query_buffer + r * task.D);
-      queries = query_buffer;
-      query_row = task.D;
-    }
-    once = rows <= kBandRows && produce != Produce::weights;
-    k_offset = batch_offset(task.batch, task.k, item);
-    v_offset = batch_offset(task.batch, task.v, item);
-    mask_offset = batch_offset(task.batch, task.mask, item);
-    bias_offset = batch_offset(task.batch, task.bias, item);
+    operands.begin(rows, rows.count <= kBandRows && produce != Produce::weights);
+    mask_offset = batch_offset(task.batch, task.mask, rows.item);
+    bias_offset = batch_offset(task.batch, task.bias, rows.item);
   }
 
   // Turns to keys from .. to, which lie in the chunk that starts at key `first` (all relative to key 0).
   void enter(int64_t first, int64_t from, int64_t to) {
     chunk = first, chunk_from = from - first, chunk_to = to - first;
-    packed = 0, values_poisoned = -1;
-    const View &k = task.k, &v = task.v;
-    if (pairs) {
-      stored_keys = {panels, dtype_of<T>, 16, (task.D + 1) / 2 * 16, 0};
-      stored_values = {values, dtype_of<T>, width, 16, 0};
-      return;
-    }
-    const auto readable = [&](DType dtype) { return dtype == dtype_of<T> || (once && Stored::kept<T>(dtype)); };
-    if (task.k_in_panels && readable(k.dtype))
-      stored_keys = {address(k, k_offset, group, chunk / 16), k.dtype, 16, k.stride[1], kBandKeys / 16 * k.stride[1]};
-    else
-      stored_keys = {panels, dtype_of<T>, 16, 16 * task.D, 0};
-    if (readable(v.dtype) && v.stride[2] == 1 && task.E == width)
-      stored_values = {address(v, v_offset, group, chunk), v.dtype, v.stride[1], 16, 16 * v.stride[1]};
-    else
-      stored_values = {values, dtype_of<T>, width, 16, 0};
-  }
-
-  // Where the panel of key j lies. Keys that are read once go through a small buffer, which stays in the cache.
-  int64_t panel_of(int64_t j) const {
-    return (stored_keys.data == panels && once ? j % kBandKeys : j) / 16 * stored_keys.block;
-  }
-  // Packs the keys and values of band j / kBandKeys of the chunk, where they are not and need to be.
-  void pack(int64_t j) {
-    if (packed >> j / kBandKeys & 1) return;
-    packed |= 1u << j / kBandKeys;
-    const View &k = task.k, &v = task.v;
-    const int64_t from = most(j, chunk_from), to = least(j + kBandKeys, chunk_to);
-    for (int64_t i = from / 16 * 16; i < to && stored_keys.data == panels; i += 16) {
-      T* panel = panels + panel_of(i);
-      const int64_t key = chunk + i, count = least(16, keys - key);
-      if (task.k_in_panels) {
-        read_row(address(k, k_offset, group, key / 16), k.dtype, 1, 16 * task.D, panel);
-      } else if (k.stride[2] == 1 && Stored::kept<T>(k.dtype)) {
-        Stored{address(k, k_offset, group, key), k.dtype, 0, 0, 0}.at<T>(0, [&](auto* rows_of_k) {
-          make_panel(rows_of_k, k.stride[1], count, task.D, panel, rows_of_k + 16 * k.stride[1]);
-        });
-      } else {
-        for (int64_t r = 0; r < count; ++r)
-          read_row(address(k, k_offset, group, key + r), k.dtype, k.stride[2], task.D, row_buffer + r * task.D);
-        make_panel(row_buffer, task.D, count, task.D, panel);
-      }
-    }
-    for (int64_t i = from; i < to && stored_values.data == values; ++i) {
-      T* row = values + i * width;
-      read_row(address(v, v_offset, group, chunk + i), v.dtype, v.stride[2], task.E, row);
-      for (int64_t e = task.E; e < width; ++e) row[e] = T(0);
-    }
-  }
-
-  // The same as pairs: of features in panels of keys, (D / 2, 16 keys); of keys in rows of values, (keys / 2, E). What is
-  // odd meets a zero.
-  void pack_pairs(int64_t j) {
-    if (packed >> j / kBandKeys & 1) return;
-    packed |= 1u << j / kBandKeys;
-    const View& k = task.k;
-    const int64_t from = most(j, chunk_from), to = least(j + kBandKeys, chunk_to), steps = (task.D + 1) / 2;
-    for (int64_t i = from / 16 * 16; i < to; i += 16) {
-      auto* panel = reinterpret_cast<int32_t*>(panels) + panel_of(i);
-      const int64_t key = chunk + i, count = least(16, keys - key);
-      if (task.k_in_panels) {
-        read_row(address(k, k_offset, group, key / 16), k.dtype, 1, 16 * task.D, row_buffer);
-        memset(row_buffer + 16 * task.D, 0, 16 * sizeof(T));
-        for (int64_t d = 0; d < task.D; d += 2)
-          join_pairs(row_buffer + d * 16, row_buffer + (d + 1) * 16, 16, panel + d * 8);
-      } else if (k.dtype == DType::bf16 && k.stride[2] == 1 && task.D % 2 == 0 && k.stride[1] % 2 == 0) {
-        const auto* words = reinterpret_cast<const int32_t*>(address(k, k_offset, group, key));
-        make_panel(words, k.stride[1] / 2, count, steps, panel, words + 8 * k.stride[1]);
-      } else {
-        auto* words = reinterpret_cast<int32_t*>(row_buffer);
-        T* row = row_buffer + 16 * steps; // behind 16 rows of pairs
-        for (int64_t r = 0; r < count; ++r) {
-          words[r * steps + steps - 1] = 0;
-          read_row(address(k, k_offset, group, key + r), k.dtype, k.stride[2], task.D, row);
-          write_row(row, task.D, words + r * steps, DType::bf16);
-        }
-        make_panel(words, steps, count, steps, panel);
-      }
-    }
-    const bool narrow_rows = task.v.dtype == DType::bf16 && task.v.stride[2] == 1 && task.E == width;
-    for (int64_t i = from / 2 * 2; i < to; i += 2) {
-      if (narrow_rows && i >= chunk_from && i + 1 < chunk_to) {
-        const auto* even = reinterpret_cast<const uint16_t*>(address(task.v, v_offset, group, chunk + i));
-        const uint16_t* odd = even + task.v.stride[1];
-        auto* pair = reinterpret_cast<int32_t*>(values) + i / 2 * width;
-        for (int64_t e = 0; e < width; e += 16)
-          (load_integers<int32_t>(even + e) | load_integers<int32_t>(odd + e) << 16).store(pair + e);
-        continue;
-      }
-      T *even = row_buffer, *odd = row_buffer + width;
-      read_values(i >= chunk_from ? i : -1, even);
-      read_values(i + 1 < chunk_to ? i + 1 : -1, odd);
-      join_pairs(even, odd, width, reinterpret_cast<int32_t*>(values) + i / 2 * width);
-    }
-  }
-  static void join_pairs(const T* even, const T* odd, int64_t n, int32_t* to) {
-    for (int64_t i = 0; i < n; i += 16) (narrow(load(even + i)) | narrow(load(odd + i)) << 16).store(to + i);
-  }
-  // One row of V as the caller gave it, or zeros.
-  void read_values(int64_t key, T* to) const {
-    const int64_t count = key < 0 ? 0 : task.E;
-    if (count) read_row(address(task.v, v_offset, group, chunk + key), task.v.dtype, task.v.stride[2], count, to);
-    for (int64_t e = count; e < width; ++e) to[e] = T(0);
+    values_poisoned = -1;
+    operands.enter(first, from, to);
   }
 
   RowRules<T> rules(int64_t r) const {
@@ -378,9 +138,9 @@ template <class T, Produce produce, Products products = Products::exact> struct 
     row.mask_stride = task.mask.stride[2];
     row.bias_stride = task.bias.stride[2];
     if (task.mask.data)
-      row.mask = reinterpret_cast<const uint8_t*>(address(task.mask, mask_offset, head_of(r), query_of(r), chunk));
+      row.mask = reinterpret_cast<const uint8_t*>(address(task.mask, mask_offset, rows.head(r), rows.query(r), chunk));
     if (task.bias.data)
-      row.bias = reinterpret_cast<const T*>(address(task.bias, bias_offset, head_of(r), query_of(r), chunk));
+      row.bias = reinterpret_cast<const T*>(address(task.bias, bias_offset, rows.head(r), rows.query(r), chunk));
     return row;
   }
 
@@ -393,7 +153,7 @@ template <class T, Produce produce, Products products = Products::exact> struct 
     bool reaches(int64_t j) const { return bands >> j / kBandKeys & 1; }
   };
   Tile tile_at(int64_t row) const {
-    Tile t{row, least(kTileRows, rows - row), kChunk, 0, 0, kChunk, ~0u, false};
+    Tile t{row, least(kTile, rows.count - row), kChunk, 0, 0, kChunk, ~0u, false};
     for (int64_t r = row; r < row + t.count; ++r) {
       const int64_t a = least(most(low[r] - chunk, 0), kChunk), b = least(most(high[r] - chunk, 0), kChunk);
       t.all_from = most(t.all_from, a), t.all_to = least(t.all_to, b);
@@ -431,7 +191,7 @@ template <class T, Produce produce, Products products = Products::exact> struct 
   void attend(int64_t first, const States<T>& into) {
     Band band;
     band.first = first;
-    for (int64_t row = first; row < least(rows, first + kBandRows); row += kTileRows) {
+    for (int64_t row = first; row < least(rows.count, first + kBandRows); row += kTile) {
       const Tile t = tile_at(row);
       for (int64_t r = row; r < row + t.count; ++r) into.maximum[r] = kMinusInfinity<T>, into.total[r] = T(0);
       if (t.from >= t.to) continue;
@@ -457,10 +217,8 @@ template <class T, Produce produce, Products products = Products::exact> struct 
       if (poisoned(t)) {
         select_values(t, s, into);
         t.bands = 0;
-      } else if constexpr (pairs) {
-        for (int64_t r = 0; r < t.count; ++r)
-          for (int64_t j = from; j < to; j += 16) // in place: what is written is half as long
-            store_narrow(load(s + r * kChunk + j), reinterpret_cast<uint16_t*>(s + r * kChunk) + j);
+      } else {
+        for (int64_t r = 0; r < t.count; ++r) operands.narrow(s + r * kChunk, t.from, t.to);
       }
     }
     if (width) sum_values(band, into);
@@ -473,16 +231,7 @@ template <class T, Produce produce, Products products = Products::exact> struct 
         const Tile& t = band.tiles[i];
         const int64_t a = most(j, t.from / 16 * 16), b = least(j + kBandKeys, round_up(t.to, 16));
         if (a >= b || !t.reaches(j)) continue;
-        T* s = scores + (t.row - band.first) * kChunk + a;
-        if constexpr (pairs) {
-          pack_pairs(j);
-          multiply(t.count, b - a, query_row, reinterpret_cast<const BFloat16Pair*>(queries) + t.row * query_row,
-                   query_row, reinterpret_cast<const BFloat16Pair*>(panels) + panel_of(a), 16, stored_keys.block, s,
-                   kChunk);
-        } else {
-          pack(j);
-          times(t.count, b - a, task.D, queries + t.row * query_row, query_row, stored_keys, panel_of(a), s, kChunk);
-        }
+        operands.score(t.row, t.count, a, b, scores + (t.row - band.first) * kChunk + a);
       }
   }
 
@@ -491,7 +240,7 @@ template <class T, Produce produce, Products products = Products::exact> struct 
     for (int64_t link = band.begin / kChain * kChain; link < band.end; link += kChain) {
       for (int64_t i = 0; i < band.count; ++i) band.tiles[i].begun = false;
       // Read once, values go band by band, so that all tiles find them in the cache.
-      const int64_t step = once ? kBandKeys : kChain;
+      const int64_t step = rows.count <= kBandRows ? kBandKeys : kChain;
       for (int64_t j = link; j < least(link + kChain, band.end); j += step)
         for (int64_t i = 0; i < band.count; ++i) {
           Tile& t = band.tiles[i];
@@ -502,7 +251,7 @@ template <class T, Produce produce, Products products = Products::exact> struct 
             b = next(a);
             if (!t.reaches(a)) continue;
             while (b < stop && t.reaches(b)) b = next(b);
-            weigh(t, band.first, a, b, sum);
+            operands.weigh(t.count, scores + (t.row - band.first) * kChunk, a, b, sum, t.begun);
             t.begun = true;
           }
         }
@@ -515,43 +264,12 @@ template <class T, Produce produce, Products products = Products::exact> struct 
       }
     }
   }
-  void weigh(const Tile& t, int64_t first, int64_t a, int64_t b, T* sum) {
-    const T* p = scores + (t.row - first) * kChunk;
-    if constexpr (pairs)
-      multiply(t.count, width, (b + 1) / 2 - a / 2, reinterpret_cast<const BFloat16Pair*>(p) + a / 2, kChunk,
-               reinterpret_cast<const BFloat16Pair*>(values) + a / 2 * width, width, 16, sum, width, t.begun);
-    else
-      times(t.count, width, b - a, p + a, kChunk, stored_values, a * stored_values.row, sum, width, t.begun);
-  }
-
-  void times(int64_t row_count, int64_t columns, int64_t k_count, const T* a, int64_t a_row, const Stored& b,
-             int64_t offset, T* c, int64_t c_row, bool onto = false) {
-    if (once)
-      b.at<T>(offset, [&](auto* from) {
-        multiply<Source::memory>(row_count, columns, k_count, a, a_row, from, b.row, b.block, c, c_row, onto, b.ahead);
-      });
-    else
-      multiply(row_count, columns, k_count, a, a_row, static_cast<const T*>(b.data) + offset, b.row, b.block, c, c_row,
-               onto);
-  }
-
   // Whether V holds NaN or infinity where some row of the tile must not see it. A mask may leave out any key of the
   // chunk, so all are looked at, once; else only the keys that not all rows reach.
   bool poisoned(const Tile& t) {
-    const auto among = [&](int64_t from, int64_t to) {
-      if constexpr (pairs) {
-        for (int64_t j = most(from / 2 * 2, chunk_from); j < least(round_up(to, 2), chunk_to); ++j) {
-          read_values(j, row_buffer);
-          if (non_finite<T>(row_buffer, width, 1, width)) return true;
-        }
-        return false;
-      }
-      if (from >= to) return false;
-      return stored_values.at<T>(from * stored_values.row,
-                                 [&](auto* v) { return non_finite<T>(v, stored_values.row, to - from, width); });
-    };
-    if (!task.mask.data && !task.bias.data) return among(t.from, t.all_from) || among(t.all_to, t.to);
-    if (values_poisoned < 0) values_poisoned = among(chunk_from, chunk_to);
+    if (!task.mask.data && !task.bias.data)
+      return operands.poisoned(t.from, t.all_from) || operands.poisoned(t.all_to, t.to);
+    if (values_poisoned < 0) values_poisoned = operands.poisoned(chunk_from, chunk_to);
     return values_poisoned;
   }
 
@@ -571,13 +289,9 @@ template <class T, Produce produce, Products products = Products::exact> struct 
           for (int64_t i = 0; i < 16; ++i) {
             if (!keep[i]) continue;
             const Vec<T> p = tile_scores[r * kChunk + j + i];
-            const auto add = [&](auto* v) {
+            operands.value(j + i, [&](auto* v) {
               for (int64_t e = 0; e < width; e += 16) fma(p, load(v + e), load(chain + e)).store(chain + e);
-            };
-            if (pairs)
-              read_values(j + i, row_buffer), add(row_buffer);
-            else
-              stored_values.at<T>((j + i) * stored_values.row, add);
+            });
           }
         }
         for (int64_t e = 0; e < width; e += 16) (load(sum + e) + load(chain + e)).store(sum + e);
@@ -588,7 +302,7 @@ template <class T, Produce produce, Products products = Products::exact> struct 
   // Enters each chunk of keys that some row of the block may reach, and calls visit.
   template <class Visit> void for_each_chunk(Visit visit) {
     int64_t from = keys, to = 0;
-    for (int64_t r = 0; r < rows; ++r)
+    for (int64_t r = 0; r < rows.count; ++r)
       if (low[r] < high[r]) from = least(from, low[r]), to = most(to, high[r]);
     if (produce == Produce::nodes) from = 0, to = keys; // a part hands on the same nodes for every row
     for (int64_t first = from / kChunk * kChunk; first < to; first += kChunk) {
@@ -604,7 +318,7 @@ template <class T, Produce produce, Products products = Products::exact> struct 
     stack.before = produce == Produce::nodes ? first_chunk - 1 : -1;
     for_each_chunk([&] {
       const int slot = stack.push(first_chunk + chunk / kChunk, joiner());
-      for (int64_t band = 0; band < rows; band += kBandRows) attend(band, state(slot, 0));
+      for (int64_t band = 0; band < rows.count; band += kBandRows) attend(band, state(slot, 0));
     });
     if (produce == Produce::nodes) {
       stack.settle(first_chunk + (keys + kChunk - 1) / kChunk, joiner());
@@ -613,14 +327,15 @@ template <class T, Produce produce, Products products = Products::exact> struct 
     }
     stack.finish(joiner());
     if (stack.size == 0)
-      for (int64_t r = 0; r < rows; ++r) state_maximum[r] = kMinusInfinity<T>, state_total[r] = T(0);
+      for (int64_t r = 0; r < rows.count; ++r) state_maximum[r] = kMinusInfinity<T>, state_total[r] = T(0);
     if (span_count(task, plan) > 1 && !last_of_spans(shared)) return;
     if (produce == Produce::output)
-      for (int64_t r = 0; r < rows; ++r) finish_row(task, item, head_of(r), query_of(r), state(0, r), row_buffer);
+      for (int64_t r = 0; r < rows.count; ++r)
+        finish_row(task, rows.item, rows.head(r), rows.query(r), state(0, r), row_buffer);
     if (produce == Produce::weights) write_weights();
   }
   auto joiner() {
-    return [this](int slot) { join(state(slot, 0), state(slot + 1, 0), rows); };
+    return [this](int slot) { join(state(slot, 0), state(slot + 1, 0), rows.count); };
   }
 
   // Leaves the span's state, a node of the tree, where the block's other units see it. The unit that comes last joins
@@ -642,15 +357,15 @@ template <class T, Produce produce, Products products = Products::exact> struct 
     return true;
   }
   void copy(const States<T>& from, const States<T>& to) {
-    memcpy(to.maximum, from.maximum, size_t(rows) * sizeof(T));
-    memcpy(to.total, from.total, size_t(rows) * sizeof(T));
-    memcpy(to.sum, from.sum, size_t(rows * width) * sizeof(T));
+    memcpy(to.maximum, from.maximum, size_t(rows.count) * sizeof(T));
+    memcpy(to.total, from.total, size_t(rows.count) * sizeof(T));
+    memcpy(to.sum, from.sum, size_t(rows.count * width) * sizeof(T));
   }
 
   void hand_on(int64_t node) {
     const States<T> s = state(node, 0);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = ((node * task.batch.size() + item) * task.H + head_of(r)) * task.L + query_of(r);
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const int64_t row = ((node * task.batch.size() + rows.item) * task.H + rows.head(r)) * task.L + rows.query(r);
       const bool nothing = s.maximum[r] == kMinusInfinity<T>;
       static_cast<T*>(task.maximum)[row] = s.maximum[r];
       static_cast<T*>(task.total_weight)[row] = canonical(s.total[r]);
@@ -661,28 +376,29 @@ template <class T, Produce produce, Products products = Products::exact> struct 
 
   // The second walk over the keys, for attention_weights: exp(score - maximum) / total.
   void write_weights() {
-    const int64_t offset = batch_offset(task.batch, task.out, item);
-    for (int64_t r = 0; r < rows; ++r) {
+    const int64_t offset = batch_offset(task.batch, task.out, rows.item);
+    for (int64_t r = 0; r < rows.count; ++r) {
       memset(row_buffer, 0, size_t(keys) * sizeof(T));
-      write_row(row_buffer, keys, address(task.out, offset, head_of(r), query_of(r)), task.out.dtype);
-      const T sink = read_sink(task, item, head_of(r));
+      write_row(row_buffer, keys, address(task.out, offset, rows.head(r), rows.query(r)), task.out.dtype);
+      const T sink = read_sink(task, rows.item, rows.head(r));
       const States<T> s = state(0, r);
       add_sink(sink, s.maximum[0], s.total[0]);
     }
     for_each_chunk([&] {
-      for (int64_t j = 0; j < kChunk; j += kBandKeys) pack(j);
-      for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t r = 0; r < rows.count; ++r) {
         const RowRules<T> row = rules(r);
         const States<T> s = state(0, r);
         if (row.low >= row.high || s.maximum[0] == kMinusInfinity<T>) continue;
         const int64_t begin = row.low / 16 * 16, end = round_up(row.high, 16);
-        times(1, end - begin, task.D, queries + r * query_row, query_row, stored_keys, panel_of(begin), scores + begin,
-              kChunk);
+        for (int64_t j = begin, next; j < end; j = next) {
+          next = least((j / kBandKeys + 1) * kBandKeys, end);
+          operands.score(r, 1, j, next, scores + j);
+        }
         const T scale = T(task.scale), softcap = T(task.softcap);
         score_row(scores, begin, end, row, scale, softcap);
         soften(scores, begin, end, plain(row, scale, softcap) ? scale : T(1), s.maximum[0]);
         for (int64_t j = row.low; j < row.high; ++j) scores[j] /= s.total[0];
-        char* out = address(task.out, offset, head_of(r), query_of(r), chunk + row.low);
+        char* out = address(task.out, offset, rows.head(r), rows.query(r), chunk + row.low);
         write_row(scores + row.low, row.high - row.low, out, task.out.dtype);
       }
     });
@@ -719,7 +435,7 @@ template <class T, Produce produce, Products products = Products::exact> struct 
   }
 };
 
-template <class T, Produce produce, Products products = Products::exact>
+template <class T, Produce produce, class Operands = headway::Operands<T>>
 Plan plan_attention_as(const Attention& task, int64_t threads) {
   const int64_t rows = task.L * (task.H / task.G), heads = task.batch.size() * task.G;
   const int64_t chunks = most((task.S + kChunk - 1) / kChunk, 1);
@@ -727,17 +443,19 @@ Plan plan_attention_as(const Attention& task, int64_t threads) {
   plan.work = rough_product(task.batch.size(), task.H, task.L, task.S, task.D + task.E);
   const int64_t enough = kUnitsPerThread * most(least(threads, plan.work / kWorkPerThread), 1);
   // Blocks of equal size; smaller ones where there are too few, but not so small that packing shows.
-  plan.rows = kRowBlock;
-  while (plan.rows > 2 * kBandRows && heads * ((rows + plan.rows - 1) / plan.rows) < enough) plan.rows -= kBandRows;
+  using Block = AttentionBlock<T, produce, Operands>;
+  plan.rows = Operands::kRows;
+  while (plan.rows > 2 * Block::kBandRows && heads * ((rows + plan.rows - 1) / plan.rows) < enough)
+    plan.rows -= Block::kBandRows;
   const int64_t blocks = most((rows + plan.rows - 1) / plan.rows, 1);
-  plan.rows = round_up(most((rows + blocks - 1) / blocks, 1), kTileRows);
+  plan.rows = round_up(most((rows + blocks - 1) / blocks, 1), Block::kTile);
   // The keys are cut where that is still too few: into as many chunks as a node of the tree has, a power of two.
   for (plan.span = 1; plan.span < chunks;) plan.span *= 2;
   if (produce == Produce::output)
     while (plan.span > 1 && heads * blocks * ((chunks + plan.span - 1) / plan.span) < enough) plan.span /= 2;
   plan.units = heads * block_count(task, plan) * span_count(task, plan);
   Arena counting{nullptr};
-  const AttentionBlock<T, produce, products> block(task, plan, counting);
+  const Block block(task, plan, counting);
   plan.workspace = counting.used;
   if (span_count(task, plan) > 1)
     plan.shared = round_up(heads * blocks * 8, 64) + plan.units * span_state_size(task, plan) * int64_t(sizeof(T));

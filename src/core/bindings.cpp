@@ -360,8 +360,7 @@ NB_MODULE(_native, m) {
       .def(nb::init<std::optional<double>, double, bool, bool, std::optional<int64_t>, std::optional<int64_t>, int64_t,
                     int64_t, bool, bool, bool>(),
            nb::kw_only(), "scale"_a.none(), "softcap"_a, "causal"_a, "bottom_right"_a, "window_left"_a.none(),
-           "window_right"_a.none(), "total"_a, "key_offset"_a, "wide"_a, "k_in_panels"_a,
-           "fast"_a);
+           "window_right"_a.none(), "total"_a, "key_offset"_a, "wide"_a, "k_in_panels"_a, "fast"_a);
 
   m.attr("CHUNK") = kChunk;
   m.attr("LANES") = kLanes;

@@ -5,6 +5,14 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(HEADWAY_HAS_FAST)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace headway {
 
 #if defined(__x86_64__)
@@ -14,8 +22,24 @@ extern const Kernels kernels_neon;
 #endif
 extern const Kernels kernels_portable;
 
-#if defined(HEADWAY_FAST)
-extern const Kernel<Attention> attention_fast;
+#if defined(HEADWAY_HAS_FAST)
+extern const Kernel<Attention> attention_avx512bf16, attention_amx;
+
+namespace {
+// Linux gives a process the registers of AMX when it asks for them.
+bool may_use_amx() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const unsigned bf16 = 1u << 22, tile = 1u << 24;
+  if (!(d & bf16) || !(d & tile)) return false;
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+} // namespace
 #endif
 
 const KernelList& supported_kernels() {
@@ -53,10 +77,15 @@ const Kernels& kernels() {
 }
 
 const Kernel<Attention>& fast_attention() {
-#if defined(HEADWAY_FAST)
-  if (&kernels() == &kernels_avx512 && __builtin_cpu_supports("avx512bf16")) return attention_fast;
-#endif
+#if defined(HEADWAY_HAS_FAST)
+  static const Kernel<Attention>& chosen = []() -> const Kernel<Attention>& {
+    if (&kernels() != &kernels_avx512 || !__builtin_cpu_supports("avx512bf16")) return kernels().attention;
+    return may_use_amx() ? attention_amx : attention_avx512bf16;
+  }();
+  return chosen;
+#else
   return kernels().attention;
+#endif
 }
 
 } // namespace headway

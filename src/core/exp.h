@@ -57,19 +57,19 @@ template <class T> struct Reduced {
 template <class T> [[gnu::always_inline]] inline Reduced<T> reduce_exp(Vec<T> x) {
   using C = Constants<T>;
   using Int = typename IntOf<T>::type;
-  const Vec<T> shifted = fma(x, Vec<T>(C::log2e), Vec<T>(C::round));
-  const Vec<T> n = shifted - Vec<T>(C::round);
+  // The low bits of `shifted` are n plus the exponent's bias; shifting them up drops the rest.
+  const Vec<T> round = C::round + C::bias, shifted = fma(x, Vec<T>(C::log2e), round);
+  const Vec<T> n = shifted - round;
   Vec<T> r = fma(n, Vec<T>(-C::ln2_high), x);
   r = fma(n, Vec<T>(-C::ln2_low), r);
-  // The low bits of `shifted` are n in two's complement; shifting them up drops the rest.
-  const Vec<T> scale = bits<T>((bits<Int>(shifted) + Vec<Int>(C::bias)) << C::mantissa);
+  const Vec<T> scale = bits<T>(bits<Int>(shifted) << C::mantissa);
   return {scale, fma(r * r, horner(r, C::exp_tail), r)};
 }
 
 // exp for x <= 0, the only exponential that softmax needs. Results below the smallest normal number are 0.
 template <class T> [[gnu::always_inline]] inline Vec<T> exp(Vec<T> x) {
   const auto [scale, tail] = reduce_exp(x);
-  return select(x < Vec<T>(Constants<T>::exp_lowest), Vec<T>(T(0)), (Vec<T>(T(1)) + tail) * scale);
+  return select(x < Vec<T>(Constants<T>::exp_lowest), Vec<T>(T(0)), fma(tail, scale, scale));
 }
 template <class T> T exp(T x) {
   T y[16];

@@ -34,6 +34,7 @@ void tile(int64_t k_count, const A* __restrict a, int64_t a_row, const B* __rest
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) sum[r][p] = load(c + r * c_row + 16 * p);
+#pragma GCC unroll 4 // so that the processor foresees where the loop ends
   for (int64_t k = 0; k < k_count; ++k) {
     decltype(load(b)) row[P];
 #pragma GCC unroll 16

@@ -1,16 +1,32 @@
-// Attention with the processor's own 16-bit dot products: precision="fast". Apart, because it is not under the contract
-// of bits, and needs an instruction that few processors have.
+// Attention for precision="fast". Apart from the tables, because it is not under the contract of bits and needs
+// instructions that few processors have. The build compiles this file once for each of them, with HEADWAY_FAST naming
+// the set.
 #include "attention.h"
+#include "pairs.h"
+
+#define HEADWAY_JOIN_(a, b) a##b
+#define HEADWAY_JOIN(a, b) HEADWAY_JOIN_(a, b)
 
 namespace headway {
+namespace {
 
-extern const Kernel<Attention> attention_fast;
-const Kernel<Attention> attention_fast = {
-    plan_attention_as<float, Produce::output, Products::pairs>,
-    [](const Attention& task, const Plan& plan, int64_t unit, Memory memory) {
-      Arena arena{static_cast<char*>(memory.own)};
-      AttentionBlock<float, Produce::output, Products::pairs>(task, plan, arena).run(unit, memory.shared);
-    },
-};
+// Few rows wait for memory, not for products: they take 16-bit numbers as they are, without packing.
+bool waits_for_memory(const Attention& task) { return task.L * (task.H / task.G) <= 2 * kPairRows; }
+
+Plan plan_fast(const Attention& task, int64_t threads) {
+  if (waits_for_memory(task)) return plan_attention_as<float, Produce::output>(task, threads);
+  return plan_attention_as<float, Produce::output, PairOperands>(task, threads);
+}
+void run_fast(const Attention& task, const Plan& plan, int64_t unit, Memory memory) {
+  Arena arena{static_cast<char*>(memory.own)};
+  if (waits_for_memory(task)) return AttentionBlock<float, Produce::output>(task, plan, arena).run(unit, memory.shared);
+  const Tiles tiles;
+  AttentionBlock<float, Produce::output, PairOperands>(task, plan, arena).run(unit, memory.shared);
+}
+
+} // namespace
+
+extern const Kernel<Attention> HEADWAY_JOIN(attention_, HEADWAY_FAST);
+const Kernel<Attention> HEADWAY_JOIN(attention_, HEADWAY_FAST) = {plan_fast, run_fast};
 
 } // namespace headway

@@ -310,43 +310,7 @@ inline Vec<float> load(const Float16* p) {
 #endif
 }
 
-// Two bfloat16 numbers side by side, the unit of 16-bit dot products: the earlier in the low half.
-struct BFloat16Pair {
-  uint32_t bits;
-};
-inline Vec<int32_t> load(const BFloat16Pair* p) { return Vec<int32_t>::load(reinterpret_cast<const int32_t*>(p)); }
-
 template <class T> Vec<T> broadcast(T x) { return x; }
-inline Vec<int32_t> broadcast(BFloat16Pair x) { return int32_t(x.bits); }
-
-#if defined(__AVX512BF16__)
-// c + the dot products of pairs. Not of the contract of bits: the instruction rounds and flushes in its own way.
-inline Vec<float> fma(Vec<int32_t> a, Vec<int32_t> b, Vec<float> c) {
-  c.part[0] = (Vec<float>::Reg)_mm512_dpbf16_ps((__m512)c.part[0], (__m512bh)a.part[0], (__m512bh)b.part[0]);
-  return c;
-}
-#endif
-
-// Floats as bfloat16 in the low half of each lane, to nearest even.
-inline Vec<int32_t> narrow(Vec<float> x) {
-  const Vec<int32_t> u = bits<int32_t>(x), odd = (u >> 16) & Vec<int32_t>(1);
-  const Vec<int32_t> rounded = ((u + Vec<int32_t>(0x7fff) + odd) >> 16) & Vec<int32_t>(0xffff);
-  return select(x == x, rounded, Vec<int32_t>(0x7fc0));
-}
-
-inline void store_narrow(Vec<float> x, uint16_t* to) {
-#if defined(__AVX512BF16__)
-  const __m256bh y = _mm512_cvtneps_pbh((__m512)x.part[0]);
-  memcpy(to, &y, sizeof y);
-#else
-  typedef uint16_t Narrow __attribute__((vector_size(kRegisterBytes / 2)));
-  const Vec<int32_t> y = narrow(x);
-  for (int i = 0; i < Vec<int32_t>::parts; ++i) {
-    const Narrow part = __builtin_convertvector(y.part[i], Narrow);
-    memcpy(to + i * int(sizeof(Narrow) / 2), &part, sizeof part);
-  }
-#endif
-}
 
 inline uint16_t float_to_half(float f) {
   uint32_t u;

@@ -1,0 +1,152 @@
+// The queries, keys and values of one block of attention, as the matrix products read them: where they lie if they can
+// be read there, else packed.
+#pragma once
+#include "gemm.h"
+#include "rows.h"
+
+namespace headway {
+namespace {
+
+constexpr int64_t kBandKeys = 64; // four panels: 16 KB at D = 64. What a mask leaves out as a whole is passed over.
+
+// The rows of a block: the queries of the heads of one group, so that all of them read the same keys.
+struct BlockRows {
+  int64_t item, group, repeat, first, count; // batch item; heads per group; the first row and how many
+  int64_t query(int64_t r) const { return (first + r) / repeat; }
+  int64_t head(int64_t r) const { return group * repeat + (first + r) % repeat; }
+  // One row of an array (H, L, n), as T.
+  template <class T> void read(const View& from, const Batch& batch, int64_t r, int64_t n, T* to) const {
+    read_row(address(from, batch_offset(batch, from, item), head(r), query(r)), from.dtype, from.stride[2], n, to);
+  }
+};
+
+// Whether some number of a (rows, width) array is infinite or NaN.
+template <class T, class B> bool non_finite(const B* v, int64_t row, int64_t rows, int64_t width) {
+  Vec<T> poison = T(0); // x * 0 is 0 for finite x alone
+  for (int64_t j = 0; j < rows; ++j)
+    for (int64_t e = 0; e < width; e += 16) poison = poison + load(v + j * row + e) * Vec<T>(T(0));
+  return any(poison != poison);
+}
+
+// Numbers as they are, under the contract of bits. (PairOperands, in pairs.h, has the same members.)
+template <class T> struct Operands {
+  static constexpr int64_t kRows = 384;       // most rows that share one packing of K and V, which then costs 2 %
+  static constexpr int64_t kTile = kTileRows; // rows whose products are computed at once
+  static constexpr bool kDecodes = true;      // whether it reads keys and values once as well as many times
+  const Attention& task;
+  int64_t width; // E rounded up to 16
+  T *query_buffer, *panels, *values, *row_buffer;
+  // the block
+  const T* queries;
+  int64_t query_row, group, k_offset, v_offset;
+  bool once; // the block reads each key and value once: it packs keys just before, and takes 16-bit numbers as they are
+  // the chunk at hand
+  int64_t chunk, chunk_from, chunk_to; // its first key; the keys of it that some row may reach
+  Stored stored_keys, stored_values;
+  uint32_t packed; // which bands of kBandKeys are, a bit each
+
+  Operands(const Attention& t, int64_t rows, Arena& arena) : task(t), width(round_up(t.E, 16)) {
+    query_buffer = arena.take<T>(rows * task.D);
+    panels = arena.take<T>(kChunk * task.D);
+    values = arena.take<T>(kChunk * width);
+    row_buffer = arena.take<T>(16 * task.D);
+  }
+
+  void begin(const BlockRows& rows, bool reads_once) {
+    once = reads_once, group = rows.group;
+    k_offset = batch_offset(task.batch, task.k, rows.item);
+    v_offset = batch_offset(task.batch, task.v, rows.item);
+    if (task.q.dtype == dtype_of<T> && task.q.stride[2] == 1 && (rows.repeat == 1 || task.L == 1)) {
+      const int64_t offset = batch_offset(task.batch, task.q, rows.item);
+      queries = reinterpret_cast<const T*>(address(task.q, offset, rows.head(0), rows.query(0)));
+      query_row = task.q.stride[rows.repeat == 1];
+      return;
+    }
+    for (int64_t r = 0; r < rows.count; ++r) rows.read(task.q, task.batch, r, task.D, query_buffer + r * task.D);
+    queries = query_buffer;
+    query_row = task.D;
+  }
+
+  // Turns to keys from .. to, which lie in the chunk that starts at key `first` (all relative to key 0).
+  void enter(int64_t first, int64_t from, int64_t to) {
+    chunk = first, chunk_from = from - first, chunk_to = to - first;
+    packed = 0;
+    const View &k = task.k, &v = task.v;
+    const auto readable = [&](DType dtype) { return dtype == dtype_of<T> || (once && Stored::kept<T>(dtype)); };
+    if (task.k_in_panels && readable(k.dtype))
+      stored_keys = {address(k, k_offset, group, chunk / 16), k.dtype, 16, k.stride[1], kBandKeys / 16 * k.stride[1]};
+    else
+      stored_keys = {panels, dtype_of<T>, 16, 16 * task.D, 0};
+    if (readable(v.dtype) && v.stride[2] == 1 && task.E == width)
+      stored_values = {address(v, v_offset, group, chunk), v.dtype, v.stride[1], 16, 16 * v.stride[1]};
+    else
+      stored_values = {values, dtype_of<T>, width, 16, 0};
+  }
+
+  // Scores of rows first .. first + count with keys a .. b, multiples of 16 within one band.
+  void score(int64_t first, int64_t count, int64_t a, int64_t b, T* s) {
+    pack(a);
+    times(count, b - a, task.D, queries + first * query_row, query_row, stored_keys, panel_of(a), s, kChunk, false);
+  }
+  // Weights from .. to of one row, as the products of weigh() want them; in place.
+  void narrow(T*, int64_t, int64_t) const {}
+  // Adds weights p[a .. b] times values to `sum`, or begins with it. The keys have been scored.
+  void weigh(int64_t count, const T* p, int64_t a, int64_t b, T* sum, bool onto) {
+    times(count, width, b - a, p + a, kChunk, stored_values, a * stored_values.row, sum, width, onto);
+  }
+  // Whether some value that weigh(.., from, to, ..) reads is NaN or infinite.
+  bool poisoned(int64_t from, int64_t to) const {
+    if (from >= to) return false;
+    return stored_values.at<T>(from * stored_values.row,
+                               [&](auto* v) { return non_finite<T>(v, stored_values.row, to - from, width); });
+  }
+  // Calls visit with the values of one key, numbers that load() understands.
+  template <class Visit> void value(int64_t j, Visit visit) { stored_values.at<T>(j * stored_values.row, visit); }
+
+private:
+  // Where the panel of key j lies. Keys that are read once go through a small buffer, which stays in the cache.
+  int64_t panel_of(int64_t j) const {
+    return (stored_keys.data == panels && once ? j % kBandKeys : j) / 16 * stored_keys.block;
+  }
+  // Packs the keys and values of band j / kBandKeys of the chunk, where they are not and need to be.
+  void pack(int64_t j) {
+    if (packed >> j / kBandKeys & 1) return;
+    packed |= 1u << j / kBandKeys;
+    const View &k = task.k, &v = task.v;
+    j = j / kBandKeys * kBandKeys;
+    const int64_t from = most(j, chunk_from), to = least(j + kBandKeys, chunk_to);
+    for (int64_t i = from / 16 * 16; i < to && stored_keys.data == panels; i += 16) {
+      T* panel = panels + panel_of(i);
+      const int64_t key = chunk + i, count = least(16, task.S - key);
+      if (task.k_in_panels) {
+        read_row(address(k, k_offset, group, key / 16), k.dtype, 1, 16 * task.D, panel);
+      } else if (k.stride[2] == 1 && Stored::kept<T>(k.dtype)) {
+        Stored{address(k, k_offset, group, key), k.dtype, 0, 0, 0}.at<T>(0, [&](auto* rows_of_k) {
+          make_panel(rows_of_k, k.stride[1], count, task.D, panel, rows_of_k + 16 * k.stride[1]);
+        });
+      } else {
+        for (int64_t r = 0; r < count; ++r)
+          read_row(address(k, k_offset, group, key + r), k.dtype, k.stride[2], task.D, row_buffer + r * task.D);
+        make_panel(row_buffer, task.D, count, task.D, panel);
+      }
+    }
+    for (int64_t i = from; i < to && stored_values.data == values; ++i) {
+      T* row = values + i * width;
+      read_row(address(v, v_offset, group, chunk + i), v.dtype, v.stride[2], task.E, row);
+      for (int64_t e = task.E; e < width; ++e) row[e] = T(0);
+    }
+  }
+  void times(int64_t rows, int64_t columns, int64_t k_count, const T* a, int64_t a_row, const Stored& b, int64_t offset,
+             T* c, int64_t c_row, bool onto) const {
+    if (once)
+      b.at<T>(offset, [&](auto* from) {
+        multiply<Source::memory>(rows, columns, k_count, a, a_row, from, b.row, b.block, c, c_row, onto, b.ahead);
+      });
+    else
+      multiply(rows, columns, k_count, a, a_row, static_cast<const T*>(b.data) + offset, b.row, b.block, c, c_row,
+               onto);
+  }
+};
+
+} // namespace
+} // namespace headway
