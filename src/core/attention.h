@@ -46,6 +46,42 @@ template <class T> void join(const States<T>& a, const States<T>& b, int64_t row
     join_row(a.maximum[r], a.total[r], a.sum + r * a.width, b.maximum[r], b.total[r], b.sum + r * b.width, a.width);
 }
 
+// Where the results of one batch item go, and its sinks.
+template <class T> struct Results {
+  const Attention& task;
+  int64_t out, lse, sinks; // offsets
+
+  Results(const Attention& t, int64_t item)
+      : task(t), out(batch_offset(t.batch, t.out, item)), lse(batch_offset(t.batch, t.lse, item)),
+        sinks(batch_offset(t.batch, t.sinks, item)) {}
+
+  // A sink is a score without a value: it joins the total alone. Returns what the weighted sum is to be scaled by.
+  T add_sink(int64_t head, T& m, T& total) const {
+    if (!task.sinks.data) return T(1);
+    const T sink = *reinterpret_cast<const T*>(address(task.sinks, sinks, head));
+    if (sink == kMinusInfinity<T> || m == kMinusInfinity<T>) return T(1);
+    const T joint = m > sink ? m : sink, scale = exp(m - joint);
+    total = total * scale + exp(sink - joint);
+    m = joint;
+    return scale;
+  }
+  // State to result: the sink, one division an element, the log-sum-exp over the keys alone.
+  void finish(int64_t head, int64_t query, const States<T>& s, T* buffer) const {
+    T m = s.maximum[0], total = s.total[0];
+    if (task.lse.data) {
+      const T sum = m == kMinusInfinity<T> ? m : m + log(total);
+      write_row(&sum, 1, address(task.lse, lse, head, query), task.lse.dtype);
+    }
+    const T scale = add_sink(head, m, total);
+    for (int64_t e = 0; e < s.width; e += 16) {
+      const Vec<T> sum = load(s.sum + e) * Vec<T>(scale);
+      const Vec<T> y = m == kMinusInfinity<T> ? Vec<T>(T(0)) : sum / Vec<T>(total) + Vec<T>(T(0)); // -0 + 0 is 0
+      y.store(buffer + e);
+    }
+    write_row(buffer, task.E, address(task.out, out, head, query), task.out.dtype);
+  }
+};
+
 inline int64_t block_count(const Attention& task, const Plan& plan) {
   return (task.L * (task.H / task.G) + plan.rows - 1) / plan.rows;
 }
@@ -329,10 +365,9 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
     if (stack.size == 0)
       for (int64_t r = 0; r < rows.count; ++r) state_maximum[r] = kMinusInfinity<T>, state_total[r] = T(0);
     if (span_count(task, plan) > 1 && !last_of_spans(shared)) return;
-    if (produce == Produce::output)
-      for (int64_t r = 0; r < rows.count; ++r)
-        finish_row(task, rows.item, rows.head(r), rows.query(r), state(0, r), row_buffer);
-    if (produce == Produce::weights) write_weights();
+    if (produce == Produce::weights) return write_weights();
+    const Results<T> results(task, rows.item);
+    for (int64_t r = 0; r < rows.count; ++r) results.finish(rows.head(r), rows.query(r), state(0, r), row_buffer);
   }
   auto joiner() {
     return [this](int slot) { join(state(slot, 0), state(slot + 1, 0), rows.count); };
@@ -376,13 +411,12 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
 
   // The second walk over the keys, for attention_weights: exp(score - maximum) / total.
   void write_weights() {
-    const int64_t offset = batch_offset(task.batch, task.out, rows.item);
+    const Results<T> results(task, rows.item);
     for (int64_t r = 0; r < rows.count; ++r) {
       memset(row_buffer, 0, size_t(keys) * sizeof(T));
-      write_row(row_buffer, keys, address(task.out, offset, rows.head(r), rows.query(r)), task.out.dtype);
-      const T sink = read_sink(task, rows.item, rows.head(r));
+      write_row(row_buffer, keys, address(task.out, results.out, rows.head(r), rows.query(r)), task.out.dtype);
       const States<T> s = state(0, r);
-      add_sink(sink, s.maximum[0], s.total[0]);
+      results.add_sink(rows.head(r), s.maximum[0], s.total[0]);
     }
     for_each_chunk([&] {
       for (int64_t r = 0; r < rows.count; ++r) {
@@ -398,40 +432,10 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
         score_row(scores, begin, end, row, scale, softcap);
         soften(scores, begin, end, plain(row, scale, softcap) ? scale : T(1), s.maximum[0]);
         for (int64_t j = row.low; j < row.high; ++j) scores[j] /= s.total[0];
-        char* out = address(task.out, offset, rows.head(r), rows.query(r), chunk + row.low);
+        char* out = address(task.out, results.out, rows.head(r), rows.query(r), chunk + row.low);
         write_row(scores + row.low, row.high - row.low, out, task.out.dtype);
       }
     });
-  }
-
-  static T read_sink(const Attention& task, int64_t item, int64_t head) {
-    if (!task.sinks.data) return kMinusInfinity<T>;
-    return *reinterpret_cast<const T*>(address(task.sinks, batch_offset(task.batch, task.sinks, item), head));
-  }
-  // A sink is a score without a value: it joins the total alone. Returns what the weighted sum is to be scaled by.
-  static T add_sink(T sink, T& m, T& total) {
-    if (sink == kMinusInfinity<T> || m == kMinusInfinity<T>) return T(1);
-    const T joint = m > sink ? m : sink, scale = exp(m - joint);
-    total = total * scale + exp(sink - joint);
-    m = joint;
-    return scale;
-  }
-
-  // State to result: the sink, one division an element, the log-sum-exp over the keys alone.
-  static void finish_row(const Attention& task, int64_t item, int64_t head, int64_t query, const States<T>& s,
-                         T* buffer) {
-    T m = s.maximum[0], total = s.total[0];
-    if (task.lse.data) {
-      const T lse = m == kMinusInfinity<T> ? m : m + log(total);
-      write_row(&lse, 1, address(task.lse, batch_offset(task.batch, task.lse, item), head, query), task.lse.dtype);
-    }
-    const T scale = add_sink(read_sink(task, item, head), m, total);
-    for (int64_t e = 0; e < s.width; e += 16) {
-      const Vec<T> sum = Vec<T>::load(s.sum + e) * Vec<T>(scale);
-      const Vec<T> out = m == kMinusInfinity<T> ? Vec<T>(T(0)) : sum / Vec<T>(total) + Vec<T>(T(0)); // -0 + 0 is 0
-      out.store(buffer + e);
-    }
-    write_row(buffer, task.E, address(task.out, batch_offset(task.batch, task.out, item), head, query), task.out.dtype);
   }
 };
 
@@ -489,6 +493,7 @@ template <class T> struct AttentionMerge {
   }
   void run(int64_t unit) {
     const int64_t item = unit / task.H, head = unit % task.H;
+    const Results<T> results(task, item);
     const auto joiner = [&](int i) {
       join_row(maximum[i], total[i], sums + i * width, maximum[i + 1], total[i + 1], sums + (i + 1) * width, width);
     };
@@ -506,7 +511,7 @@ template <class T> struct AttentionMerge {
           sum[e] = e < task.E ? static_cast<T*>(task.weighted_sum)[row * task.E + e] : T(0);
       }
       stack.finish(joiner);
-      AttentionBlock<T, Produce::output>::finish_row(task, item, head, query, {maximum, total, sums, width}, buffer);
+      results.finish(head, query, {maximum, total, sums, width}, buffer);
     }
   }
 };

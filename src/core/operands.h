@@ -12,8 +12,8 @@ constexpr int64_t kBandKeys = 64; // four panels: 16 KB at D = 64. What a mask l
 // The rows of a block: the queries of the heads of one group, so that all of them read the same keys.
 struct BlockRows {
   int64_t item, group, repeat, first, count; // batch item; heads per group; the first row and how many
-  int64_t query(int64_t r) const { return (first + r) / repeat; }
-  int64_t head(int64_t r) const { return group * repeat + (first + r) % repeat; }
+  int64_t query(int64_t r) const { return repeat == 1 ? first + r : (first + r) / repeat; } // a division is slow
+  int64_t head(int64_t r) const { return repeat == 1 ? group : group * repeat + (first + r) % repeat; }
   // One row of an array (H, L, n), as T.
   template <class T> void read(const View& from, const Batch& batch, int64_t r, int64_t n, T* to) const {
     read_row(address(from, batch_offset(batch, from, item), head(r), query(r)), from.dtype, from.stride[2], n, to);
@@ -30,16 +30,17 @@ template <class T, class B> bool non_finite(const B* v, int64_t row, int64_t row
 
 // Numbers as they are, under the contract of bits. (PairOperands, in pairs.h, has the same members.)
 template <class T> struct Operands {
-  static constexpr int64_t kRows = 384;       // most rows that share one packing of K and V, which then costs 2 %
-  static constexpr int64_t kTile = kTileRows; // rows whose products are computed at once
-  static constexpr bool kDecodes = true;      // whether it reads keys and values once as well as many times
+  static constexpr int64_t kRows = 384;        // most rows that share one packing of K and V, which then costs 2 %
+  static constexpr int64_t kAlignedRows = 128; // rows that are worth a copy of values that lie badly
+  static constexpr int64_t kTile = kTileRows;  // rows whose products are computed at once
   const Attention& task;
   int64_t width; // E rounded up to 16
   T *query_buffer, *panels, *values, *row_buffer;
   // the block
   const T* queries;
   int64_t query_row, group, k_offset, v_offset;
-  bool once; // the block reads each key and value once: it packs keys just before, and takes 16-bit numbers as they are
+  bool aligns; // whether values that straddle the cache's lines are copied: each is read often enough to pay for it
+  bool once;   // the block reads each key and value once: it packs keys just before, and takes 16-bit numbers as they are
   // the chunk at hand
   int64_t chunk, chunk_from, chunk_to; // its first key; the keys of it that some row may reach
   Stored stored_keys, stored_values;
@@ -53,7 +54,7 @@ template <class T> struct Operands {
   }
 
   void begin(const BlockRows& rows, bool reads_once) {
-    once = reads_once, group = rows.group;
+    once = reads_once, aligns = rows.count >= kAlignedRows, group = rows.group;
     k_offset = batch_offset(task.batch, task.k, rows.item);
     v_offset = batch_offset(task.batch, task.v, rows.item);
     if (task.q.dtype == dtype_of<T> && task.q.stride[2] == 1 && (rows.repeat == 1 || task.L == 1)) {
@@ -77,7 +78,8 @@ template <class T> struct Operands {
       stored_keys = {address(k, k_offset, group, chunk / 16), k.dtype, 16, k.stride[1], kBandKeys / 16 * k.stride[1]};
     else
       stored_keys = {panels, dtype_of<T>, 16, 16 * task.D, 0};
-    if (readable(v.dtype) && v.stride[2] == 1 && task.E == width)
+    const bool in_place = readable(v.dtype) && v.stride[2] == 1 && task.E == width;
+    if (in_place && (!aligns || starts_lines(v)))
       stored_values = {address(v, v_offset, group, chunk), v.dtype, v.stride[1], 16, 16 * v.stride[1]};
     else
       stored_values = {values, dtype_of<T>, width, 16, 0};
@@ -104,6 +106,11 @@ template <class T> struct Operands {
   template <class Visit> void value(int64_t j, Visit visit) { stored_values.at<T>(j * stored_values.row, visit); }
 
 private:
+  // Whether each row of v in this chunk starts a line of the cache, so that no vector lies in two.
+  bool starts_lines(const View& v) const {
+    const auto start = reinterpret_cast<uintptr_t>(address(v, v_offset, group, chunk));
+    return start % 64 == 0 && v.stride[1] * item_size(v.dtype) % 64 == 0;
+  }
   // Where the panel of key j lies. Keys that are read once go through a small buffer, which stays in the cache.
   int64_t panel_of(int64_t j) const {
     return (stored_keys.data == panels && once ? j % kBandKeys : j) / 16 * stored_keys.block;

@@ -7,7 +7,9 @@ D head size of q and k, E head size of v.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,6 +66,92 @@ def key_array(k: Any) -> Keys:
     return Keys(operand, tuple(batch), heads, length, size)
 
 
+class Plan(NamedTuple):
+    """What follows from the shapes, types and plain options of a call; arrays of options are looked at apart."""
+
+    q: tuple[int, ...]  # broadcast to the batch, as k and v
+    k: tuple[int, ...]
+    v: tuple[int, ...]
+    lead: tuple[int, ...]  # (..., H, L)
+    dtype: str  # of the result
+    options: _native.Options
+
+
+@lru_cache(maxsize=1024, typed=True)  # a loop asks for the same plan again and again; typed, for True is not 1
+def _plan(
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    v: tuple[int, ...] | None,
+    heads: int,  # of the keys, whose array may have panels in its shape
+    keys: int,
+    size: int,
+    in_panels: bool,
+    dtypes: tuple[str, ...],
+    causal: Any,
+    left: int | None,
+    right: int | None,
+    scale: Any,
+    softcap: Any,
+    precision: str,
+    key_offset: int,
+) -> Plan:
+    if len(q) < 3:
+        raise ValueError(f"q: expected shape (..., H, L, D), got {q}; add an axis for the heads")
+    *batch, q_heads, length, q_size = q
+    if q_size < 1:
+        raise ValueError(f"q: expected a head size D of at least 1, got shape {q}")
+    if q_size > _LARGEST_HEAD:
+        raise ValueError(f"q: expected a head size D of at most {_LARGEST_HEAD}, got {q_size}")
+    if q_size != size:
+        raise ValueError(f"k: expected the head size D = {q_size} of q in its last axis, got {size}")
+    if heads < 1 or q_heads % heads:
+        raise ValueError(f"k: expected a number of heads that divides the {q_heads} of q, got {heads}")
+    core = k[-4:] if in_panels else k[-3:]
+    batches = {"q": tuple(batch), "k": k[: len(k) - len(core)]}
+    if v is not None:
+        if len(v) < 3 or v[-3:-1] != (heads, keys):
+            raise ValueError(f"v: expected shape (..., {heads}, {keys}, E) to go with k, got {v}")
+        if v[-1] > _LARGEST_HEAD:
+            raise ValueError(f"v: expected a head size E of at most {_LARGEST_HEAD}, got {v[-1]}")
+        batches["v"] = v[:-3]
+    shape = _check.batch_shape(**batches)
+    dtype = promote(*dtypes)
+    compute = compute_dtype(dtype)
+    _check.choice(precision, "precision", ("exact", "fast"))
+    if precision == "fast" and compute == "float64":
+        raise ValueError(
+            "precision: expected 'exact' for float64, got 'fast', which computes in bfloat16; convert q, k and v first"
+        )
+    _check.choice(causal, "causal", (None, False, True, "top_left", "bottom_right"))
+    if causal is True and length != keys:
+        raise ValueError(
+            f"causal: expected 'top_left' or 'bottom_right' where the numbers of queries and keys differ, got True "
+            f"with {length} queries and {keys} keys: say which corner the triangle starts from"
+        )
+    if (left is not None or right is not None) and causal in (None, False) and length != keys:
+        raise ValueError(
+            f"window: expected causal='top_left' or 'bottom_right' beside it where the numbers of queries and keys "
+            f"differ, got {length} queries and {keys} keys: say where the queries stand, or use a mask"
+        )
+    options = _native.Options(
+        scale=None if scale is None else _check.number(scale, "scale", within=compute),
+        softcap=0.0
+        if softcap is None
+        else _check.number(softcap, "softcap", "a number > 0 or None", above=0.0, within=compute),
+        causal=causal not in (None, False),
+        bottom_right=causal == "bottom_right",
+        window_left=left,
+        window_right=right,
+        total=key_offset + keys,
+        key_offset=key_offset,
+        wide=compute == "float64",
+        k_in_panels=in_panels,
+        fast=precision == "fast",
+    )
+    lead = (*shape, q_heads, length)
+    return Plan((*lead, q_size), (*shape, *core), () if v is None else (*shape, *v[-3:]), lead, dtype, options)
+
+
 def prepare(
     q: Any,
     keys: Keys,
@@ -83,91 +171,45 @@ def prepare(
 ) -> Call:
     """Check a call of any of the attention functions. v may be None, where only scores matter."""
     query = unwrap(q, "q")
-    if query.data.ndim < 3:
-        raise ValueError(f"q: expected shape (..., H, L, D), got {query.data.shape}; add an axis for the heads")
-    *batch, heads, length, size = query.data.shape
-    if size < 1:
-        raise ValueError(f"q: expected a head size D of at least 1, got shape {query.data.shape}")
-    if size > _LARGEST_HEAD:
-        raise ValueError(f"q: expected a head size D of at most {_LARGEST_HEAD}, got {size}")
-    if size != keys.size:
-        raise ValueError(f"k: expected the head size D = {size} of q in its last axis, got {keys.size}")
-    if keys.heads < 1 or heads % keys.heads:
-        raise ValueError(f"k: expected a number of heads that divides the {heads} of q, got {keys.heads}")
-    batches = {"q": tuple(batch), "k": keys.batch}
-    operands = [query, keys.operand]
-    if v is not None:
-        value = unwrap(v, "v")
-        if value.data.ndim < 3 or value.data.shape[-3:-1] != (keys.heads, keys.length):
-            raise ValueError(
-                f"v: expected shape (..., {keys.heads}, {keys.length}, E) to go with k, got {value.data.shape}"
-            )
-        if value.data.shape[-1] > _LARGEST_HEAD:
-            raise ValueError(f"v: expected a head size E of at most {_LARGEST_HEAD}, got {value.data.shape[-1]}")
-        batches["v"] = value.data.shape[:-3]
-        operands.append(value)
-    shape = _check.batch_shape(**batches)
-    dtype = promote(*(operand.dtype for operand in operands))
-    compute = compute_dtype(dtype)
-    scores = (*shape, heads, length, keys.length)
-
-    total = key_offset + keys.length
+    value = None if v is None else unwrap(v, "v")
+    dtypes = (query.dtype, keys.operand.dtype) if value is None else (query.dtype, keys.operand.dtype, value.dtype)
+    given = (
+        query.data.shape,
+        keys.operand.data.shape,
+        None if value is None else value.data.shape,
+        *(keys.heads, keys.length, keys.size, keys.in_panels, dtypes),
+        *(causal, *_window(window), scale, softcap, precision, key_offset),
+    )
+    plan = None
+    with suppress(TypeError):  # an option that has no hash: a number in an array, or nonsense
+        plan = _plan(*given)
+    plan = plan or _plan.__wrapped__(*given)
+    *shape, heads, length = plan.lead
+    compute = compute_dtype(plan.dtype)
     if kv_lengths is not None:
-        highest = _FARTHEST if of_a_part else total
+        highest = _FARTHEST if of_a_part else key_offset + keys.length
         lengths = _check.integers(kv_lengths, "kv_lengths", 0, highest)
-        kv_lengths = _check.broadcast(lengths, shape, "kv_lengths", "the batch (...)")
-    _check.choice(precision, "precision", ("exact", "fast"))
-    if precision == "fast" and compute == "float64":
-        raise ValueError(
-            "precision: expected 'exact' for float64, got 'fast', which computes in bfloat16; convert q, k and v first"
-        )
-    _check.choice(causal, "causal", (None, False, True, "top_left", "bottom_right"))
-    if causal is True and length != keys.length:
-        raise ValueError(
-            f"causal: expected 'top_left' or 'bottom_right' where the numbers of queries and keys differ, got True "
-            f"with {length} queries and {keys.length} keys: say which corner the triangle starts from"
-        )
-    left, right = _window(window)
-    if window is not None and causal in (None, False) and length != keys.length:
-        raise ValueError(
-            f"window: expected causal='top_left' or 'bottom_right' beside it where the numbers of queries and keys "
-            f"differ, got {length} queries and {keys.length} keys: say where the queries stand, or use a mask"
-        )
+        kv_lengths = _check.broadcast(lengths, tuple(shape), "kv_lengths", "the batch (...)")
     if mask is not None:
         allowed = _check.mask(mask, "mask").view(np.uint8)
+        scores = (*plan.lead, keys.length)
         mask = _check.broadcast(allowed, scores, "mask", "(..., H, L, S)", "; a mask per batch item is mask[:, None]")
     if bias is not None:
-        bias = _check.broadcast(_added(bias, compute), scores, "bias", "(..., H, L, S)")
+        bias = _check.broadcast(_added(bias, compute), (*plan.lead, keys.length), "bias", "(..., H, L, S)")
     if sinks is not None:
         sinks = _sinks(sinks, (*shape, heads), compute)
-    options = _native.Options(
-        scale=None if scale is None else _check.number(scale, "scale", within=compute),
-        softcap=0.0
-        if softcap is None
-        else _check.number(softcap, "softcap", "a number > 0 or None", above=0.0, within=compute),
-        causal=causal not in (None, False),
-        bottom_right=causal == "bottom_right",
-        window_left=left,
-        window_right=right,
-        total=total,
-        key_offset=key_offset,
-        wide=compute == "float64",
-        k_in_panels=keys.in_panels,
-        fast=precision == "fast",
-    )
-    core = keys.operand.data.shape[len(keys.batch) :]
     return Call(
-        q=_repeated(query.data, (*shape, heads, length, size)),
-        k=_repeated(keys.operand.data, (*shape, *core)),
-        v=None if v is None else _repeated(value.data, (*shape, *value.data.shape[-3:])),
+        q=_repeated(query.data, plan.q),
+        k=_repeated(keys.operand.data, plan.k),
+        v=None if value is None else _repeated(value.data, plan.v),
         mask=mask,
         bias=bias,
         sinks=sinks,
         kv_lengths=kv_lengths,
-        options=options,
-        shape=(*shape, heads, length),
+        options=plan.options,
+        shape=plan.lead,
         keys=keys.length,
-        dtype=dtype,
+        dtype=plan.dtype,
         like=query,
     )
 
