@@ -3,8 +3,8 @@
 // Each element is a tree over blocks of the inner axis, each block one chain of kChain fused multiply-adds in order: a
 // single long chain would lose accuracy beside libraries that keep many partial sums. Which elements are computed
 // together, and in how many visits a chain grows, changes no bit; so few rows and many take different ways. Many rows
-// wait for arithmetic: weights are packed once for all of them. Few rows wait for memory: weights are read once, where
-// they are and as they are.
+// wait for arithmetic: weights are packed once for all of them, a little at a time between the products with those that
+// are packed already. Few rows wait for memory: weights are read once, where they are and as they are.
 #pragma once
 #include "gemm.h"
 #include "rows.h"
@@ -14,7 +14,10 @@ namespace headway {
 namespace {
 
 constexpr int64_t kFewRows = 24;        // four tiles: from there on, arithmetic takes longer than reading the weights
-constexpr int64_t kManyRows = 192;      // most rows of a unit: their part of x, 192 KB, stays in the second-level cache
+constexpr int64_t kManyRows = 384;      // most rows of a unit: their part of x, 384 KB, stays in the second-level cache
+constexpr int64_t kManyColumns = 256;   // most columns of such a unit: that part of x is read again for each 64
+constexpr int64_t kStepRows = 12;       // rows of x between which the next weights are packed
+constexpr int64_t kAheadRows = 16;      // how far ahead of that they are asked for
 constexpr int64_t kPanelColumns = 64;   // weights are packed so many columns at a time, 64 KB
 constexpr int64_t kFewColumns = 1024;   // most columns of a unit of few rows: a page of each row of w
 constexpr int64_t kFewBytes = 32 << 10; // of w between two visits of an accumulator that waits in the cache
@@ -22,9 +25,10 @@ constexpr int64_t kPanelDepth = 64;     // of the inner axis, where few rows nee
 
 // The columns of a unit: enough units for all threads, and long stretches of memory.
 inline int64_t linear_columns(const Linear& task, int64_t threads) {
-  if (task.M > kFewRows) return kPanelColumns;
-  const int64_t share = round_up((task.N + 2 * threads - 1) / (2 * threads), kPanelColumns);
-  return least(most(share, kPanelColumns), task.w.stride[1] == 1 ? kFewColumns : kPanelColumns);
+  const int64_t blocks = task.M > kFewRows ? (task.M + kManyRows - 1) / kManyRows : 1, parts = 2 * threads;
+  const int64_t share = round_up((task.N * blocks + parts - 1) / parts, kPanelColumns);
+  const int64_t largest = task.M > kFewRows ? kManyColumns : task.w.stride[1] == 1 ? kFewColumns : kPanelColumns;
+  return least(most(share, kPanelColumns), largest);
 }
 
 template <class T> struct LinearBlock {
@@ -32,12 +36,13 @@ template <class T> struct LinearBlock {
   const Plan& plan; // rows and span: the most rows and columns of a unit
   bool few;
   int64_t area;
-  T *x_block, *packed, *column, *sums; // sums: (slots, rows, columns)
+  T *x_block, *packed, *next, *column, *sums; // sums: (slots, rows, columns)
 
   LinearBlock(const Linear& t, const Plan& p, Arena& arena) : task(t), plan(p), few(task.M <= kFewRows) {
     area = plan.rows * plan.span;
     x_block = arena.take<T>(plan.rows * kChain);
     packed = arena.take<T>(kChain * kPanelColumns);
+    next = arena.take<T>(few ? 0 : kChain * kPanelColumns);
     column = arena.take<T>(most(16 * kChain, plan.span));
     sums = arena.take<T>(stack_slots((task.K + kChain - 1) / kChain, false) * area);
   }
@@ -58,18 +63,10 @@ template <class T> struct LinearBlock {
       T* sum = sums + stack.push(k / kChain, joiner) * area;
       int64_t x_row;
       const T* x = read_x(first_row, rows, k, count, x_row);
-      int64_t done = 0;
-      if (few && task.w.stride[1] == 1 && Stored::kept<T>(task.w.dtype)) {
-        done = columns / 16 * 16;
-        read_once(rows, done, k, count, first, x, x_row, sum, width);
-      }
-      for (int64_t j = done; j < columns; j += kPanelColumns)
-        for (int64_t g = 0, some; g < count; g += some) {
-          const int64_t wide = least(kPanelColumns, columns - j);
-          some = least(few ? g == 0 ? first_depth(k, first + j) : kPanelDepth : kChain, count - g);
-          const Stored w = pack(k + g, some, first + j, wide);
-          multiply(rows, round_up(wide, 16), some, x + g, x_row, packed, w.row, w.block, sum + j, width, g > 0);
-        }
+      if (few)
+        multiply_few(rows, columns, k, count, first, x, x_row, sum, width);
+      else
+        multiply_many(rows, columns, k, count, first, x, x_row, sum, width);
     }
     stack.finish(joiner);
     if (task.b.data) read_row(address(task.b, 0, first), task.b.dtype, task.b.stride[0], columns, column);
@@ -79,6 +76,42 @@ template <class T> struct LinearBlock {
         for (int64_t j = 0; j < columns; ++j) sum[j] += column[j];
       write_row(sum, columns, address(task.y, 0, first_row + i, first), task.y.dtype);
     }
+  }
+
+  // Panel by panel of weights. While one is multiplied, the next of the same rows of w is packed.
+  void multiply_many(int64_t rows, int64_t columns, int64_t k, int64_t count, int64_t first, const T* x, int64_t x_row,
+                     T* sum, int64_t width) {
+    pack(k, count, 0, count, first, least(kPanelColumns, columns), packed);
+    for (int64_t j = 0; j < columns; j += kPanelColumns) {
+      const int64_t wide = round_up(least(kPanelColumns, columns - j), 16), after = columns - j - kPanelColumns;
+      const Stored w = panels(packed, count, wide);
+      for (int64_t i = 0; i < rows; i += kStepRows) {
+        const int64_t some = least(kStepRows, rows - i);
+        if (after > 0)
+          pack(k, count, count * i / rows, count * (i + some) / rows, first + j + kPanelColumns,
+               least(kPanelColumns, after), next);
+        multiply(some, wide, count, x + i * x_row, x_row, packed, w.row, w.block, sum + i * width + j, width);
+      }
+      T* const done = packed;
+      packed = next, next = done;
+    }
+  }
+
+  void multiply_few(int64_t rows, int64_t columns, int64_t k, int64_t count, int64_t first, const T* x, int64_t x_row,
+                    T* sum, int64_t width) {
+    int64_t done = 0;
+    if (task.w.stride[1] == 1 && Stored::kept<T>(task.w.dtype)) {
+      done = columns / 16 * 16;
+      read_once(rows, done, k, count, first, x, x_row, sum, width);
+    }
+    for (int64_t j = done; j < columns; j += kPanelColumns)
+      for (int64_t g = 0, some; g < count; g += some) {
+        const int64_t wide = least(kPanelColumns, columns - j);
+        some = least(g == 0 ? first_depth(k, first + j) : kPanelDepth, count - g);
+        pack(k + g, some, 0, some, first + j, wide, packed);
+        const Stored w = panels(packed, some, round_up(wide, 16));
+        multiply(rows, round_up(wide, 16), some, x + g, x_row, packed, w.row, w.block, sum + j, width, g > 0);
+      }
   }
 
   // Few rows, and w's rows contiguous: some rows of w at a time, so that they are read in long stretches, while the
@@ -114,38 +147,48 @@ template <class T> struct LinearBlock {
     return x_block;
   }
 
-  // Rows k .. k + count of w, columns first .. first + columns: as they lie, or in panels of 16 where columns do.
-  Stored pack(int64_t k, int64_t count, int64_t first, int64_t columns) {
+  // How `count` rows of w and so many columns lie when they are packed: as in w, or in panels of 16 columns where w's
+  // columns are what is contiguous.
+  Stored panels(const T* at, int64_t count, int64_t width) const {
+    if (task.w.stride[1] == 1) return {at, dtype_of<T>, width, 16, 0};
+    return {at, dtype_of<T>, 16, 16 * count, 0};
+  }
+  // Packs rows k .. k + count of w, columns first .. first + columns; now the share `from` .. `to` of `count`.
+  void pack(int64_t k, int64_t count, int64_t from, int64_t to, int64_t first, int64_t columns, T* into) {
     const View& w = task.w;
     const int64_t width = round_up(columns, 16);
     if (w.stride[1] == 1) {
-      for (int64_t i = 0; i < count; ++i) {
-        T* row = packed + i * width;
+      for (int64_t i = from; i < to; ++i) {
+        // Short stretches far apart, which the processor does not foresee.
+        const char* ahead = address(w, 0, k + i + kAheadRows, first);
+        for (int64_t byte = 0; byte < columns * item_size(w.dtype); byte += 64) __builtin_prefetch(ahead + byte);
+        T* row = into + i * width;
         read_row(address(w, 0, k + i, first), w.dtype, 1, columns, row);
         for (int64_t j = columns; j < width; ++j) row[j] = T(0);
       }
-      return {packed, dtype_of<T>, width, 16, 0};
+      return;
     }
     for (int64_t j = 0; j < columns; j += 16) {
-      T* panel = packed + j * count;
+      if (const int64_t turn = j * count / width; turn < from || turn >= to) continue;
+      T* panel = into + j * count;
       const int64_t lanes = least(16, columns - j);
       if (w.stride[0] == 1 && Stored::kept<T>(w.dtype)) { // the transposed view of an (out, in) matrix
         Stored{address(w, 0, k, first + j), w.dtype, 0, 0, 0}.at<T>(
-            0, [&](auto* from) { make_panel(from, w.stride[1], lanes, count, panel, from + count); });
+            0, [&](auto* rows) { make_panel(rows, w.stride[1], lanes, count, panel, rows + count); });
       } else {
         for (int64_t lane = 0; lane < lanes; ++lane)
           read_row(address(w, 0, k, first + j + lane), w.dtype, w.stride[0], count, column + lane * count);
         make_panel(column, count, lanes, count, panel);
       }
     }
-    return {packed, dtype_of<T>, 16, 16 * count, 0};
   }
 };
 
 template <class T> Plan plan_linear_as(const Linear& task, int64_t threads) {
   Plan plan{};
   plan.work = rough_product(task.M, task.K, task.N);
-  plan.rows = task.M <= kFewRows ? most(task.M, 1) : kManyRows;
+  const int64_t blocks = (task.M + kManyRows - 1) / kManyRows;
+  plan.rows = task.M <= kFewRows ? most(task.M, 1) : round_up((task.M + blocks - 1) / blocks, kTileRows);
   plan.span = linear_columns(task, most(least(threads, plan.work / kWorkPerThread), 1));
   plan.units = ((task.M + plan.rows - 1) / plan.rows) * ((task.N + plan.span - 1) / plan.span);
   Arena counting{nullptr};
