@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ def product(x: Operand, w: Operand, b: Operand | None, dtype: str, names: tuple[
     if b is not None and b.data.shape != w.data.shape[1:]:
         raise ValueError(f"{b_name}: expected shape ({w.data.shape[1]},), got {b.data.shape}")
     *leading, inner = x.data.shape
-    rows = x.data.reshape(int(np.prod(leading)), inner)
+    rows = x.data.reshape(math.prod(leading), inner)
     y = np.empty((rows.shape[0], w.data.shape[1]), storage(dtype))
     wide = compute_dtype(dtype) == "float64"
     _native.linear(rows, w.data, None if b is None else b.data, wide, y)
