@@ -26,7 +26,7 @@ import headway as hw
 
 HERE = Path(__file__).parent
 # Python 3.12 and later warn of fork in a process with threads, which a pool of threads always is.
-FORKS = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+FORKS = pytest.mark.filterwarnings("ignore:.*multi-?threaded")  # Python, and JAX where it has been used, warn of forks
 
 
 @pytest.fixture(scope="module")

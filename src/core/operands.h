@@ -40,7 +40,7 @@ template <class T> struct Operands {
   const T* queries;
   int64_t query_row, group, k_offset, v_offset;
   bool aligns; // whether values that straddle the cache's lines are copied: each is read often enough to pay for it
-  bool once;   // the block reads each key and value once: it packs keys just before, and takes 16-bit numbers as they are
+  bool once; // the block reads each key and value once: it packs keys just before, and takes 16-bit numbers as they are
   // the chunk at hand
   int64_t chunk, chunk_from, chunk_to; // its first key; the keys of it that some row may reach
   Stored stored_keys, stored_values;

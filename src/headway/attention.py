@@ -184,7 +184,7 @@ def prepare(
     with suppress(TypeError):  # an option that has no hash: a number in an array, or nonsense
         plan = _plan(*given)
     plan = plan or _plan.__wrapped__(*given)
-    *shape, heads, length = plan.lead
+    *shape, heads, _ = plan.lead
     compute = compute_dtype(plan.dtype)
     if kv_lengths is not None:
         highest = _FARTHEST if of_a_part else key_offset + keys.length
