@@ -294,7 +294,8 @@ def attention(
         sinks: (H,) or (..., H): a score per head that joins the softmax's denominator alone (Xiao et al., 2023).
         kv_lengths: integers broadcasting to the batch (...): how many keys each batch item really has.
         precision: "exact"; "fast" gives up the contract of bits for the machine's 16-bit dot products, where it has
-            them (AVX512-BF16): q, k, the weights and v are rounded to bfloat16, sums stay float32. Not for float64.
+            them (AMX, AVX512-BF16) and they pay: q, k, the weights and v are rounded to bfloat16, sums stay float32.
+            Not for float64.
         return_lse: also return the log-sum-exp of each row's scores (natural logarithm, without sinks).
 
     Returns:
