@@ -19,15 +19,21 @@ constexpr int64_t kManyColumns = 256;   // most columns of such a unit: that par
 constexpr int64_t kStepRows = 12;       // rows of x between which the next weights are packed
 constexpr int64_t kAheadRows = 16;      // how far ahead of that they are asked for
 constexpr int64_t kPanelColumns = 64;   // weights are packed so many columns at a time, 64 KB
-constexpr int64_t kFewColumns = 1024;   // most columns of a unit of few rows: a page of each row of w
+constexpr int64_t kFewColumns = 1024;   // most columns of a unit of few rows: a page of each row of w; for up to
+constexpr int64_t kFourRows = 4;        // so many rows four pages, and the accumulators still take 64 KB
 constexpr int64_t kFewBytes = 32 << 10; // of w between two visits of an accumulator that waits in the cache
 constexpr int64_t kPanelDepth = 64;     // of the inner axis, where few rows need panels: 16 KB
 
 // The columns of a unit: enough units for all threads, and long stretches of memory.
 inline int64_t linear_columns(const Linear& task, int64_t threads) {
-  const int64_t blocks = task.M > kFewRows ? (task.M + kManyRows - 1) / kManyRows : 1, parts = 2 * threads;
+  const bool many = task.M > kFewRows;
+  const int64_t blocks = many ? (task.M + kManyRows - 1) / kManyRows : 1, parts = 2 * threads;
   const int64_t share = round_up((task.N * blocks + parts - 1) / parts, kPanelColumns);
-  const int64_t largest = task.M > kFewRows ? kManyColumns : task.w.stride[1] == 1 ? kFewColumns : kPanelColumns;
+  int64_t largest = kPanelColumns;
+  if (many)
+    largest = kManyColumns;
+  else if (task.w.stride[1] == 1)
+    largest = task.M <= kFourRows ? 4 * kFewColumns : kFewColumns;
   return least(most(share, kPanelColumns), largest);
 }
 

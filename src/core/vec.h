@@ -276,8 +276,17 @@ template <class T> Vec<T> load(const T* p) { return Vec<T>::load(p); }
 template <class To, class From> Vec<To> load_integers(const From* p) {
   typedef From Narrow __attribute__((vector_size(kRegisterBytes / sizeof(To) * sizeof(From)), aligned(1), may_alias));
   Vec<To> v;
-  for (int i = 0; i < Vec<To>::parts; ++i)
-    v.part[i] = __builtin_convertvector(reinterpret_cast<const Narrow*>(p)[i], typename Vec<To>::Reg);
+#if defined(__AVX512F__) // GCC 12 takes what comes below apart into halves
+  if constexpr (sizeof(To) == 4 && sizeof(From) == 2)
+    v.part[0] = (typename Vec<To>::Reg)_mm512_maskz_cvtepu16_epi32(
+        0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  else if constexpr (sizeof(To) == 4 && sizeof(From) == 1)
+    v.part[0] =
+        (typename Vec<To>::Reg)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  else
+#endif
+    for (int i = 0; i < Vec<To>::parts; ++i)
+      v.part[i] = __builtin_convertvector(reinterpret_cast<const Narrow*>(p)[i], typename Vec<To>::Reg);
   return v;
 }
 // 16 bits in the low half of each lane, as floats.
