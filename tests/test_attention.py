@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import CHUNK, DTYPES, LAYOUTS, UNIT, assert_close, laid_out, normal, reference_attention, tolerance, wide
+from oracles import (
+    CHUNK,
+    DTYPES,
+    LAYOUTS,
+    UNIT,
+    assert_close,
+    laid_out,
+    normal,
+    reference_attention,
+    same_bits,
+    tolerance,
+    wide,
+)
 
 import headway as hw
 from headway import reference
@@ -262,3 +274,28 @@ def test_exp_log_and_tanh(dtype: str, most: float, most_log: float) -> None:
     zeros = np.zeros((1, 3000, 1), dtype)
     _, lse = hw.attention(np.zeros((2998, 1, 1, 1), dtype), zeros, zeros, kv_lengths=lengths, return_lse=True)
     assert in_units(lse[:, 0, 0], np.log(lengths), dtype) < most_log
+
+
+def test_weights_of_masked_keys_are_zero_in_a_row_that_is_nan() -> None:
+    q, k = np.ones((1, 4, 8), np.float32), np.ones((1, 4, 8), np.float32)
+    k[0, 1] = np.nan
+    lower = np.tril(np.ones((4, 4), bool))
+    for options in ({"causal": True}, {"mask": lower}, {"bias": np.where(lower, 0, -np.inf)}):
+        weights = hw.attention_weights(q, k, **options)[0]
+        assert not weights[~lower].any()
+        assert np.isnan(weights[1:][lower[1:]]).all()
+
+
+def test_an_option_that_changes_between_calls_is_read_again() -> None:
+    class Scale:
+        value = 0.5
+
+        def __float__(self) -> float:
+            return self.value
+
+    scale = Scale()
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 5, 8)).astype(np.float32)
+    for name in ("scale", "softcap"):
+        for value in (0.5, 3.0):
+            scale.value = value
+            assert same_bits(hw.attention(q, k, v, **{name: scale}), hw.attention(q, k, v, **{name: value}))

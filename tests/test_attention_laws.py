@@ -266,6 +266,33 @@ THE_NAN = {"float64": 0x7FF8 << 48, "float32": 0x7FC0 << 16, "float16": 0x7E00, 
 WORDS = {"float64": np.uint64, "float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
 
 
+@given(
+    SEEDS,
+    st.sampled_from([5, 25, 100, 200]),
+    st.sampled_from([60, 100, 300, CHUNK + 80]),
+    st.sampled_from([9, 20, 64]),
+    st.sampled_from(list(DTYPES)),
+    st.sampled_from(LAYOUTS),
+    st.booleans(),
+    st.sampled_from([{}, {"causal": "top_left"}, {"causal": "bottom_right", "window": (30, 9)}]),
+)
+@settings(max_examples=60)
+def test_masks_with_other_rules_hide_whatever_keys_hold(
+    seed: int, L: int, S: int, E: int, dtype: str, layout: str, as_bias: bool, rules: dict[str, Any]
+) -> None:
+    """Rows that reach different keys, values that are copied or not, and the memory of earlier calls: all the same."""
+    q, k, v, rng = arrays(seed, L, S, 16, E, dtype)
+    hidden = np.arange(S) == rng.integers(S)  # a single one, which few rows come across
+    may = ~hidden & (np.repeat(rng.random((L, -(-S // 64))) < 0.7, 64, -1)[:, :S])
+    options = {**rules, **({"bias": np.where(may, 0, -np.inf).astype(np.float32)} if as_bias else {"mask": may})}
+    poisoned = v.copy()
+    poisoned[:, hidden] = np.nan
+    v, poisoned = laid_out(v, layout), laid_out(poisoned, layout)
+    for _ in range(2):
+        want = hw.attention(q, k, v, **options)
+        assert same_bits(hw.attention(q, k, poisoned, **options), want)
+
+
 def nans(dtype: str, sign: int, payload: int) -> np.ndarray:
     bits = THE_NAN[dtype] | payload | sign << (8 * np.dtype(DTYPES[dtype]).itemsize - 1)
     return np.full((2, 3, 8), bits, WORDS[dtype]).view(DTYPES[dtype])

@@ -123,6 +123,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ["causal:", "'top_left' or 'bottom_right'", "6 queries and 9 keys"],
     ),
     "an unknown causal": (attend(causal="upper"), ValueError, ["causal:", "'top_left', 'bottom_right'", "'upper'"]),
+    "a mask as causal": (square(causal=np.tril(np.ones((3, 3), bool))), ValueError, ["causal:", "'top_left'"]),
     "causal=1": (square(causal=1), ValueError, ["causal:", "True", "1"]),
     "a negative window": (square(window=(-1, 0)), ValueError, ["window:", ">= 0|from 0", "-1"]),
     "a window of one": (square(window=3), TypeError, ["window:", r"\(left, right\)", "3"]),

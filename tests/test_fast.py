@@ -99,6 +99,9 @@ def test_masked_keys_may_hold_anything(seed: int, dtype: str, L: int, S: int) ->
         got = wide(hw.attention(q, poisoned_k, poisoned_v, precision="fast", **options))
         assert np.isfinite(got).all()
         assert close(got, want, v)
+    if dtype == "float32":  # finite, but not in bfloat16
+        poisoned_v[:, hidden] = np.finfo(np.float32).max
+        assert close(hw.attention(q, k, poisoned_v, precision="fast", mask=~hidden), want, v)
     n = int(rng.integers(0, S + 1))
     poisoned_k, poisoned_v = k.copy(), v.copy()
     poisoned_k[:, n:], poisoned_v[:, n:] = np.nan, np.nan

@@ -111,9 +111,6 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
   int64_t mask_offset, bias_offset;
   int64_t low[Operands::kRows], high[Operands::kRows]; // keys that a row may reach, relative to key 0 of the task
   ChunkStack stack;
-  // the chunk at hand
-  int64_t chunk, chunk_from, chunk_to; // its first key; the keys of it that some row may reach
-  int values_poisoned;                 // -1: not looked at yet
 
   AttentionBlock(const Attention& t, const Plan& p, Arena& arena) : task(t), plan(p), operands(t, p.rows, arena) {
     keys = task.S;
@@ -160,23 +157,19 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
     bias_offset = batch_offset(task.batch, task.bias, rows.item);
   }
 
-  // Turns to keys from .. to, which lie in the chunk that starts at key `first` (all relative to key 0).
-  void enter(int64_t first, int64_t from, int64_t to) {
-    chunk = first, chunk_from = from - first, chunk_to = to - first;
-    values_poisoned = -1;
-    operands.enter(first, from, to);
-  }
+  int64_t chunk() const { return operands.chunk.first; } // the first key of the chunk at hand
 
   RowRules<T> rules(int64_t r) const {
     RowRules<T> row{};
-    row.low = least(most(low[r] - chunk, 0), kChunk);
-    row.high = least(most(high[r] - chunk, 0), kChunk);
+    row.low = least(most(low[r] - chunk(), 0), kChunk);
+    row.high = least(most(high[r] - chunk(), 0), kChunk);
     row.mask_stride = task.mask.stride[2];
     row.bias_stride = task.bias.stride[2];
     if (task.mask.data)
-      row.mask = reinterpret_cast<const uint8_t*>(address(task.mask, mask_offset, rows.head(r), rows.query(r), chunk));
+      row.mask =
+          reinterpret_cast<const uint8_t*>(address(task.mask, mask_offset, rows.head(r), rows.query(r), chunk()));
     if (task.bias.data)
-      row.bias = reinterpret_cast<const T*>(address(task.bias, bias_offset, rows.head(r), rows.query(r), chunk));
+      row.bias = reinterpret_cast<const T*>(address(task.bias, bias_offset, rows.head(r), rows.query(r), chunk()));
     return row;
   }
 
@@ -191,7 +184,7 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
   Tile tile_at(int64_t row) const {
     Tile t{row, least(kTile, rows.count - row), kChunk, 0, 0, kChunk, ~0u, false};
     for (int64_t r = row; r < row + t.count; ++r) {
-      const int64_t a = least(most(low[r] - chunk, 0), kChunk), b = least(most(high[r] - chunk, 0), kChunk);
+      const int64_t a = least(most(low[r] - chunk(), 0), kChunk), b = least(most(high[r] - chunk(), 0), kChunk);
       t.all_from = most(t.all_from, a), t.all_to = least(t.all_to, b);
       if (a < b) t.from = least(t.from, a), t.to = most(t.to, b);
     }
@@ -300,13 +293,11 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
       }
     }
   }
-  // Whether V holds NaN or infinity where some row of the tile must not see it. A mask may leave out any key of the
-  // chunk, so all are looked at, once; else only the keys that not all rows reach.
+  // Whether V may hold NaN or infinity where some row of the tile must not see it: a mask may leave out any key, else
+  // only those that not all rows reach.
   bool poisoned(const Tile& t) {
-    if (!task.mask.data && !task.bias.data)
-      return operands.poisoned(t.from, t.all_from) || operands.poisoned(t.all_to, t.to);
-    if (values_poisoned < 0) values_poisoned = operands.poisoned(chunk_from, chunk_to);
-    return values_poisoned;
+    if (task.mask.data || task.bias.data) return operands.poisoned(t.from, t.to, t.bands);
+    return operands.poisoned(t.from, t.all_from, t.bands) || operands.poisoned(t.all_to, t.to, t.bands);
   }
 
   // The weighted sum where V holds NaN or infinity that some row must not see: 0 * NaN is NaN, so masked keys are
@@ -342,7 +333,7 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
       if (low[r] < high[r]) from = least(from, low[r]), to = most(to, high[r]);
     if (produce == Produce::nodes) from = 0, to = keys; // a part hands on the same nodes for every row
     for (int64_t first = from / kChunk * kChunk; first < to; first += kChunk) {
-      enter(first, most(from, first), least(to, first + kChunk));
+      operands.enter({first, most(from, first) - first, least(to, first + kChunk) - first});
       visit();
     }
   }
@@ -353,7 +344,7 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
     stack.size = stack.frozen = 0;
     stack.before = produce == Produce::nodes ? first_chunk - 1 : -1;
     for_each_chunk([&] {
-      const int slot = stack.push(first_chunk + chunk / kChunk, joiner());
+      const int slot = stack.push(first_chunk + chunk() / kChunk, joiner());
       for (int64_t band = 0; band < rows.count; band += kBandRows) attend(band, state(slot, 0));
     });
     if (produce == Produce::nodes) {
@@ -431,8 +422,9 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
         const T scale = T(task.scale), softcap = T(task.softcap);
         score_row(scores, begin, end, row, scale, softcap);
         soften(scores, begin, end, plain(row, scale, softcap) ? scale : T(1), s.maximum[0]);
-        for (int64_t j = row.low; j < row.high; ++j) scores[j] /= s.total[0];
-        char* out = address(task.out, results.out, rows.head(r), rows.query(r), chunk + row.low);
+        for (int64_t j = begin; j < end; j += 16) // a NaN total is no weight of a masked key
+          select(allowed(row, j), load(scores + j) / Vec<T>(s.total[0]), Vec<T>(T(0))).store(scores + j);
+        char* out = address(task.out, results.out, rows.head(r), rows.query(r), chunk() + row.low);
         write_row(scores + row.low, row.high - row.low, out, task.out.dtype);
       }
     });

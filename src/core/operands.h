@@ -20,6 +20,30 @@ struct BlockRows {
   }
 };
 
+// The chunk at hand, and what is known of its bands of kBandKeys, a bit each.
+struct Chunk {
+  int64_t first, from, to; // its first key; the keys of it that some row may reach, relative to that
+  uint32_t packed = 0, scanned = 0, poisoned = 0;
+
+  // Whether key j's band is not in the set yet; then it is.
+  static bool enters(uint32_t& set, int64_t j) {
+    const uint32_t bit = 1u << j / kBandKeys, before = set;
+    set |= bit;
+    return !(before & bit);
+  }
+  // Whether scan(from, to) finds poison in one of these bands that lies in from .. to. All of a band is scanned, once,
+  // so the answer does not depend on which rows ask first.
+  template <class Scan> bool holds_poison(int64_t begin, int64_t end, uint32_t bands, Scan scan) {
+    bool found = false;
+    for (int64_t j = begin / kBandKeys * kBandKeys; j < end; j += kBandKeys) {
+      if (!(bands >> j / kBandKeys & 1)) continue;
+      if (enters(scanned, j) && scan(most(j, from), least(j + kBandKeys, to))) poisoned |= 1u << j / kBandKeys;
+      found |= poisoned >> j / kBandKeys & 1;
+    }
+    return found;
+  }
+};
+
 // Whether some number of a (rows, width) array is infinite or NaN.
 template <class T, class B> bool non_finite(const B* v, int64_t row, int64_t rows, int64_t width) {
   Vec<T> poison = T(0); // x * 0 is 0 for finite x alone
@@ -41,10 +65,8 @@ template <class T> struct Operands {
   int64_t query_row, group, k_offset, v_offset;
   bool aligns; // whether values that straddle the cache's lines are copied: each is read often enough to pay for it
   bool once; // the block reads each key and value once: it packs keys just before, and takes 16-bit numbers as they are
-  // the chunk at hand
-  int64_t chunk, chunk_from, chunk_to; // its first key; the keys of it that some row may reach
+  Chunk chunk;
   Stored stored_keys, stored_values;
-  uint32_t packed; // which bands of kBandKeys are, a bit each
 
   Operands(const Attention& t, int64_t rows, Arena& arena) : task(t), width(round_up(t.E, 16)) {
     query_buffer = arena.take<T>(rows * task.D);
@@ -68,19 +90,18 @@ template <class T> struct Operands {
     query_row = task.D;
   }
 
-  // Turns to keys from .. to, which lie in the chunk that starts at key `first` (all relative to key 0).
-  void enter(int64_t first, int64_t from, int64_t to) {
-    chunk = first, chunk_from = from - first, chunk_to = to - first;
-    packed = 0;
+  void enter(const Chunk& next) {
+    chunk = next;
     const View &k = task.k, &v = task.v;
     const auto readable = [&](DType dtype) { return dtype == dtype_of<T> || (once && Stored::kept<T>(dtype)); };
     if (task.k_in_panels && readable(k.dtype))
-      stored_keys = {address(k, k_offset, group, chunk / 16), k.dtype, 16, k.stride[1], kBandKeys / 16 * k.stride[1]};
+      stored_keys = {address(k, k_offset, group, chunk.first / 16), k.dtype, 16, k.stride[1],
+                     kBandKeys / 16 * k.stride[1]};
     else
       stored_keys = {panels, dtype_of<T>, 16, 16 * task.D, 0};
     const bool in_place = readable(v.dtype) && v.stride[2] == 1 && task.E == width;
     if (in_place && (!aligns || starts_lines(v)))
-      stored_values = {address(v, v_offset, group, chunk), v.dtype, v.stride[1], 16, 16 * v.stride[1]};
+      stored_values = {address(v, v_offset, group, chunk.first), v.dtype, v.stride[1], 16, 16 * v.stride[1]};
     else
       stored_values = {values, dtype_of<T>, width, 16, 0};
   }
@@ -96,11 +117,13 @@ template <class T> struct Operands {
   void weigh(int64_t count, const T* p, int64_t a, int64_t b, T* sum, bool onto) {
     times(count, width, b - a, p + a, kChunk, stored_values, a * stored_values.row, sum, width, onto);
   }
-  // Whether some value that weigh(.., from, to, ..) reads is NaN or infinite.
-  bool poisoned(int64_t from, int64_t to) const {
-    if (from >= to) return false;
-    return stored_values.at<T>(from * stored_values.row,
-                               [&](auto* v) { return non_finite<T>(v, stored_values.row, to - from, width); });
+  // Whether some value that weigh() reads for keys from .. to, in these bands, is NaN or infinite. They have been
+  // scored.
+  bool poisoned(int64_t from, int64_t to, uint32_t bands) {
+    return chunk.holds_poison(from, to, bands, [&](int64_t begin, int64_t end) {
+      return stored_values.at<T>(begin * stored_values.row,
+                                 [&](auto* v) { return non_finite<T>(v, stored_values.row, end - begin, width); });
+    });
   }
   // Calls visit with the values of one key, numbers that load() understands.
   template <class Visit> void value(int64_t j, Visit visit) { stored_values.at<T>(j * stored_values.row, visit); }
@@ -108,7 +131,7 @@ template <class T> struct Operands {
 private:
   // Whether each row of v in this chunk starts a line of the cache, so that no vector lies in two.
   bool starts_lines(const View& v) const {
-    const auto start = reinterpret_cast<uintptr_t>(address(v, v_offset, group, chunk));
+    const auto start = reinterpret_cast<uintptr_t>(address(v, v_offset, group, chunk.first));
     return start % 64 == 0 && v.stride[1] * item_size(v.dtype) % 64 == 0;
   }
   // Where the panel of key j lies. Keys that are read once go through a small buffer, which stays in the cache.
@@ -117,14 +140,13 @@ private:
   }
   // Packs the keys and values of band j / kBandKeys of the chunk, where they are not and need to be.
   void pack(int64_t j) {
-    if (packed >> j / kBandKeys & 1) return;
-    packed |= 1u << j / kBandKeys;
+    if (!Chunk::enters(chunk.packed, j)) return;
     const View &k = task.k, &v = task.v;
     j = j / kBandKeys * kBandKeys;
-    const int64_t from = most(j, chunk_from), to = least(j + kBandKeys, chunk_to);
+    const int64_t from = most(j, chunk.from), to = least(j + kBandKeys, chunk.to);
     for (int64_t i = from / 16 * 16; i < to && stored_keys.data == panels; i += 16) {
       T* panel = panels + panel_of(i);
-      const int64_t key = chunk + i, count = least(16, task.S - key);
+      const int64_t key = chunk.first + i, count = least(16, task.S - key);
       if (task.k_in_panels) {
         read_row(address(k, k_offset, group, key / 16), k.dtype, 1, 16 * task.D, panel);
       } else if (k.stride[2] == 1 && Stored::kept<T>(k.dtype)) {
@@ -139,7 +161,7 @@ private:
     }
     for (int64_t i = from; i < to && stored_values.data == values; ++i) {
       T* row = values + i * width;
-      read_row(address(v, v_offset, group, chunk + i), v.dtype, v.stride[2], task.E, row);
+      read_row(address(v, v_offset, group, chunk.first + i), v.dtype, v.stride[2], task.E, row);
       for (int64_t e = task.E; e < width; ++e) row[e] = T(0);
     }
   }

@@ -39,15 +39,15 @@ constexpr int64_t kPairRows = 16, kPairStep = 16; // of a tile of A: rows, and p
 class Tiles {
 public:
   Tiles() {
-    _tile_storeconfig(&before_);
+    asm volatile("sttilecfg %0" : "=m"(before_));
     Configuration all{};
     all.palette = 1;
     for (int i = 0; i < 8; ++i) all.bytes[i] = 64, all.rows[i] = 16;
-    _tile_loadconfig(&all);
+    load(all);
   }
   ~Tiles() {
     if (before_.palette)
-      _tile_loadconfig(&before_);
+      load(before_);
     else
       _tile_release();
   }
@@ -59,6 +59,8 @@ private:
     uint16_t bytes[16];
     uint8_t rows[16];
   };
+  // Not _tile_loadconfig: GCC 12's says that it reads 8 bytes, and the rest may be dropped as never read.
+  static void load(const Configuration& c) { asm volatile("ldtilecfg %0" : : "m"(c)); }
   Configuration before_;
 };
 
@@ -140,8 +142,8 @@ struct PairOperands {
   int64_t width, steps; // E rounded up to 16; pairs of features
   BFloat16Pair *queries, *panels, *values;
   float* row_buffer;
-  int64_t group, k_offset, v_offset, chunk, chunk_from, chunk_to;
-  uint32_t packed;
+  int64_t group, k_offset, v_offset;
+  Chunk chunk;
 
   PairOperands(const Attention& t, int64_t rows, Arena& arena) : task(t), width(round_up(t.E, 16)) {
     steps = round_up((task.D + 1) / 2, kPairStep);
@@ -160,10 +162,7 @@ struct PairOperands {
       narrow_row(row_buffer, queries + r * steps);
     }
   }
-  void enter(int64_t first, int64_t from, int64_t to) {
-    chunk = first, chunk_from = from - first, chunk_to = to - first;
-    packed = 0;
-  }
+  void enter(const Chunk& next) { chunk = next; }
   void score(int64_t first, int64_t count, int64_t a, int64_t b, float* s) {
     pack(a);
     multiply_pairs(count, b - a, steps, queries + first * steps, steps, panels + a * steps, 16, 16 * steps, s, kChunk,
@@ -182,11 +181,19 @@ struct PairOperands {
     multiply_pairs(count, width, (b - a) / 2, reinterpret_cast<const BFloat16Pair*>(p) + a / 2, kChunk,
                    values + a / 2 * width, width, 16, sum, width, onto);
   }
-  bool poisoned(int64_t from, int64_t to) { // also where a step holds keys that no row reaches
-    from = most(from / kKeyStep * kKeyStep, chunk_from), to = least(round_up(to, kKeyStep), chunk_to);
-    for (int64_t j = from; j < to; ++j)
-      if (non_finite<float>(read_value(j, row_buffer), width, 1, width)) return true;
-    return false;
+  // Also where a step of pairs holds keys that no row reaches. What counts is what is multiplied: a large finite number
+  // may have become infinite.
+  bool poisoned(int64_t from, int64_t to, uint32_t bands) {
+    return chunk.holds_poison(from / kKeyStep * kKeyStep, round_up(to, kKeyStep), bands,
+                              [&](int64_t begin, int64_t end) {
+                                const Vec<int32_t> low = 0x7f80, high = 0x7f800000; // the exponents of NaN and infinity
+                                Mask<float> found = int32_t(0);
+                                for (int64_t i = begin / 2 * width; i < (end + 1) / 2 * width; i += 16) {
+                                  const Vec<int32_t> pairs = load(values + i);
+                                  found = found | ((pairs & low) == low) | ((pairs & high) == high);
+                                }
+                                return any(found);
+                              });
   }
   template <class Visit> void value(int64_t j, Visit visit) { visit(read_value(j, row_buffer)); }
 
@@ -198,17 +205,16 @@ private:
   }
   // The values of one key as the caller gave them; zeros where the chunk has no such key.
   const float* read_value(int64_t j, float* to) const {
-    const int64_t count = chunk_from <= j && j < chunk_to ? task.E : 0;
-    if (count) read_row(address(task.v, v_offset, group, chunk + j), task.v.dtype, task.v.stride[2], count, to);
+    const int64_t count = chunk.from <= j && j < chunk.to ? task.E : 0;
+    if (count) read_row(address(task.v, v_offset, group, chunk.first + j), task.v.dtype, task.v.stride[2], count, to);
     for (int64_t e = count; e < width; ++e) to[e] = 0;
     return to;
   }
   // Packs the keys and values of band j / kBandKeys of the chunk, where they are not.
   void pack(int64_t j) {
-    if (packed >> j / kBandKeys & 1) return;
-    packed |= 1u << j / kBandKeys;
+    if (!Chunk::enters(chunk.packed, j)) return;
     j = j / kBandKeys * kBandKeys;
-    const int64_t from = most(j, chunk_from), to = least(j + kBandKeys, chunk_to);
+    const int64_t from = most(j, chunk.from), to = least(j + kBandKeys, chunk.to);
     for (int64_t i = from / 16 * 16; i < to; i += 16) pack_keys(i);
     for (int64_t i = from / kKeyStep * kKeyStep; i < round_up(to, kKeyStep); i += 2) pack_values(i);
   }
@@ -216,7 +222,7 @@ private:
     const View& k = task.k;
     BFloat16Pair* panel = panels + i * steps;
     auto* words = reinterpret_cast<int32_t*>(panel);
-    const int64_t key = chunk + i, count = least(16, task.S - key);
+    const int64_t key = chunk.first + i, count = least(16, task.S - key);
     if (task.k_in_panels) {
       read_row(address(k, k_offset, group, key / 16), k.dtype, 1, 16 * task.D, row_buffer);
       memset(row_buffer + 16 * task.D, 0, size_t(32 * steps - 16 * task.D) * sizeof(float));
@@ -237,8 +243,8 @@ private:
   void pack_values(int64_t i) {
     const View& v = task.v;
     BFloat16Pair* pairs = values + i / 2 * width;
-    if (v.dtype == DType::bf16 && v.stride[2] == 1 && task.E == width && chunk_from <= i && i + 1 < chunk_to) {
-      const auto* even = reinterpret_cast<const uint16_t*>(address(v, v_offset, group, chunk + i));
+    if (v.dtype == DType::bf16 && v.stride[2] == 1 && task.E == width && chunk.from <= i && i + 1 < chunk.to) {
+      const auto* even = reinterpret_cast<const uint16_t*>(address(v, v_offset, group, chunk.first + i));
       const uint16_t* odd = even + v.stride[1];
       for (int64_t e = 0; e < width; e += 16)
         (load_integers<int32_t>(even + e) | load_integers<int32_t>(odd + e) << 16)

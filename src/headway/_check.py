@@ -49,8 +49,9 @@ def number(
 
 def choice(x: Any, name: str, options: tuple[Any, ...]) -> None:
     """Raise unless x is one of the options."""
-    if not any(x is option or (isinstance(option, str) and x == option) for option in options):
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {x!r}")
+    if not any(x is option or (isinstance(x, str) and x == option) for option in options):
+        shown = repr(x) if x is None or isinstance(x, (str, int, float)) else type(x).__name__
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {shown}")
 
 
 def broadcast(array: NDArray[Any], shape: Shape, name: str, meaning: str, cure: str = "") -> NDArray[Any]:

@@ -7,9 +7,9 @@ D head size of q and k, E head size of v.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,8 @@ __all__ = ["AttentionState", "attention", "attention_weights", "merge_attention"
 
 CHUNK: int = _native.CHUNK
 _LARGEST_HEAD = 2**24  # a chunk of keys must fit the address space many times over
+_CAUSAL = (None, False, True, "top_left", "bottom_right")
+_PRECISION = ("exact", "fast")
 _FARTHEST = 2**53  # positions, so that no sum of two leaves int64
 
 
@@ -117,12 +119,12 @@ def _plan(
     shape = _check.batch_shape(**batches)
     dtype = promote(*dtypes)
     compute = compute_dtype(dtype)
-    _check.choice(precision, "precision", ("exact", "fast"))
+    _check.choice(precision, "precision", _PRECISION)
     if precision == "fast" and compute == "float64":
         raise ValueError(
             "precision: expected 'exact' for float64, got 'fast', which computes in bfloat16; convert q, k and v first"
         )
-    _check.choice(causal, "causal", (None, False, True, "top_left", "bottom_right"))
+    _check.choice(causal, "causal", _CAUSAL)
     if causal is True and length != keys:
         raise ValueError(
             f"causal: expected 'top_left' or 'bottom_right' where the numbers of queries and keys differ, got True "
@@ -173,17 +175,18 @@ def prepare(
     query = unwrap(q, "q")
     value = None if v is None else unwrap(v, "v")
     dtypes = (query.dtype, keys.operand.dtype) if value is None else (query.dtype, keys.operand.dtype, value.dtype)
-    given = (
+    plan = _plan(
         query.data.shape,
         keys.operand.data.shape,
         None if value is None else value.data.shape,
         *(keys.heads, keys.length, keys.size, keys.in_panels, dtypes),
-        *(causal, *_window(window), scale, softcap, precision, key_offset),
+        _plain(causal, "causal", _CAUSAL),
+        *_window(window),
+        _float(scale, "scale"),
+        _float(softcap, "softcap", "a number > 0 or None"),
+        _plain(precision, "precision", _PRECISION),
+        key_offset,
     )
-    plan = None
-    with suppress(TypeError):  # an option that has no hash: a number in an array, or nonsense
-        plan = _plan(*given)
-    plan = plan or _plan.__wrapped__(*given)
     *shape, heads, _ = plan.lead
     compute = compute_dtype(plan.dtype)
     if kv_lengths is not None:
@@ -212,6 +215,19 @@ def prepare(
         dtype=plan.dtype,
         like=query,
     )
+
+
+# What becomes part of a plan's key is a plain value: a tensor, say, may change later and still be the same key.
+
+
+def _plain(x: Any, name: str, options: tuple[Any, ...]) -> Any:
+    if type(x) not in (str, bool, NoneType):
+        _check.choice(x, name, options)
+    return x
+
+
+def _float(x: Any, name: str, expected: str = "a finite number") -> float | None:
+    return x if type(x) in (float, NoneType) else _check.number(x, name, expected)
 
 
 def _repeated(data: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
@@ -295,7 +311,7 @@ def attention(
         kv_lengths: integers broadcasting to the batch (...): how many keys each batch item really has.
         precision: "exact"; "fast" gives up the contract of bits for the machine's 16-bit dot products, where it has
             them (AMX, AVX512-BF16) and they pay: q, k, the weights and v are rounded to bfloat16, sums stay float32.
-            Not for float64.
+            Scores are then off by up to 2^-7 |q| |k| scale. Not for float64.
         return_lse: also return the log-sum-exp of each row's scores (natural logarithm, without sinks).
 
     Returns:
