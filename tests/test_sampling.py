@@ -23,9 +23,11 @@ from oracles import DTYPES, laid_out, same_bits
 
 import headway as hw
 from headway import reference
+from headway._dialects import DIALECTS, rules
 
 FUNCTIONS = ("sample", "probabilities", "filter_logits")
 LAST = 1 - 2.0**-53  # the largest number below 1
+INF = float("inf")
 
 
 def assert_equals_reference(logits: Any, **options: Any) -> None:
@@ -61,24 +63,48 @@ def make_logits(kind: str, dtype: str, shape: tuple[int, ...], rng: np.random.Ge
         return rows.astype(DTYPES[dtype])
 
 
+P = st.sampled_from([0.9, 0.5, 1.0, 1e-9, 5e-324, LAST, 0.1]) | st.floats(0, 1, exclude_min=True)
+SHARE = P | st.just(0.0)
+
+
+def stages(V: int) -> dict[str, st.SearchStrategy[Any]]:
+    """Every option that may be one per row."""
+    return {
+        "temperature": st.sampled_from(TEMPERATURES) | st.floats(0.01, 10),
+        "dynamic_temperature_range": st.sampled_from([0.0, 0.5, 3.0, 1e-40, 1.7e308]) | st.floats(0, 5),
+        "dynamic_temperature_exponent": st.sampled_from([1.0, 5e-324, 0.5, 1.7e308]) | st.floats(0.1, 5),
+        "top_n_sigma": st.sampled_from([1.0, 2.5, INF, 5e-324, 1e308]) | st.floats(0.01, 6),
+        "top_k": st.sampled_from([1, 2, 5, 50, max(1, V - 1), V, V + 1, 10**15]),
+        "top_p": P,
+        "min_p": SHARE,
+        "typical_p": P,
+        "epsilon_cutoff": SHARE | st.floats(1e-6, 1e-2),
+        "eta_cutoff": SHARE | st.floats(1e-6, 1e-2),
+        "xtc_probability": st.sampled_from([0.0, 0.5, 1.0]),
+        "xtc_threshold": st.sampled_from([0.0, 0.1, 0.5, 1.0, 1e-4]) | st.floats(0, 0.5),
+        "min_tokens_to_keep": st.sampled_from([1, 2, 3, 40, max(1, V - 1), V, 10**15]),
+    }
+
+
 def make_options(draw: Any, V: int, rows: int, rng: np.random.Generator) -> dict[str, Any]:
     """Each option absent, the same for all rows, or one per row."""
 
     def some(values: st.SearchStrategy[Any]) -> Any:
         return draw(values) if draw(st.booleans()) else np.array([draw(values) for _ in range(rows)])
 
-    p = st.sampled_from([0.9, 0.5, 1.0, 1e-9, 5e-324, LAST, 0.1]) | st.floats(0, 1, exclude_min=True)
     options: dict[str, Any] = {"seed": draw(st.integers(0, 2**64 - 1)), "position": some(st.integers(0, 2**63 - 1))}
-    for name, values in {
-        "temperature": st.sampled_from(TEMPERATURES) | st.floats(0.01, 10),
-        "top_k": st.sampled_from([1, 2, 5, 50, max(1, V - 1), V, V + 1, 10**15]),
-        "top_p": p,
-        "min_p": p | st.just(0.0),
-        "ties": st.sampled_from(["lowest_id", "keep"]),
-        "nucleus": st.sampled_from(["after_top_k", "joint"]),
-    }.items():
-        if draw(st.booleans()):
-            options[name] = draw(values) if name in ("ties", "nucleus") else some(values)
+    dialect = draw(st.none() | st.sampled_from(sorted(DIALECTS)))
+    options["dialect"] = dialect
+    lacks = rules(dialect, "after_top_k").lacks()
+    for name, values in stages(V).items():
+        if draw(st.integers(0, 3)) == 0 and name not in lacks:
+            options[name] = some(values)
+    if dialect == "hf" and "temperature" in options:
+        options["temperature"] = options["temperature"] + (np.asarray(options["temperature"]) == 0)
+    if dialect is None and draw(st.booleans()):
+        options["ties"] = draw(st.sampled_from(["lowest_id", "keep"]))
+    if dialect in (None, "flashinfer") and draw(st.booleans()):
+        options["nucleus"] = draw(st.sampled_from(["after_top_k", "joint"]))
     if draw(st.integers(0, 3)) == 0:
         options["logit_bias"] = np.where(rng.random(V) < 0.1, -np.inf, rng.standard_normal(V)).astype(np.float32)
         options["logit_bias"][int(rng.integers(V))] = 0
@@ -86,7 +112,7 @@ def make_options(draw: Any, V: int, rows: int, rng: np.random.Generator) -> dict
 
 
 @given(st.data())
-@settings(max_examples=300)
+@settings(max_examples=600)
 def test_equals_the_reference(data: st.DataObject) -> None:
     compare_with_reference(data, data.draw(st.sampled_from(SIZES) | st.integers(1, 300)), data.draw(st.integers(1, 3)))
 
@@ -335,7 +361,7 @@ def test_no_seed_is_fresh_entropy() -> None:
 
 def exact_intervals(logits: np.ndarray, **options: Any) -> list[Fraction]:
     """The ends of the tokens' intervals, from the reference's whole numbers."""
-    weights = reference._rows(logits, None, {"seed": 0, **options})[0].final_weights().tolist()
+    weights = reference.sampling._rows(logits, None, {"seed": 0, **options})[0].final_weights().tolist()
     total, ends, running = sum(weights), [], 0
     for w in weights:
         running += w

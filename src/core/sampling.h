@@ -2,7 +2,7 @@
 //
 // A row becomes whole numbers, weights = round(2^s exp((z - max z) / T)), by float32 operations that are each rounded
 // on their own (no fused ones: NumPy must be able to follow); everything after is exact integer arithmetic, so lanes
-// and the order of a sum cannot matter. reference.py says the same thing in one page.
+// and the order of a sum cannot matter. reference/sampling.py says the same thing in one page.
 //
 // Nothing is sorted. What top_k and top_p keep is a prefix of the order "logit descending, id ascending", so that a
 // radix selection finds its end, by counts or by masses, in time linear in V on any input, equal logits included. The
@@ -66,7 +66,7 @@ struct Tokens {
 constexpr int64_t kCopies = 4, kCopySize = (1 << 11) + 8;
 
 struct Workspace {
-  float *z, *last, *block_max, *list_z;
+  float *z, *last, *block_max, *list_z, *distance;
   int32_t* list_id;
   int64_t *weight, *list_weight, *mass, *histogram;
   uint32_t* key;
@@ -77,6 +77,7 @@ struct Workspace {
     last = arena.take<float>(kBlock);
     block_max = arena.take<float>(blocks);
     list_z = arena.take<float>(n);
+    distance = arena.take<float>(n);
     list_id = arena.take<int32_t>(n);
     weight = arena.take<int64_t>(n);
     list_weight = arena.take<int64_t>(n);
@@ -86,6 +87,37 @@ struct Workspace {
     if (bytes) *bytes = arena.used;
   }
 };
+
+// Elementary functions, for the few numbers that need them -------------------------------------------------------
+
+// The same operations in the same order as reference/sampling.py's _log and _exp, and nothing fused.
+inline double power_of_two(int64_t n) { // n > -1023
+  const int64_t u = (n + 1023) << 52;
+  double p;
+  memcpy(&p, &u, 8);
+  return p;
+}
+inline double natural_log(double v) { // of a normal number
+  int64_t u;
+  memcpy(&u, &v, 8);
+  int64_t e = (u >> 52) - 1023;
+  double m = v;
+  u = (u & 0xfffffffffffff) | int64_t(1023) << 52;
+  memcpy(&m, &u, 8);
+  if (m >= 2 * 0x1.6a09e667f3bcdp-1) m = m / 2, ++e;
+  const double s = (m - 1) / (m + 1);
+  double series = 1.0 / 21;
+  for (int k = 19; k > 0; k -= 2) series = series * (s * s) + 1.0 / k;
+  return 2 * s * series + double(e) * 0x1.62e42fefa39efp-1;
+}
+inline double exponential(double y) { // of y <= 0
+  if (y < -700) return 0;
+  const double round = 0x1.8p+52, n = (y * 0x1.71547652b82fep+0 + round) - round;
+  const double r = (y - n * 0x1.62e42fefp-1) - n * 0x1.473de6af278edp-34;
+  double series = 1;
+  for (int k = 14; k > 0; --k) series = 1 + series * r / k;
+  return series * power_of_two(int64_t(n));
+}
 
 // Weights --------------------------------------------------------------------------------------------------------
 
@@ -107,13 +139,21 @@ inline float inverse_temperature(double t) {
   return inverse < 0x1p-126 ? 0.0f : float(inverse > largest ? largest : inverse);
 }
 
-// The same operations in the same order as reference.py's _weights. exp(r) = 1 + r + r^2 Q(r) on |r| <= ln(2) / 2; Q is
-// a near-minimax fit made by tools/polynomials.py. The relative error is below 1e-7.
-inline Vec<int64_t> weights(Vec<float> z, const Scale& scale) {
+// The same operations in the same order as reference/sampling.py's _exponents and _weights.
+
+// x = (z - top) / T, from -40, where the weight is 0 already and where banned tokens are, to 0.
+inline Vec<float> exponents(Vec<float> z, const Scale& scale) {
+  using F = Vec<float>;
+  const F d = larger(z - F(scale.top), F(-0x1.fffffep+127f));
+  const F x = larger(d * F(scale.inverse), F(-40.0f));
+  return select(z == F(kNever), F(-40.0f), x); // not left to d: with a huge T a banned token's x would be 0
+}
+
+// round(2^s exp(x)). exp(r) = 1 + r + r^2 Q(r) on |r| <= ln(2) / 2; Q is a near-minimax fit
+// made by tools/polynomials.py. The relative error is below 1e-7.
+inline Vec<int64_t> weights_at(Vec<float> x, const Scale& scale) {
   using F = Vec<float>;
   const F round = 0x1.8p+23f; // x + round - round is the integer nearest to x
-  const F d = larger(z - F(scale.top), F(-0x1.fffffep+127f));
-  const F x = larger(d * F(scale.inverse), F(-40.0f)); // there the weight is 0 already
   const F shifted = x * F(0x1.715476p+0f) + round;
   const F n = shifted - round;
   const F r = (x - n * F(0x1.62ep-1f)) - n * F(0x1.0bfbe8p-15f); // the first product is exact
@@ -124,13 +164,13 @@ inline Vec<int64_t> weights(Vec<float> z, const Scale& scale) {
   q = q * r + F(0.5f);
   const F y = (r * r * q + r) + F(1.0f);
   // Times 2^(n + s) by adding to the exponent: the low bits of `shifted` are n in two's complement.
-  F w = bits<float>(bits<int32_t>(y) + ((bits<int32_t>(shifted) + Vec<int32_t>(scale.s)) << 23));
-  w = select(z == F(kNever), F(0.0f), w); // not left to x: with a huge T a banned token's x is 0
+  const F w = bits<float>(bits<int32_t>(y) + ((bits<int32_t>(shifted) + Vec<int32_t>(scale.s)) << 23));
   // From 2^52 on the doubles are whole numbers: adding 2^52 rounds to nearest even and leaves the integer in the low
   // bits.
   const Vec<double> whole = widen(w) + Vec<double>(0x1p+52);
   return bits<int64_t>(whole) - bits<int64_t>(Vec<double>(0x1p+52));
 }
+inline Vec<int64_t> weights(Vec<float> z, const Scale& scale) { return weights_at(exponents(z, scale), scale); }
 
 HEADWAY_FLATTEN inline Vec<int64_t> block_weights(const float* z, const Scale& scale, Vec<int64_t> (&w)[kBlock / 16]) {
   Vec<int64_t> sum = int64_t(0);
@@ -160,24 +200,25 @@ inline void weigh(Tokens& tokens, const Scale& scale, int64_t* out) {
   tokens.total = sum(total);
 }
 
-// The smallest whole number >= p * total, exactly, for 0 <= p <= 1: p is m 2^-e, and the product with m fits 128 bits.
-inline int64_t share(double p, int64_t total) {
+// The smallest whole number >= p * total, exactly, for 0 <= p <= 1; > p * total where `equal` is false. p is m 2^-e,
+// and the product with m fits 128 bits.
+inline int64_t share(double p, int64_t total, bool equal = true) {
   uint64_t u;
   memcpy(&u, &p, 8);
   const int exponent = int(u >> 52); // the sign bit is clear
   const uint64_t m = (u & 0xfffffffffffff) | (exponent ? uint64_t(1) << 52 : 0);
   const int e = 1075 - (exponent ? exponent : 1);
   const Wide product = Wide(m) * uint64_t(total);
-  if (e > 127) return product != 0;
-  return int64_t((product >> e) + ((product & ((Wide(1) << e) - 1)) != 0));
+  if (e > 127) return product != 0 || !equal;
+  return int64_t(product >> e) + ((product & ((Wide(1) << e) - 1)) != 0 || !equal);
 }
 
 // Selection ------------------------------------------------------------------------------------------------------
 
-// Tokens stay that lie above `value`, and the first `ties` of those equal to it.
+// Tokens stay that lie above `value`, and `ties` of those equal to it, after the first `skip` of them.
 struct Boundary {
   float value;
-  int64_t ties;
+  int64_t skip, ties;
 };
 
 // Floats to unsigned integers in the same order. Adding 0 makes -0 a +0.
@@ -192,22 +233,29 @@ inline float value_of(uint32_t key) {
   return z;
 }
 
-// A bound below which no logit has this weight, for skipping: exp rounds by less than 1e-7, so it may be out of order
-// with its argument by that much, and 2^-20 of slack is plenty.
-HEADWAY_FLATTEN inline float lowest_of_weight(const Scale& scale, int64_t weight) {
+// The smallest number up to `top` for which `holds`, which a larger one does too.
+template <class Holds> float lowest(float top, Holds holds) {
   uint32_t below, enough, key[16];
   keys(Vec<float>(kNever)).store(key);
   below = key[0];
-  keys(Vec<float>(scale.top)).store(key);
+  keys(Vec<float>(top)).store(key);
   enough = key[0];
-  weight -= (weight >> 20) + 2;
   while (enough - below > 1) {
     const uint32_t middle = below + (enough - below) / 2;
-    int64_t w[16];
-    weights(Vec<float>(value_of(middle)), scale).store(w);
-    (w[0] >= weight ? enough : below) = middle;
+    (holds(value_of(middle)) ? enough : below) = middle;
   }
-  return value_of(below);
+  return value_of(enough);
+}
+
+// A bound below which no logit has this weight, for skipping: exp rounds by less than 1e-7, so it may be out of order
+// with its argument by that much, and 2^-20 of slack is plenty.
+HEADWAY_FLATTEN inline float lowest_of_weight(const Scale& scale, int64_t weight) {
+  weight -= (weight >> 20) + 2;
+  return lowest(scale.top, [&](float z) {
+    int64_t w[16];
+    weights(Vec<float>(z), scale).store(w);
+    return w[0] >= weight;
+  });
 }
 
 // Where a token's share of `target` comes from: itself, or its weight.
@@ -242,7 +290,8 @@ struct Digits {
 
 // The end of the shortest prefix, best first, whose sum reaches the target (1 <= target <= the sum of all).
 template <class Mass>
-HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Mass mass, int64_t target, const Workspace& space) {
+HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Mass mass, int64_t target, Ties rule,
+                                       const Workspace& space) {
   const bool few = tokens.n < 2048;
   const Digits digits{few ? 8 : 11, few ? 1 : int(kCopies), space.histogram};
   int shift = few ? 24 : 21;
@@ -284,9 +333,10 @@ HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Mass mass, int64_t 
     left = fewer;
     shift = next;
   }
-  int64_t ties = 0;
+  int64_t ties = 0; // equals have equal masses, so how many are in does not depend on which
   while (ties < left && target > 0) target -= space.mass[ties++];
-  return {value_of(space.key[0]), ties};
+  if (rule == Ties::keep) ties = left;
+  return {value_of(space.key[0]), rule == Ties::highest_id ? left - ties : 0, ties};
 }
 
 inline float kth_largest(const float* z, int64_t n, int64_t k, const Workspace& space) { // z: padded to whole blocks
@@ -294,7 +344,7 @@ inline float kth_largest(const float* z, int64_t n, int64_t k, const Workspace& 
   numbers.n = n;
   numbers.z = z;
   numbers.last = z + (numbers.blocks() - 1) * kBlock;
-  return select_prefix(numbers, ByCount{}, k, space).value;
+  return select_prefix(numbers, ByCount{}, k, Ties::keep, space).value;
 }
 
 // The list of tokens that `find(b)` has a bit for in block b. In place where the tokens are that list already.
@@ -322,19 +372,35 @@ template <class Find> Tokens compact(const Tokens& tokens, const Workspace& spac
   }
   return kept;
 }
-HEADWAY_FLATTEN inline Tokens above(const Tokens& tokens, const Workspace& space, Boundary end) {
-  const Vec<float> value = end.value;
-  return compact(tokens, space, [&](int64_t b) -> uint64_t {
-    if (!tokens.id && (space.block_max[b] < end.value || space.block_max[b] == kNever)) return 0;
+// Finds what stays above a boundary, block by block in order. block_max, where there is one, tells what to pass over.
+struct Inside {
+  const Tokens& tokens;
+  const float* block_max;
+  Boundary end;
+  uint64_t operator()(int64_t b) {
+    if (block_max && (block_max[b] < end.value || block_max[b] == kNever)) return 0;
+    const Vec<float> value = end.value;
     const float* z = tokens.block(b);
     const uint64_t over = block_bits(z, [&](Vec<float> x) { return x > value; });
     if (end.value == kNever) return over; // what is banned is never kept, nor what fills the last block
     uint64_t ties = block_bits(z, [&](Vec<float> x) { return x == value; });
+    for (; end.skip > 0 && ties; --end.skip) ties &= ties - 1;
     int64_t many = __builtin_popcountll(ties) - end.ties;
     end.ties -= least(end.ties, __builtin_popcountll(ties));
     for (; many > 0; --many) ties ^= uint64_t(1) << (63 - __builtin_clzll(ties));
     return over | ties;
-  });
+  }
+};
+inline Inside inside(const Tokens& tokens, const Workspace& space, Boundary end) {
+  return {tokens, tokens.id ? nullptr : space.block_max, end};
+}
+HEADWAY_FLATTEN inline Tokens above(const Tokens& tokens, const Workspace& space, Boundary end) {
+  return compact(tokens, space, inside(tokens, space, end));
+}
+template <class Find> int64_t count(const Tokens& tokens, Find find) {
+  int64_t n = 0;
+  for (int64_t b = 0; b < tokens.blocks(); ++b) n += __builtin_popcountll(find(b));
+  return n;
 }
 
 // Stages ---------------------------------------------------------------------------------------------------------
@@ -343,64 +409,278 @@ struct Row {
   const Sampling& task;
   int64_t index;
   const Workspace& space;
+  int64_t floor; // every stage leaves so many tokens, if there are so many
+  uint64_t coin; // the random word for xtc
   Scale scale;
   Tokens tokens; // those still in
 };
 
 inline void weigh(Row& row) { weigh(row.tokens, row.scale, row.tokens.id ? row.space.list_weight : row.space.weight); }
 
-inline void top_k(Row& row) {
-  const int64_t k = row.task.top_k[row.index];
-  if (k >= row.tokens.n) return;
-  // k blocks have a maximum of at least the k-th largest maximum, so k tokens do: the k best are among those.
-  if (!row.tokens.id && k < row.tokens.blocks() / 2) {
-    const float bound = kth_largest(row.space.block_max, row.tokens.blocks(), k, row.space);
-    row.tokens = above(row.tokens, row.space, {bound, row.tokens.n});
-    if (k >= row.tokens.n) return; // fewer are not banned
-  }
-  Boundary end = select_prefix(row.tokens, ByCount{}, k, row.space);
-  if (row.task.keep_ties) end.ties = row.tokens.n;
-  row.tokens = above(row.tokens, row.space, end);
+// Sums over what is not banned. A lane adds the tokens whose id leaves the lane's number modulo 16, in order: a fixed
+// order, whatever was removed, for a term of 0 changes no sum.
+struct Sums {
+  double first, second;
+  int64_t count;
+};
+// term(v, lane values of first, of second) for 16 tokens from the v-th on; what is banned counts as 0.
+template <class Term> HEADWAY_FLATTEN Sums sums(const Tokens& tokens, Term term) {
+  Vec<double> first = 0.0, second = 0.0;
+  Vec<int32_t> present = int32_t(0);
+  double lane[2][16] = {};
+  for (int64_t b = 0; b < tokens.blocks(); ++b)
+    for (int64_t v = 0; v < kBlock; v += 16) {
+      const Vec<float> z = Vec<float>::load(tokens.block(b) + v);
+      const Mask<float> in = z != Vec<float>(kNever);
+      present = present - in;
+      Vec<double> a, c;
+      term(b * kBlock + v, z, a, c);
+      const Vec<int64_t> wide = convert<int64_t>(in);
+      a = select(wide, a, Vec<double>(0.0)), c = select(wide, c, Vec<double>(0.0));
+      if (!tokens.id) {
+        first = first + a, second = second + c;
+        continue;
+      }
+      double one[2][16];
+      a.store(one[0]), c.store(one[1]);
+      for (int64_t i = 0; i < least(16, tokens.n - b * kBlock - v); ++i)
+        for (int j = 0; j < 2; ++j) lane[j][tokens.at(b * kBlock + v + i) & 15] += one[j][i];
+    }
+  if (tokens.id) first = Vec<double>::load(lane[0]), second = Vec<double>::load(lane[1]);
+  return {sum(first), sum(second), sum(present)};
 }
 
-inline void top_p(Row& row) {
-  const double p = row.task.top_p[row.index];
+// The total mass, and the mean of x under the masses: a token's surprise less the entropy is this mean less its x.
+struct Moments {
+  int64_t total;
+  double mean;
+  int64_t count;
+};
+inline Moments moments(Row& row) {
+  if (row.scale.one_hot >= 0) weigh(row);
+  const Tokens& tokens = row.tokens;
+  Vec<int64_t> total = int64_t(0);
+  const Sums all = sums(tokens, [&](int64_t v, Vec<float> z, Vec<double>& first, Vec<double>& second) {
+    const Vec<float> x = exponents(z, row.scale);
+    const Vec<int64_t> w = tokens.weight ? Vec<int64_t>::load(tokens.weight + v) : weights_at(x, row.scale);
+    total = total + w;
+    // A weight below 2^52 as a double: its bits are the fraction of one in [2^52, 2^53).
+    const Vec<double> wide = bits<double>(w + bits<int64_t>(Vec<double>(0x1p+52))) - Vec<double>(0x1p+52);
+    first = wide * widen(x);
+    second = 0.0;
+  });
+  const int64_t mass = sum(total);
+  return {mass, all.first / double(mass), all.count};
+}
+
+// The first `n` tokens of the order, or the floor if that is more.
+inline void keep_first(Row& row, int64_t n, Ties ties) {
+  n = most(n, row.floor);
+  if (n >= row.tokens.n) return;
+  // n blocks have a maximum of at least the n-th largest maximum, so n tokens do: the n best are among those.
+  if (!row.tokens.id && n < row.tokens.blocks() / 2) {
+    const float bound = kth_largest(row.space.block_max, row.tokens.blocks(), n, row.space);
+    row.tokens = above(row.tokens, row.space, {bound, 0, row.tokens.n});
+    if (n >= row.tokens.n) return; // fewer are not banned
+  }
+  row.tokens = above(row.tokens, row.space, select_prefix(row.tokens, ByCount{}, n, ties, row.space));
+}
+
+// What lies above a boundary, among `few` tokens that hold all of it.
+inline void keep_above(Row& row, const Tokens& few, Boundary end, Ties ties) {
+  if (row.floor > 1 && count(few, inside(few, row.space, end)) < row.floor) return keep_first(row, row.floor, ties);
+  row.tokens = above(few, row.space, end);
+}
+
+// What has at least this weight; where that is too few, the first of the order.
+inline void keep_heavy(Row& row, int64_t weight, Ties ties) {
+  Tokens few = row.tokens;
+  if (!few.id && row.scale.one_hot < 0) few = above(few, row.space, {lowest_of_weight(row.scale, weight), 0, few.n});
+  weigh(few, row.scale, few.id ? row.space.list_weight : row.space.weight);
+  const auto heavy = [&](int64_t b) {
+    uint64_t found = 0;
+    const int64_t n = least(kBlock, few.n - b * kBlock);
+    const int64_t* w = few.weight + b * kBlock;
+    const float* z = few.block(b);
+    for (int64_t i = 0; i < n; ++i) found |= uint64_t(w[i] >= weight && z[i] != kNever) << i;
+    return found;
+  };
+  if (count(few, heavy) < row.floor) return keep_first(row, row.floor, ties);
+  row.tokens = compact(few, row.space, heavy);
+}
+
+inline float largest_logit(const Tokens& tokens) {
+  Vec<float> top = kNever;
+  for (int64_t b = 0; b < tokens.blocks(); ++b)
+    for (int64_t v = 0; v < kBlock; v += 16) top = larger(Vec<float>::load(tokens.block(b) + v), top);
+  return maximum(top);
+}
+
+// Measures masses at a temperature; the best of those left has 2^s.
+inline void measure(Row& row, double temperature) {
+  Tokens& tokens = row.tokens;
+  Scale& scale = row.scale;
+  tokens.weight = nullptr;
+  if (tokens.id) scale.top = largest_logit(tokens);
+  scale.inverse = inverse_temperature(temperature);
+  scale.one_hot = -1;
+  if (temperature > 0) return;
+  for (int64_t b = 0;; ++b) {
+    if (!tokens.id && row.space.block_max[b] != scale.top) continue;
+    const Vec<float> top = scale.top;
+    uint64_t found = block_bits(tokens.block(b), [&](Vec<float> z) { return z == top; });
+    if (!found) continue;
+    scale.one_hot = tokens.at(b * kBlock + take_lowest(found));
+    return;
+  }
+}
+
+inline void greedy(Row& row, const Step& step) {
+  if (step.value[0][row.index] == 0) measure(row, 0);
+}
+
+// With a range, the temperature rises with the entropy at temperature 1, as a share of the largest that so many tokens
+// can have.
+inline void temperature(Row& row, const Step& step) {
+  double t = step.value[0][row.index];
+  const double range = step.value[1].data ? step.value[1][row.index] : 0;
+  if (range > 0) {
+    const double low = t > range ? t - range : 0, largest = 0x1.fffffffffffffp+1023;
+    const double high = t + range < largest ? t + range : largest;
+    measure(row, 1);
+    const Moments at_1 = moments(row);
+    double entropy = natural_log(double(at_1.total) * power_of_two(-row.scale.s)) - at_1.mean;
+    entropy = at_1.count > 1 ? entropy / natural_log(double(at_1.count)) : 0;
+    entropy = entropy > 0 ? entropy < 1 ? entropy : 1 : 0;
+    t = low + (high - low) * (entropy < 0x1p-1022 ? 0 : exponential(step.value[2][row.index] * natural_log(entropy)));
+  }
+  measure(row, t);
+}
+
+inline void top_n_sigma(Row& row, const Step& step) {
+  const double n = step.value[0][row.index], top = double(largest_logit(row.tokens));
+  if (n == __builtin_inf()) return;
+  const Sums all = sums(row.tokens, [&](int64_t, Vec<float> z, Vec<double>& first, Vec<double>& second) {
+    first = widen(z) - Vec<double>(top);
+    second = first * first;
+  });
+  const double mean = all.first / double(all.count), variance = all.second / double(all.count) - mean * mean;
+  const double below = n * (variance > 0 ? __builtin_sqrt(variance) : 0);
+  const float bound = lowest(float(top), [&](float z) { return double(z) - top >= -below; });
+  keep_above(row, row.tokens, {bound, 0, row.tokens.n}, step.ties);
+}
+
+inline void top_k(Row& row, const Step& step) {
+  const double k = step.value[0][row.index];
+  if (k < double(row.tokens.n)) keep_first(row, int64_t(k), step.ties);
+}
+
+inline void top_p(Row& row, const Step& step) {
+  const double p = step.value[0][row.index];
   if (p == 1.0) return;
   weigh(row);
-  const int64_t target = share(p, row.tokens.total);
+  const int64_t target = share(p, row.tokens.total, !step.equal);
+  if (target == 0) return keep_first(row, row.floor, step.ties);
   // On most rows a few tokens hold the mass: try those that reach the k-th largest block maximum, for growing k.
-  if (!row.tokens.id)
-    for (int64_t k = 8; k < row.tokens.blocks() / 2; k *= 8) {
-      const float bound = kth_largest(row.space.block_max, row.tokens.blocks(), k, row.space);
-      const Tokens few = above(row.tokens, row.space, {bound, row.tokens.n});
-      if (few.total < target) continue;
-      row.tokens = few;
+  Tokens few = row.tokens;
+  if (!few.id)
+    for (int64_t k = 8; k < few.blocks() / 2; k *= 8) {
+      const float bound = kth_largest(row.space.block_max, few.blocks(), k, row.space);
+      const Tokens best = above(row.tokens, row.space, {bound, 0, row.tokens.n});
+      if (best.total < target) continue;
+      few = best;
       break;
     }
-  row.tokens = above(row.tokens, row.space, select_prefix(row.tokens, ByMass{row.tokens.weight}, target, row.space));
+  keep_above(row, few, select_prefix(few, ByMass{few.weight}, target, step.ties, row.space), step.ties);
 }
 
-inline void min_p(Row& row) {
-  const double p = row.task.min_p[row.index];
+inline void min_p(Row& row, const Step& step) {
+  const double p = step.value[0][row.index];
   if (p == 0.0) return;
-  const int64_t least_weight = share(p, int64_t(1) << row.scale.s); // the best token outlives every stage
-  if (!row.tokens.id && row.scale.one_hot < 0)
-    row.tokens = above(row.tokens, row.space, {lowest_of_weight(row.scale, least_weight), row.tokens.n});
-  weigh(row);
-  const int64_t* weight = row.tokens.weight;
-  row.tokens = compact(row.tokens, row.space, [&](int64_t b) {
-    uint64_t found = 0;
-    const int64_t n = least(kBlock, row.tokens.n - b * kBlock);
-    for (int64_t i = 0; i < n; ++i) found |= uint64_t(weight[b * kBlock + i] >= least_weight) << i;
-    return found;
-  });
+  int64_t best = int64_t(1) << row.scale.s;
+  if (row.tokens.id) { // the best of all may be gone
+    weigh(row);
+    best = 0;
+    for (int64_t i = 0; i < row.tokens.n; ++i) best = most(best, row.tokens.weight[i]);
+  }
+  keep_heavy(row, share(p, best), step.ties);
 }
 
-// The order is the meaning: a new option is a function here and a place in these lists. Both of the first two keep
-// prefixes of one order, so measuring p over all tokens is the same as taking top_p first.
-using Stage = void (*)(Row&);
-constexpr Stage kAfterTopK[] = {top_k, top_p, min_p};
-constexpr Stage kJoint[] = {top_p, top_k, min_p};
+inline void typical_p(Row& row, const Step& step) {
+  const double p = step.value[0][row.index];
+  if (p == 1.0) return;
+  weigh(row);
+  const Vec<float> mean = float(moments(row).mean), zero = 0.0f;
+  float* distance = row.space.distance; // negative, so that the nearest are the best
+  for (int64_t b = 0; b < row.tokens.blocks(); ++b)
+    for (int64_t v = 0; v < kBlock; v += 16) {
+      const Vec<float> z = Vec<float>::load(row.tokens.block(b) + v), apart = exponents(z, row.scale) - mean;
+      select(z == Vec<float>(kNever), z, select(apart > zero, zero - apart, apart)).store(distance + b * kBlock + v);
+    }
+  Tokens by_distance = row.tokens;
+  by_distance.z = distance;
+  by_distance.last = distance + (by_distance.blocks() - 1) * kBlock;
+  const int64_t target = share(p, row.tokens.total, !step.equal);
+  Boundary end{__builtin_inff(), 0, 0};
+  if (target > 0) end = select_prefix(by_distance, ByMass{row.tokens.weight}, target, step.ties, row.space);
+  const int64_t n = least(row.floor, row.tokens.n);
+  if (target == 0 || (n > 1 && count(by_distance, Inside{by_distance, nullptr, end}) < n))
+    end = select_prefix(by_distance, ByCount{}, n, step.ties, row.space);
+  row.tokens = compact(row.tokens, row.space, Inside{by_distance, nullptr, end});
+}
+
+inline void epsilon_cutoff(Row& row, const Step& step) {
+  const double epsilon = step.value[0][row.index];
+  if (epsilon > 0) keep_heavy(row, share(epsilon, moments(row).total), step.ties);
+}
+
+// exp(-entropy) of the total is the mass that a token at the mean of x would have.
+inline void eta_cutoff(Row& row, const Step& step) {
+  const double epsilon = step.value[0][row.index];
+  if (epsilon == 0.0) return;
+  const Moments all = moments(row);
+  int64_t middle[16];
+  weights_at(Vec<float>(float(all.mean)), row.scale).store(middle);
+  keep_heavy(row, least(share(epsilon, all.total), share(__builtin_sqrt(epsilon), middle[0])), step.ties);
+}
+
+// Of the tokens that reach the threshold all but the last of the order go (Ties::keep: all but its equals).
+inline void xtc(Row& row, const Step& step) {
+  if (double(row.coin >> 11) * 0x1p-53 >= step.value[0][row.index]) return;
+  const Moments all = moments(row);
+  weigh(row);
+  const Tokens& tokens = row.tokens;
+  const int64_t weight = most(1, share(step.value[1][row.index], all.total, step.equal));
+  const float bound = tokens.id || row.scale.one_hot >= 0 ? kNever : lowest_of_weight(row.scale, weight);
+  const auto heavy = [&](int64_t b) {
+    uint64_t found = 0;
+    if (!tokens.id && row.space.block_max[b] < bound) return found;
+    const int64_t* w = tokens.weight + b * kBlock;
+    for (int64_t i = 0; i < least(kBlock, tokens.n - b * kBlock); ++i) found |= uint64_t(w[i] >= weight) << i;
+    return found;
+  };
+  int64_t top = 0, last = 0;
+  float last_z = __builtin_inff();
+  for (int64_t b = 0; b < tokens.blocks(); ++b)
+    for (uint64_t found = heavy(b); found; ++top) {
+      const int64_t i = take_lowest(found);
+      if (tokens.block(b)[i] <= last_z) last = b * kBlock + i, last_z = tokens.block(b)[i];
+    }
+  const auto stays = [&](int64_t b) {
+    const float* z = tokens.block(b);
+    const uint64_t banned = block_bits(z, [](Vec<float> x) { return x == Vec<float>(kNever); });
+    uint64_t equal = uint64_t(b == last / kBlock) << last % kBlock;
+    const Vec<float> value = last_z;
+    if (step.ties == Ties::keep) equal = block_bits(z, [&](Vec<float> x) { return x == value; });
+    return (~heavy(b) | equal) & ~banned;
+  };
+  if (top > 1 && count(tokens, stays) >= row.floor) row.tokens = compact(tokens, row.space, stays);
+}
+
+using RunStage = void (*)(Row&, const Step&);
+constexpr RunStage kStages[] = {greedy, temperature, top_n_sigma,    top_k,      top_p,
+                                min_p,  typical_p,   epsilon_cutoff, eta_cutoff, xtc};
+static_assert(sizeof kStages / sizeof *kStages == size_t(Stage::count));
 
 // The row's way through ------------------------------------------------------------------------------------------
 
@@ -494,9 +774,11 @@ HEADWAY_FLATTEN inline int64_t token_at(const Tokens& tokens, int64_t target) {
   return -1; // not reached: the target is below the total
 }
 
-inline uint64_t random_word(const Sampling& task, int64_t index) {
-  if (task.uniform.data) return uint64_t(task.uniform[index] * 0x1p+64);
-  return philox(task.seed[index], task.streams ? uint64_t(index) : 0, task.position[index]).word[0];
+// The row's random words: the first draws, the second is xtc's coin.
+inline RandomBlock random_words(const Sampling& task, int64_t index) {
+  if (task.uniform.data) return {{uint64_t(task.uniform[index] * 0x1p+64), 0, 0, 0}};
+  if (!task.seed.data) return {};
+  return philox(task.seed[index], task.streams ? uint64_t(index) : 0, task.position[index]);
 }
 
 // Every token is still in and nothing but the token is asked for: totals of stretches, then one stretch once more, so
@@ -570,12 +852,13 @@ inline Plan plan_sampling(const Sampling& task, int64_t) {
   return plan;
 }
 
-inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memory memory) {
-  const Workspace space(Arena{static_cast<char*>(memory.own)}, task.V);
-  Row row{task, index, space, {}, {}};
+// The row's scores, with masses at temperature 1. False where the row has a fault, which is in its status then.
+inline bool begin(Row& row) {
+  const Sampling& task = row.task;
+  const Workspace& space = row.space;
   Tokens& tokens = row.tokens;
   tokens.n = task.V;
-  tokens.z = scores(task, index, space);
+  tokens.z = scores(task, row.index, space);
   const int64_t whole = (tokens.blocks() - 1) * kBlock;
   for (int64_t i = 0; i < kBlock; ++i) space.last[i] = whole + i < task.V ? tokens.z[whole + i] : kNever;
   tokens.last = space.last;
@@ -583,36 +866,44 @@ inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memor
   Scale& scale = row.scale;
   scale.top = survey(tokens, space.block_max);
   if (!(scale.top > kNever && scale.top < -kNever)) {
-    task.status[index] = diagnose(task, index, tokens.z);
-    return;
+    task.status[row.index] = diagnose(task, row.index, tokens.z);
+    return false;
   }
-  task.status[index] = 0;
-  const double temperature = task.temperature[index];
+  task.status[row.index] = 0;
   scale.s = scale_bits(task.V);
-  scale.inverse = inverse_temperature(temperature);
-  scale.one_hot = -1;
-  if (temperature == 0) {
-    int64_t b = 0, i = 0;
-    while (space.block_max[b] != scale.top) ++b;
-    while (tokens.block(b)[i] != scale.top) ++i;
-    scale.one_hot = b * kBlock + i;
+  measure(row, 1);
+  return true;
+}
+
+// All stages; where the token is all that is asked for, those up to the one that leaves no choice.
+inline void filter(Row& row, bool token_only = false) {
+  for (int64_t i = 0; i < row.task.step_count; ++i) {
+    const Step& step = row.task.steps[i];
+    kStages[int(step.stage)](row, step);
+    if (token_only && row.scale.one_hot >= 0) return; // it outlives every stage that follows
   }
+}
+
+inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memory memory) {
+  const Workspace space(Arena{static_cast<char*>(memory.own)}, task.V);
+  const RandomBlock random = random_words(task, index);
+  Row row{task, index, space, task.min_tokens[index], random.word[1], {}, {}};
+  if (!begin(row)) return;
+  const Tokens& tokens = row.tokens;
   const bool token_only = !task.probabilities && !task.filtered;
-  if (token_only && scale.one_hot >= 0) { // it outlives every stage
-    task.tokens[index] = scale.one_hot;
+  filter(row, token_only);
+
+  if (token_only && row.scale.one_hot >= 0) {
+    task.tokens[index] = row.scale.one_hot;
     return;
   }
-
-  for (Stage stage : task.joint ? kJoint : kAfterTopK) stage(row);
-
   if (task.filtered) write_filtered(row);
   if (token_only && !tokens.id && !tokens.weight) {
-    task.tokens[index] = draw_unfiltered(tokens, scale, random_word(task, index), space.mass);
+    task.tokens[index] = draw_unfiltered(tokens, row.scale, random.word[0], space.mass);
     return;
   }
   if (task.tokens || task.probabilities) weigh(row);
-  if (task.tokens)
-    task.tokens[index] = token_at(tokens, int64_t(high_product(random_word(task, index), uint64_t(tokens.total))));
+  if (task.tokens) task.tokens[index] = token_at(tokens, int64_t(high_product(random.word[0], uint64_t(tokens.total))));
   if (task.probabilities) {
     if (task.logits.dtype == DType::f64)
       write_probabilities(tokens, task.V, static_cast<double*>(task.probabilities) + index * task.V);
