@@ -23,7 +23,7 @@ constexpr float kNever = -__builtin_inff();
 
 // The lanes of a mask as bits, lane 0 lowest.
 template <class T> uint64_t lane_bits(Vec<T> mask) {
-  static_assert(sizeof(T) == 4);
+  if constexpr (sizeof(T) == 8) return lane_bits(convert<int32_t>(mask));
 #if defined(__AVX512F__)
   return uint64_t(_mm512_movepi32_mask((__m512i)mask.part[0]));
 #elif defined(__AVX2__)
@@ -36,6 +36,11 @@ template <class T> uint64_t lane_bits(Vec<T> mask) {
   for (int i = 0; i < 16; ++i) found |= uint64_t(lane[i] & 1) << i;
   return found;
 #endif
+}
+inline Vec<int32_t> lane_powers() { // 1, 2, 4, ...
+  int32_t power[16];
+  for (int i = 0; i < 16; ++i) power[i] = 1 << i;
+  return Vec<int32_t>::load(power);
 }
 // One bit for each token of a block.
 template <class T, class Test> uint64_t block_bits(const T* block, Test test) {
@@ -70,6 +75,7 @@ struct Workspace {
   int32_t* list_id;
   int64_t *weight, *list_weight, *mass, *histogram;
   uint32_t* key;
+  uint64_t* chosen; // a bit for each token, by blocks
 
   Workspace(Arena arena, int64_t V, int64_t* bytes = nullptr) {
     const int64_t n = round_up(V, kBlock), blocks = round_up(n / kBlock, kBlock);
@@ -83,6 +89,7 @@ struct Workspace {
     list_weight = arena.take<int64_t>(n);
     mass = arena.take<int64_t>(n);
     key = arena.take<uint32_t>(n);
+    chosen = arena.take<uint64_t>(blocks);
     histogram = arena.take<int64_t>(kCopies * kCopySize);
     if (bytes) *bytes = arena.used;
   }
@@ -267,76 +274,90 @@ struct ByMass {
   int64_t operator()(int64_t i) const { return weight[i]; }
 };
 
-// Which digit of the radix the running sum from above first reaches `target` in; `target` becomes what is left of it
-// there.
-struct Digits {
-  int bits, copies;
-  int64_t* histogram;
-  void clear() const {
-    for (int c = 0; c < copies; ++c)
-      for (int64_t i = 0; i < int64_t(1) << bits; ++i) histogram[c * kCopySize + i] = 0;
-  }
-  void add(uint32_t digit, int64_t i, int64_t mass) const { histogram[(i & (copies - 1)) * kCopySize + digit] += mass; }
-  uint32_t crossing(int64_t& target) const {
-    for (uint32_t digit = uint32_t(1) << bits; digit-- > 0;) {
-      int64_t here = 0;
-      for (int c = 0; c < copies; ++c) here += histogram[c * kCopySize + digit];
-      if (here >= target) return digit;
-      target -= here;
-    }
-    return 0; // not reached: the target is at most the total
-  }
-};
-
-// The end of the shortest prefix, best first, whose sum reaches the target (1 <= target <= the sum of all).
+// The end of the shortest prefix, best first, whose sum reaches the target (1 <= target <= the sum of all): a radix
+// selection. Each round takes as digit what its keys differ in first, so that keys close together take one round.
 template <class Mass>
 HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Mass mass, int64_t target, Ties rule,
                                        const Workspace& space) {
-  const bool few = tokens.n < 2048;
-  const Digits digits{few ? 8 : 11, few ? 1 : int(kCopies), space.histogram};
-  int shift = few ? 24 : 21;
-  uint32_t key[kBlock];
+  uint32_t key[kBlock], lowest = ~uint32_t(0), highest = 0;
   const auto load_keys = [&](int64_t b) {
     for (int64_t v = 0; v < kBlock; v += 16) keys(Vec<float>::load(tokens.block(b) + v)).store(key + v);
-    return least(kBlock, tokens.n - b * kBlock);
+    const int64_t n = least(kBlock, tokens.n - b * kBlock);
+    for (int64_t i = n; i < kBlock; ++i) key[i] = key[0]; // what fills the last block widens no range
+    return n;
   };
-  digits.clear();
-  for (int64_t b = 0; b < tokens.blocks(); ++b) {
-    const int64_t n = load_keys(b);
-    for (int64_t i = 0; i < n; ++i) digits.add(key[i] >> shift, i, mass(b * kBlock + i));
+  const auto widen_range = [&](uint32_t k) {
+    lowest = k < lowest ? k : lowest;
+    highest = k > highest ? k : highest;
+  };
+  {
+    Vec<uint32_t> low = lowest, high = highest;
+    for (int64_t b = 0; b < tokens.blocks(); ++b) {
+      load_keys(b);
+      for (int64_t v = 0; v < kBlock; v += 16) {
+        const Vec<uint32_t> k = Vec<uint32_t>::load(key + v);
+        low = select(k < low, k, low), high = select(k > high, k, high);
+      }
+    }
+    low.store(key);
+    for (int i = 0; i < 16; ++i) widen_range(key[i]);
+    high.store(key);
+    for (int i = 0; i < 16; ++i) widen_range(key[i]);
   }
-  uint32_t digit = digits.crossing(target);
-  int64_t left = 0; // tokens that share all digits so far with the crossing one, in id order
-  for (int64_t b = 0; b < tokens.blocks(); ++b) {
-    const int64_t n = load_keys(b);
-    const Vec<uint32_t> first = digit << shift, rest = (uint32_t(1) << shift) - 1;
-    uint64_t found = block_bits(key, [&](Vec<uint32_t> k) { return (k | rest) == (first | rest); });
-    if (n < kBlock) found &= (uint64_t(1) << n) - 1;
-    while (found) {
-      const int64_t i = take_lowest(found);
-      space.key[left] = key[i];
-      space.mass[left++] = mass(b * kBlock + i);
+  int64_t left = tokens.n; // those that share all digits so far with the one where the sum crosses, in id order
+  bool listed = false;     // in space.key and space.mass
+  while (lowest < highest) {
+    const int differ = 32 - __builtin_clz(highest - lowest), bits = left < 2048 ? 8 : 11;
+    const int shift = differ > bits ? differ - bits : 0, copies = left < 2048 ? 1 : int(kCopies);
+    const uint32_t base = lowest;
+    for (int c = 0; c < copies; ++c)
+      for (int64_t i = 0; i < int64_t(1) << bits; ++i) space.histogram[c * kCopySize + i] = 0;
+    const auto add = [&](uint32_t k, int64_t i, int64_t m) {
+      space.histogram[(i & (copies - 1)) * kCopySize + ((k - base) >> shift)] += m;
+    };
+    if (listed) {
+      for (int64_t i = 0; i < left; ++i) add(space.key[i], i, space.mass[i]);
+    } else {
+      for (int64_t b = 0; b < tokens.blocks(); ++b) {
+        const int64_t n = load_keys(b);
+        for (int64_t i = 0; i < n; ++i) add(key[i], i, mass(b * kBlock + i));
+      }
+    }
+    uint32_t digit = uint32_t(1) << bits;
+    for (int64_t here = 0; digit-- > 0; target -= here) {
+      here = 0;
+      for (int c = 0; c < copies; ++c) here += space.histogram[c * kCopySize + digit];
+      if (here >= target) break;
+    }
+    const int64_t many = left;
+    left = 0;
+    lowest = ~uint32_t(0), highest = 0;
+    const auto take = [&](uint32_t k, int64_t m) {
+      space.key[left] = k;
+      space.mass[left++] = m;
+      widen_range(k);
+    };
+    if (listed) {
+      for (int64_t i = 0; i < many; ++i)
+        if ((space.key[i] - base) >> shift == digit) take(space.key[i], space.mass[i]);
+    } else {
+      const Vec<uint32_t> from = base, crossing = digit;
+      for (int64_t b = 0; b < tokens.blocks(); ++b) {
+        const int64_t n = load_keys(b);
+        uint64_t found = block_bits(key, [&](Vec<uint32_t> k) { return (k - from) >> shift == crossing; });
+        if (n < kBlock) found &= (uint64_t(1) << n) - 1;
+        while (found) {
+          const int64_t i = take_lowest(found);
+          take(key[i], mass(b * kBlock + i));
+        }
+      }
+      listed = true;
     }
   }
-  while (shift > 0) {
-    const int next = shift > digits.bits ? shift - digits.bits : 0;
-    const uint32_t low = (uint32_t(1) << (shift - next)) - 1;
-    digits.clear();
-    for (int64_t i = 0; i < left; ++i) digits.add(space.key[i] >> next & low, i, space.mass[i]);
-    digit = digits.crossing(target);
-    int64_t fewer = 0;
-    for (int64_t i = 0; i < left; ++i) {
-      space.key[fewer] = space.key[i];
-      space.mass[fewer] = space.mass[i];
-      fewer += (space.key[i] >> next & low) == digit;
-    }
-    left = fewer;
-    shift = next;
-  }
-  int64_t ties = 0; // equals have equal masses, so how many are in does not depend on which
-  while (ties < left && target > 0) target -= space.mass[ties++];
+  int64_t ties = 0;
+  while (ties < left && target > 0) target -= listed ? space.mass[ties++] : mass(ties++);
   if (rule == Ties::keep) ties = left;
-  return {value_of(space.key[0]), rule == Ties::highest_id ? left - ties : 0, ties};
+  return {value_of(lowest), rule == Ties::highest_id ? left - ties : 0, ties};
 }
 
 inline float kth_largest(const float* z, int64_t n, int64_t k, const Workspace& space) { // z: padded to whole blocks
@@ -347,32 +368,9 @@ inline float kth_largest(const float* z, int64_t n, int64_t k, const Workspace& 
   return select_prefix(numbers, ByCount{}, k, Ties::keep, space).value;
 }
 
-// The list of tokens that `find(b)` has a bit for in block b. In place where the tokens are that list already.
-template <class Find> Tokens compact(const Tokens& tokens, const Workspace& space, Find find) {
-  Tokens kept;
-  for (int64_t b = 0; b < tokens.blocks(); ++b) {
-    uint64_t found = find(b);
-    if (!found) continue;
-    const float* z = tokens.block(b);
-    while (found) {
-      const int64_t i = take_lowest(found);
-      space.list_z[kept.n] = z[i];
-      space.list_id[kept.n] = int32_t(tokens.at(b * kBlock + i));
-      if (tokens.weight) kept.total += space.list_weight[kept.n] = tokens.weight[b * kBlock + i];
-      ++kept.n;
-    }
-  }
-  kept.z = space.list_z;
-  kept.id = space.list_id;
-  kept.last = space.list_z + (kept.blocks() - 1) * kBlock;
-  for (int64_t i = kept.n; i < kept.blocks() * kBlock; ++i) space.list_z[i] = kNever;
-  if (tokens.weight) {
-    kept.weight = space.list_weight;
-    for (int64_t i = kept.n; i < kept.blocks() * kBlock; ++i) space.list_weight[i] = 0;
-  }
-  return kept;
-}
-// Finds what stays above a boundary, block by block in order. block_max, where there is one, tells what to pass over.
+// What stays ------------------------------------------------------------------------------------------------------
+
+// Above a boundary, block by block in order. block_max, where there is one, tells what to pass over.
 struct Inside {
   const Tokens& tokens;
   const float* block_max;
@@ -384,23 +382,84 @@ struct Inside {
     const uint64_t over = block_bits(z, [&](Vec<float> x) { return x > value; });
     if (end.value == kNever) return over; // what is banned is never kept, nor what fills the last block
     uint64_t ties = block_bits(z, [&](Vec<float> x) { return x == value; });
-    for (; end.skip > 0 && ties; --end.skip) ties &= ties - 1;
-    int64_t many = __builtin_popcountll(ties) - end.ties;
-    end.ties -= least(end.ties, __builtin_popcountll(ties));
-    for (; many > 0; --many) ties ^= uint64_t(1) << (63 - __builtin_clzll(ties));
+    const int64_t here = __builtin_popcountll(ties), skip = least(end.skip, here), take = least(end.ties, here - skip);
+    end.skip -= skip, end.ties -= take;
+    if (take == 0) return over;
+    for (int64_t i = 0; i < skip; ++i) ties &= ties - 1;
+    for (int64_t i = skip + take; i < here; ++i) ties ^= uint64_t(1) << (63 - __builtin_clzll(ties));
     return over | ties;
   }
 };
-inline Inside inside(const Tokens& tokens, const Workspace& space, Boundary end) {
-  return {tokens, tokens.id ? nullptr : space.block_max, end};
-}
-HEADWAY_FLATTEN inline Tokens above(const Tokens& tokens, const Workspace& space, Boundary end) {
-  return compact(tokens, space, inside(tokens, space, end));
-}
-template <class Find> int64_t count(const Tokens& tokens, Find find) {
+
+// Marks the tokens that `find(b)` has a bit for in block b, and counts them.
+template <class Find> HEADWAY_FLATTEN int64_t choose(const Tokens& tokens, const Workspace& space, Find find) {
   int64_t n = 0;
-  for (int64_t b = 0; b < tokens.blocks(); ++b) n += __builtin_popcountll(find(b));
+  for (int64_t b = 0; b < tokens.blocks(); ++b) n += __builtin_popcountll(space.chosen[b] = find(b));
   return n;
+}
+inline int64_t choose_inside(const Tokens& tokens, const Workspace& space, Boundary end) {
+  return choose(tokens, space, Inside{tokens, tokens.id ? nullptr : space.block_max, end});
+}
+
+// The list of the chosen tokens; in place where the tokens are a list already.
+HEADWAY_FLATTEN inline Tokens list_chosen(const Tokens& tokens, const Workspace& space) {
+  Tokens kept;
+  for (int64_t b = 0; b < tokens.blocks(); ++b) {
+    const float* z = tokens.block(b);
+    for (uint64_t found = space.chosen[b]; found; ++kept.n) {
+      const int64_t i = take_lowest(found);
+      space.list_z[kept.n] = z[i];
+      space.list_id[kept.n] = int32_t(tokens.at(b * kBlock + i));
+      if (tokens.weight) kept.total += space.list_weight[kept.n] = tokens.weight[b * kBlock + i];
+    }
+  }
+  kept.z = space.list_z;
+  kept.id = space.list_id;
+  kept.last = space.list_z + (kept.blocks() - 1) * kBlock;
+  if (tokens.weight) kept.weight = space.list_weight;
+  for (int64_t i = kept.n; i < kept.blocks() * kBlock; ++i) {
+    space.list_z[i] = kNever;
+    if (tokens.weight) space.list_weight[i] = 0;
+  }
+  return kept;
+}
+
+// The whole row with all but the chosen banned, in memory of its own.
+HEADWAY_FLATTEN inline Tokens ban_others(const Tokens& tokens, const Workspace& space) {
+  const Vec<int32_t> lane = lane_powers();
+  Tokens kept = tokens;
+  kept.z = space.z;
+  kept.last = space.z + (kept.blocks() - 1) * kBlock;
+  Vec<int64_t> removed = int64_t(0);
+  for (int64_t b = 0; b < tokens.blocks(); ++b) {
+    const uint64_t chosen = space.chosen[b];
+    const float* z = tokens.block(b);
+    if (chosen == ~uint64_t(0)) {
+      memmove(space.z + b * kBlock, z, kBlock * sizeof(float));
+      continue;
+    }
+    Vec<float> most = kNever;
+    for (int64_t v = 0; v < kBlock; v += 16) {
+      const Mask<float> in = (Vec<int32_t>(int32_t(chosen >> v & 0xffff)) & lane) != Vec<int32_t>(0);
+      const Vec<float> x = select(in, Vec<float>::load(z + v), Vec<float>(kNever));
+      x.store(space.z + b * kBlock + v);
+      most = larger(x, most);
+      if (!tokens.weight) continue;
+      int64_t* weight = tokens.weight + b * kBlock + v;
+      const Vec<int64_t> w = Vec<int64_t>::load(weight), stays = select(convert<int64_t>(in), w, Vec<int64_t>(0));
+      removed = removed + (w - stays);
+      stays.store(weight);
+    }
+    space.block_max[b] = maximum(most);
+  }
+  kept.total -= sum(removed);
+  return kept;
+}
+
+// Few tokens are walked as a list, many as a row with gaps.
+inline bool are_few(const Tokens& tokens, int64_t count) { return tokens.id || count < tokens.n / 8; }
+inline Tokens keep_chosen(const Tokens& tokens, int64_t count, const Workspace& space) {
+  return are_few(tokens, count) ? list_chosen(tokens, space) : ban_others(tokens, space);
 }
 
 // Stages ---------------------------------------------------------------------------------------------------------
@@ -415,7 +474,9 @@ struct Row {
   Tokens tokens; // those still in
 };
 
-inline void weigh(Row& row) { weigh(row.tokens, row.scale, row.tokens.id ? row.space.list_weight : row.space.weight); }
+inline void weigh(Tokens& tokens, const Row& row) {
+  weigh(tokens, row.scale, tokens.id ? row.space.list_weight : row.space.weight);
+}
 
 // Sums over what is not banned. A lane adds the tokens whose id leaves the lane's number modulo 16, in order: a fixed
 // order, whatever was removed, for a term of 0 changes no sum.
@@ -457,7 +518,7 @@ struct Moments {
   int64_t count;
 };
 inline Moments moments(Row& row) {
-  if (row.scale.one_hot >= 0) weigh(row);
+  if (row.scale.one_hot >= 0) weigh(row.tokens, row);
   const Tokens& tokens = row.tokens;
   Vec<int64_t> total = int64_t(0);
   const Sums all = sums(tokens, [&](int64_t v, Vec<float> z, Vec<double>& first, Vec<double>& second) {
@@ -473,47 +534,62 @@ inline Moments moments(Row& row) {
   return {mass, all.first / double(mass), all.count};
 }
 
-// The first `n` tokens of the order, or the floor if that is more.
-inline void keep_first(Row& row, int64_t n, Ties ties) {
-  n = most(n, row.floor);
-  if (n >= row.tokens.n) return;
-  // n blocks have a maximum of at least the n-th largest maximum, so n tokens do: the n best are among those.
-  if (!row.tokens.id && n < row.tokens.blocks() / 2) {
-    const float bound = kth_largest(row.space.block_max, row.tokens.blocks(), n, row.space);
-    row.tokens = above(row.tokens, row.space, {bound, 0, row.tokens.n});
-    if (n >= row.tokens.n) return; // fewer are not banned
-  }
-  row.tokens = above(row.tokens, row.space, select_prefix(row.tokens, ByCount{}, n, ties, row.space));
+inline float best_logit(const Row& row) {
+  const bool list = row.tokens.id;
+  const int64_t n = list ? row.tokens.n : row.tokens.blocks(); // both lists are filled up with kNever
+  Vec<float> top = kNever;
+  for (int64_t v = 0; v < n; v += 16)
+    top = larger(Vec<float>::load((list ? row.tokens.z : row.space.block_max) + v), top);
+  return maximum(top);
 }
 
-// What lies above a boundary, among `few` tokens that hold all of it.
-inline void keep_above(Row& row, const Tokens& few, Boundary end, Ties ties) {
-  if (row.floor > 1 && count(few, inside(few, row.space, end)) < row.floor) return keep_first(row, row.floor, ties);
-  row.tokens = above(few, row.space, end);
+// The first `n` tokens of the order, or the floor if that is more.
+inline void keep_first(Row& row, int64_t n, Ties ties) {
+  Tokens& tokens = row.tokens;
+  n = most(n, row.floor);
+  if (n >= tokens.n) return;
+  // n blocks have a maximum of at least the n-th largest maximum, so n tokens do. Fewer blocks have more than that, so
+  // few tokens do: either they suffice, or the boundary is that maximum.
+  if (!tokens.id && n < tokens.blocks() / 2) {
+    const float bound = kth_largest(row.space.block_max, tokens.blocks(), n, row.space);
+    const int64_t equal = choose_inside(tokens, row.space, {bound, 0, tokens.n});
+    const int64_t over = choose_inside(tokens, row.space, {bound, 0, 0});
+    if (over < n) {
+      const int64_t need = ties == Ties::keep ? equal - over : least(n, equal) - over;
+      const int64_t skip = ties == Ties::highest_id ? equal - over - need : 0;
+      const int64_t count = choose_inside(tokens, row.space, {bound, skip, need});
+      tokens = keep_chosen(tokens, count, row.space);
+      return;
+    }
+    tokens = keep_chosen(tokens, over, row.space);
+  }
+  const int64_t count = choose_inside(tokens, row.space, select_prefix(tokens, ByCount{}, n, ties, row.space));
+  tokens = keep_chosen(tokens, count, row.space);
+}
+
+// The chosen among `few` tokens that hold all of them, or the first of the order where the floor is higher.
+inline void keep(Row& row, const Tokens& few, int64_t count, Ties ties) {
+  if (count < row.floor) return keep_first(row, row.floor, ties);
+  row.tokens = keep_chosen(few, count, row.space);
+}
+
+// The tokens that reach a bound, where that is a short list; else all.
+inline Tokens reaching(const Row& row, float bound) {
+  if (row.tokens.id) return row.tokens;
+  const int64_t count = choose_inside(row.tokens, row.space, {bound, 0, row.tokens.n});
+  return are_few(row.tokens, count) ? list_chosen(row.tokens, row.space) : row.tokens;
 }
 
 // What has at least this weight; where that is too few, the first of the order.
 inline void keep_heavy(Row& row, int64_t weight, Ties ties) {
-  Tokens few = row.tokens;
-  if (!few.id && row.scale.one_hot < 0) few = above(few, row.space, {lowest_of_weight(row.scale, weight), 0, few.n});
-  weigh(few, row.scale, few.id ? row.space.list_weight : row.space.weight);
-  const auto heavy = [&](int64_t b) {
-    uint64_t found = 0;
-    const int64_t n = least(kBlock, few.n - b * kBlock);
-    const int64_t* w = few.weight + b * kBlock;
-    const float* z = few.block(b);
-    for (int64_t i = 0; i < n; ++i) found |= uint64_t(w[i] >= weight && z[i] != kNever) << i;
-    return found;
-  };
-  if (count(few, heavy) < row.floor) return keep_first(row, row.floor, ties);
-  row.tokens = compact(few, row.space, heavy);
-}
-
-inline float largest_logit(const Tokens& tokens) {
-  Vec<float> top = kNever;
-  for (int64_t b = 0; b < tokens.blocks(); ++b)
-    for (int64_t v = 0; v < kBlock; v += 16) top = larger(Vec<float>::load(tokens.block(b) + v), top);
-  return maximum(top);
+  Tokens few = row.scale.one_hot < 0 ? reaching(row, lowest_of_weight(row.scale, weight)) : row.tokens;
+  weigh(few, row);
+  const int64_t count = choose(few, row.space, [&](int64_t b) {
+    const Vec<int64_t> least_weight = weight;
+    const uint64_t banned = block_bits(few.block(b), [](Vec<float> z) { return z == Vec<float>(kNever); });
+    return block_bits(few.weight + b * kBlock, [&](Vec<int64_t> w) { return w >= least_weight; }) & ~banned;
+  });
+  keep(row, few, count, ties);
 }
 
 // Measures masses at a temperature; the best of those left has 2^s.
@@ -521,17 +597,14 @@ inline void measure(Row& row, double temperature) {
   Tokens& tokens = row.tokens;
   Scale& scale = row.scale;
   tokens.weight = nullptr;
-  if (tokens.id) scale.top = largest_logit(tokens);
+  scale.top = best_logit(row);
   scale.inverse = inverse_temperature(temperature);
   scale.one_hot = -1;
-  if (temperature > 0) return;
-  for (int64_t b = 0;; ++b) {
+  for (int64_t b = 0; temperature == 0 && scale.one_hot < 0; ++b) {
     if (!tokens.id && row.space.block_max[b] != scale.top) continue;
     const Vec<float> top = scale.top;
     uint64_t found = block_bits(tokens.block(b), [&](Vec<float> z) { return z == top; });
-    if (!found) continue;
-    scale.one_hot = tokens.at(b * kBlock + take_lowest(found));
-    return;
+    if (found) scale.one_hot = tokens.at(b * kBlock + take_lowest(found));
   }
 }
 
@@ -558,7 +631,7 @@ inline void temperature(Row& row, const Step& step) {
 }
 
 inline void top_n_sigma(Row& row, const Step& step) {
-  const double n = step.value[0][row.index], top = double(largest_logit(row.tokens));
+  const double n = step.value[0][row.index], top = double(best_logit(row));
   if (n == __builtin_inf()) return;
   const Sums all = sums(row.tokens, [&](int64_t, Vec<float> z, Vec<double>& first, Vec<double>& second) {
     first = widen(z) - Vec<double>(top);
@@ -567,7 +640,7 @@ inline void top_n_sigma(Row& row, const Step& step) {
   const double mean = all.first / double(all.count), variance = all.second / double(all.count) - mean * mean;
   const double below = n * (variance > 0 ? __builtin_sqrt(variance) : 0);
   const float bound = lowest(float(top), [&](float z) { return double(z) - top >= -below; });
-  keep_above(row, row.tokens, {bound, 0, row.tokens.n}, step.ties);
+  keep(row, row.tokens, choose_inside(row.tokens, row.space, {bound, 0, row.tokens.n}), step.ties);
 }
 
 inline void top_k(Row& row, const Step& step) {
@@ -575,31 +648,41 @@ inline void top_k(Row& row, const Step& step) {
   if (k < double(row.tokens.n)) keep_first(row, int64_t(k), step.ties);
 }
 
+HEADWAY_FLATTEN inline int64_t mass_reaching(const Row& row, float bound) {
+  const Vec<float> value = bound;
+  Vec<int64_t> mass = int64_t(0);
+  for (int64_t b = 0; b < row.tokens.blocks(); ++b)
+    for (int64_t v = 0; v < kBlock && row.space.block_max[b] >= bound; v += 16) {
+      const Mask<float> in = Vec<float>::load(row.tokens.block(b) + v) >= value;
+      mass = mass + (convert<int64_t>(in) & Vec<int64_t>::load(row.tokens.weight + b * kBlock + v));
+    }
+  return sum(mass);
+}
+
 inline void top_p(Row& row, const Step& step) {
   const double p = step.value[0][row.index];
   if (p == 1.0) return;
-  weigh(row);
-  const int64_t target = share(p, row.tokens.total, !step.equal);
+  weigh(row.tokens, row);
+  const int64_t target = share(p, row.tokens.total, !step.equal), blocks = row.tokens.blocks();
   if (target == 0) return keep_first(row, row.floor, step.ties);
   // On most rows a few tokens hold the mass: try those that reach the k-th largest block maximum, for growing k.
   Tokens few = row.tokens;
-  if (!few.id)
-    for (int64_t k = 8; k < few.blocks() / 2; k *= 8) {
-      const float bound = kth_largest(row.space.block_max, few.blocks(), k, row.space);
-      const Tokens best = above(row.tokens, row.space, {bound, 0, row.tokens.n});
-      if (best.total < target) continue;
-      few = best;
-      break;
-    }
-  keep_above(row, few, select_prefix(few, ByMass{few.weight}, target, step.ties, row.space), step.ties);
+  for (int64_t k = 8; !few.id && k < blocks / 2; k *= 8) {
+    const float bound = kth_largest(row.space.block_max, blocks, k, row.space);
+    if (mass_reaching(row, bound) < target) continue;
+    few = reaching(row, bound);
+    break;
+  }
+  const Boundary end = select_prefix(few, ByMass{few.weight}, target, step.ties, row.space);
+  keep(row, few, choose_inside(few, row.space, end), step.ties);
 }
 
 inline void min_p(Row& row, const Step& step) {
   const double p = step.value[0][row.index];
   if (p == 0.0) return;
   int64_t best = int64_t(1) << row.scale.s;
-  if (row.tokens.id) { // the best of all may be gone
-    weigh(row);
+  if (best_logit(row) < row.scale.top) { // the best of all is gone
+    weigh(row.tokens, row);
     best = 0;
     for (int64_t i = 0; i < row.tokens.n; ++i) best = most(best, row.tokens.weight[i]);
   }
@@ -609,7 +692,7 @@ inline void min_p(Row& row, const Step& step) {
 inline void typical_p(Row& row, const Step& step) {
   const double p = step.value[0][row.index];
   if (p == 1.0) return;
-  weigh(row);
+  weigh(row.tokens, row);
   const Vec<float> mean = float(moments(row).mean), zero = 0.0f;
   float* distance = row.space.distance; // negative, so that the nearest are the best
   for (int64_t b = 0; b < row.tokens.blocks(); ++b)
@@ -620,13 +703,15 @@ inline void typical_p(Row& row, const Step& step) {
   Tokens by_distance = row.tokens;
   by_distance.z = distance;
   by_distance.last = distance + (by_distance.blocks() - 1) * kBlock;
-  const int64_t target = share(p, row.tokens.total, !step.equal);
-  Boundary end{__builtin_inff(), 0, 0};
-  if (target > 0) end = select_prefix(by_distance, ByMass{row.tokens.weight}, target, step.ties, row.space);
-  const int64_t n = least(row.floor, row.tokens.n);
-  if (target == 0 || (n > 1 && count(by_distance, Inside{by_distance, nullptr, end}) < n))
-    end = select_prefix(by_distance, ByCount{}, n, step.ties, row.space);
-  row.tokens = compact(row.tokens, row.space, Inside{by_distance, nullptr, end});
+  const auto choose_near = [&](Boundary end) {
+    return choose(by_distance, row.space, Inside{by_distance, nullptr, end});
+  };
+  const int64_t target = share(p, row.tokens.total, !step.equal), floor = least(row.floor, row.tokens.n);
+  int64_t count = 0;
+  if (target > 0)
+    count = choose_near(select_prefix(by_distance, ByMass{row.tokens.weight}, target, step.ties, row.space));
+  if (count < floor) count = choose_near(select_prefix(by_distance, ByCount{}, floor, step.ties, row.space));
+  row.tokens = keep_chosen(row.tokens, count, row.space);
 }
 
 inline void epsilon_cutoff(Row& row, const Step& step) {
@@ -647,34 +732,30 @@ inline void eta_cutoff(Row& row, const Step& step) {
 // Of the tokens that reach the threshold all but the last of the order go (Ties::keep: all but its equals).
 inline void xtc(Row& row, const Step& step) {
   if (double(row.coin >> 11) * 0x1p-53 >= step.value[0][row.index]) return;
-  const Moments all = moments(row);
-  weigh(row);
+  weigh(row.tokens, row);
   const Tokens& tokens = row.tokens;
-  const int64_t weight = most(1, share(step.value[1][row.index], all.total, step.equal));
-  const float bound = tokens.id || row.scale.one_hot >= 0 ? kNever : lowest_of_weight(row.scale, weight);
-  const auto heavy = [&](int64_t b) {
-    uint64_t found = 0;
-    if (!tokens.id && row.space.block_max[b] < bound) return found;
-    const int64_t* w = tokens.weight + b * kBlock;
-    for (int64_t i = 0; i < least(kBlock, tokens.n - b * kBlock); ++i) found |= uint64_t(w[i] >= weight) << i;
-    return found;
-  };
-  int64_t top = 0, last = 0;
+  const int64_t weight = most(1, share(step.value[1][row.index], tokens.total, step.equal));
+  const Vec<int64_t> least_weight = weight;
+  const int64_t top = choose(tokens, row.space, [&](int64_t b) {
+    return block_bits(tokens.weight + b * kBlock, [&](Vec<int64_t> w) { return w >= least_weight; });
+  });
+  if (top < 2) return;
+  int64_t last = 0;
   float last_z = __builtin_inff();
   for (int64_t b = 0; b < tokens.blocks(); ++b)
-    for (uint64_t found = heavy(b); found; ++top) {
+    for (uint64_t found = row.space.chosen[b]; found;) {
       const int64_t i = take_lowest(found);
       if (tokens.block(b)[i] <= last_z) last = b * kBlock + i, last_z = tokens.block(b)[i];
     }
-  const auto stays = [&](int64_t b) {
+  const int64_t count = choose(tokens, row.space, [&](int64_t b) {
     const float* z = tokens.block(b);
-    const uint64_t banned = block_bits(z, [](Vec<float> x) { return x == Vec<float>(kNever); });
-    uint64_t equal = uint64_t(b == last / kBlock) << last % kBlock;
     const Vec<float> value = last_z;
-    if (step.ties == Ties::keep) equal = block_bits(z, [&](Vec<float> x) { return x == value; });
-    return (~heavy(b) | equal) & ~banned;
-  };
-  if (top > 1 && count(tokens, stays) >= row.floor) row.tokens = compact(tokens, row.space, stays);
+    uint64_t stays = ~row.space.chosen[b];
+    if (step.ties == Ties::keep) stays |= block_bits(z, [&](Vec<float> x) { return x == value; });
+    if (b == last / kBlock) stays |= uint64_t(1) << last % kBlock;
+    return stays & ~block_bits(z, [](Vec<float> x) { return x == Vec<float>(kNever); });
+  });
+  if (count >= row.floor) row.tokens = keep_chosen(tokens, count, row.space);
 }
 
 using RunStage = void (*)(Row&, const Step&);
@@ -690,11 +771,7 @@ HEADWAY_FLATTEN inline void ban(const Sampling& task, int64_t index, float* z) {
   const uint8_t* allowed =
       static_cast<const uint8_t*>(task.allowed.data) + batch_offset(task.batch, task.allowed, index);
   if (task.packed) {
-    const Vec<int32_t> bit = [] {
-      int32_t one[16];
-      for (int i = 0; i < 16; ++i) one[i] = 1 << i;
-      return Vec<int32_t>::load(one);
-    }();
+    const Vec<int32_t> bit = lane_powers();
     for (int64_t v = 0; v < task.V; v += 16) { // two bytes: a mask has whole words of four
       const Vec<int32_t> bytes = int32_t(allowed[v / 8 * stride] | allowed[(v / 8 + 1) * stride] << 8);
       select((bytes & bit) != Vec<int32_t>(0), Vec<float>::load(z + v), Vec<float>(kNever)).store(z + v);
@@ -902,7 +979,7 @@ inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memor
     task.tokens[index] = draw_unfiltered(tokens, row.scale, random.word[0], space.mass);
     return;
   }
-  if (task.tokens || task.probabilities) weigh(row);
+  if (task.tokens || task.probabilities) weigh(row.tokens, row);
   if (task.tokens) task.tokens[index] = token_at(tokens, int64_t(high_product(random.word[0], uint64_t(tokens.total))));
   if (task.probabilities) {
     if (task.logits.dtype == DType::f64)

@@ -11,14 +11,14 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _arrays, _native
-from ._dialects import OFF, Step, rules
+from ._dialects import OFF, rules
 from ._options import CHECKS, Array, Settings, Sparse, broadcast, check_together, checked, flat, frozen, identity, shown
 
 if TYPE_CHECKING:
@@ -253,17 +253,20 @@ class _Run:
     def steps(self) -> list[tuple[int, int, bool, list[Array]]]:
         """Return the stages that do something, in order, with their values for each row."""
         steps: list[tuple[int, int, bool, list[Array]]] = []
-        for step in rules(self.settings["dialect"], self.settings["nucleus"]).steps:
-            names = _VALUES.get(step.option, (step.option,))
-            if step.option == "temperature" and self.settings["dynamic_temperature_range"] is None:
+        settings = self.settings
+        keep = settings["ties"] == "keep"
+        for stage, names, off, ties, equal in _plan(settings["dialect"], settings["nucleus"]):
+            value = settings[names[0]]
+            if value is None:
+                continue
+            if names[0] == "temperature" and settings["dynamic_temperature_range"] is None:
                 names = names[:1]
-            value = self.settings[names[0]]
-            # Idle in all rows. Temperature 1 is, where nothing was removed: else masses are measured anew.
-            idle = value is None or (value.ndim == 0 and value == OFF.get(step.option))
-            if not idle or (step.option == "temperature" and (steps or len(names) > 1)):
-                ties = "keep" if step.option == "top_k" and self.settings["ties"] == "keep" else step.ties
-                values = [self.per_row(name).astype(np.float64) for name in names]
-                steps.append((_STAGES[step.option], _TIES[ties], step.equal, values))
+                idle = not steps  # at temperature 1, unless stages before removed what masses were measured against
+            else:
+                idle = len(names) < 3
+            if not (idle and value.ndim == 0 and value == off):
+                values = [self.per_row(name).astype(np.float64, copy=False) for name in names]
+                steps.append((stage, _KEEP if keep and names[0] == "top_k" else ties, equal, values))
         return steps
 
     def coin(self) -> dict[str, Any]:
@@ -355,14 +358,30 @@ class _Run:
         raise ValueError(f"{name}: expected at least one token that is not banned{where}, got none; allow one")
 
 
-# The numbers that the kernel has for stages and ties, and the options that a stage takes besides its own.
-_STAGES = {name: number for number, name in enumerate(_native.SAMPLING_STAGES)}
-_TIES = {name: number for number, name in enumerate(_native.SAMPLING_TIES)}
+# The options that a stage takes, where that is not the one it is named after alone.
 _VALUES = {
     "greedy": ("temperature",),
     "temperature": ("temperature", "dynamic_temperature_range", "dynamic_temperature_exponent"),
     "xtc_probability": ("xtc_probability", "xtc_threshold"),
 }
+_KEEP = _native.SAMPLING_TIES.index("keep")
+
+
+@cache
+def _plan(dialect: str | None, nucleus: str) -> list[tuple[int, tuple[str, ...], float | None, int, bool]]:
+    """Return the stages as the kernel numbers them, each with its options and the value that switches it off."""
+    return [
+        (
+            _native.SAMPLING_STAGES.index(step.option),
+            _VALUES.get(step.option, (step.option,)),
+            OFF.get(step.option),
+            _native.SAMPLING_TIES.index(step.ties),
+            step.equal,
+        )
+        for step in rules(dialect, nucleus).steps
+    ]
+
+
 _DEFAULTS = checked({f.name: f.default for f in fields(SamplingParams) if f.init})
 
 
