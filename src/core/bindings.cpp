@@ -271,7 +271,7 @@ template <class T> T* rows_out(const std::optional<Out>& a, const char* name, in
   return static_cast<T*>(a->data());
 }
 
-using StepTuple = std::tuple<int, int, bool, std::vector<In>>; // Step of kernels.h
+using StepTuple = std::tuple<int, int, bool, bool, std::vector<In>>; // Step of kernels.h
 
 // Whether all rows are fine; where not, their status says what is wrong.
 bool sample(const In& logits, const std::optional<In>& bias, const std::optional<In>& allowed, bool packed,
@@ -291,11 +291,11 @@ bool sample(const In& logits, const std::optional<In>& bias, const std::optional
   if (allowed && t.allowed.dtype != DType::boolean) throw std::invalid_argument("allowed: expected uint8");
   t.packed = packed;
   std::vector<Step> list;
-  for (const auto& [stage, ties, equal, values] : steps) {
+  for (const auto& [stage, ties, equal, floor, values] : steps) {
     if (stage < 0 || stage >= int(Stage::count) || ties < 0 || ties >= int(Ties::count) || values.empty() ||
         values.size() > size_t(kStepValues))
       throw std::invalid_argument("steps: no such stage");
-    Step step{Stage(stage), Ties(ties), equal, {}};
+    Step step{Stage(stage), Ties(ties), equal, floor, {}};
     for (size_t i = 0; i < values.size(); ++i) step.value[i] = per_row<double>(values[i], "steps", rows);
     list.push_back(step);
   }

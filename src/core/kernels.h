@@ -93,8 +93,8 @@ template <class T> struct PerRow {
 enum class SamplingFault : int64_t { none, nan, infinite, overflow, empty };
 constexpr int64_t kSamplingFaults = 8;
 
-// One stage of sampling with its values for each row. What the stages do, and what ties and equal settle, is said in
-// _dialects.py and in sampling.h.
+// One stage of sampling with its values for each row. What the stages do, and what ties, equal and floor settle, is
+// said in _dialects.py and in sampling.h.
 enum class Stage : int32_t {
   greedy,
   temperature,
@@ -113,7 +113,7 @@ constexpr int kStepValues = 3;
 struct Step {
   Stage stage;
   Ties ties;
-  bool equal;
+  bool equal, floor;
   PerRow<double> value[kStepValues]; // temperature: and range, exponent; xtc: probability, threshold
 };
 
@@ -126,7 +126,7 @@ struct Sampling {
   bool packed;
   const Step* steps; // in their order
   int64_t step_count;
-  PerRow<int64_t> min_tokens; // what every stage leaves at least
+  PerRow<int64_t> min_tokens; // what a stage that heeds it leaves at least
   PerRow<uint64_t> seed, position;
   bool streams;           // row i draws from stream i of its seed, not from stream 0
   PerRow<double> uniform; // instead of seed and position, or absent: all three may be if nothing is left to chance

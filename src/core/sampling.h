@@ -468,7 +468,7 @@ struct Row {
   const Sampling& task;
   int64_t index;
   const Workspace& space;
-  int64_t floor; // every stage leaves so many tokens, if there are so many
+  int64_t floor; // what the stage leaves at least, if there are so many
   uint64_t coin; // the random word for xtc
   Scale scale;
   Tokens tokens; // those still in
@@ -710,7 +710,7 @@ inline void typical_p(Row& row, const Step& step) {
   int64_t count = 0;
   if (target > 0)
     count = choose_near(select_prefix(by_distance, ByMass{row.tokens.weight}, target, step.ties, row.space));
-  if (count < floor) count = choose_near(select_prefix(by_distance, ByCount{}, floor, step.ties, row.space));
+  if (count < floor) count = choose_near(select_prefix(by_distance, ByCount{}, floor, Ties::lowest_id, row.space));
   row.tokens = keep_chosen(row.tokens, count, row.space);
 }
 
@@ -956,6 +956,7 @@ inline bool begin(Row& row) {
 inline void filter(Row& row, bool token_only = false) {
   for (int64_t i = 0; i < row.task.step_count; ++i) {
     const Step& step = row.task.steps[i];
+    row.floor = step.floor ? row.task.min_tokens[row.index] : 1;
     kStages[int(step.stage)](row, step);
     if (token_only && row.scale.one_hot >= 0) return; // it outlives every stage that follows
   }
@@ -964,7 +965,7 @@ inline void filter(Row& row, bool token_only = false) {
 inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memory memory) {
   const Workspace space(Arena{static_cast<char*>(memory.own)}, task.V);
   const RandomBlock random = random_words(task, index);
-  Row row{task, index, space, task.min_tokens[index], random.word[1], {}, {}};
+  Row row{task, index, space, 1, random.word[1], {}, {}};
   if (!begin(row)) return;
   const Tokens& tokens = row.tokens;
   const bool token_only = !task.probabilities && !task.filtered;

@@ -20,11 +20,13 @@ class Step(NamedTuple):
         ids are in, the highest, or all of them.
     equal: whether a token exactly on the boundary is in: for top_p and typical_p one before which there is exactly
         the mass p, for xtc one that has exactly the mass of the threshold.
+    floor: whether min_tokens_to_keep is heeded.
     """
 
     option: str
     ties: Literal["lowest_id", "highest_id", "keep"] = "lowest_id"
     equal: bool = False
+    floor: bool = True
 
 
 class Reading(NamedTuple):
@@ -91,8 +93,8 @@ NUCLEUS = {
 }
 
 DIALECTS = {
-    # transformers: generation/logits_process.py and _get_logits_processor. top_p sorts upwards, so of equal logits the
-    # lower ids go first; the other filters compare values.
+    # transformers 5: generation/logits_process.py and _get_logits_processor. top_p sorts upwards, so of equal logits the
+    # lower ids go first, if the sort is stable: torch's need not be. The other filters compare values.
     "hf": Dialect(
         (
             Step("temperature"),
@@ -124,8 +126,8 @@ DIALECTS = {
     # llama.cpp: src/llama-sampling.cpp, in the default order of common/sampling.cpp.
     "llama.cpp": Dialect(
         (
-            Step("top_n_sigma"),
-            Step("top_k"),
+            Step("top_n_sigma", floor=False),
+            Step("top_k", floor=False),
             Step("typical_p", equal=True),
             Step("top_p"),
             Step("min_p"),
@@ -152,14 +154,14 @@ DIALECTS = {
         (Step("temperature"), Step("top_p", equal=True), Step("top_k"), Step("min_p")),
         {"temperature": (Reading(0, math.nextafter(1e-6, 0), 0),), "top_k": (Reading(-1, -1, INF),)},
     ),
-    # mlx-lm: sample_utils.py, make_sampler. Temperature 0 skips all filters.
+    # mlx-lm 0.32: sample_utils.py, make_sampler. Temperature 0 skips all filters; top_p cuts at a value.
     "mlx": Dialect(
         (
             Step("greedy"),
-            Step("top_p", "highest_id"),
+            Step("top_p", "keep", floor=False),
             Step("min_p"),
-            Step("xtc_probability", "keep"),
-            Step("top_k"),
+            Step("xtc_probability", "keep", floor=False),
+            Step("top_k", floor=False),
             Step("temperature"),
         ),
         {

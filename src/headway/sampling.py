@@ -250,12 +250,12 @@ class _Run:
         if self.rows and not _native.sample(data, bias, allowed, packed, steps, least, *source, *outputs):
             self.fail(status)
 
-    def steps(self) -> list[tuple[int, int, bool, list[Array]]]:
+    def steps(self) -> list[tuple[int, int, bool, bool, list[Array]]]:
         """Return the stages that do something, in order, with their values for each row."""
-        steps: list[tuple[int, int, bool, list[Array]]] = []
+        steps: list[tuple[int, int, bool, bool, list[Array]]] = []
         settings = self.settings
         keep = settings["ties"] == "keep"
-        for stage, names, off, ties, equal in _plan(settings["dialect"], settings["nucleus"]):
+        for stage, names, off, ties, equal, floor in _plan(settings["dialect"], settings["nucleus"]):
             value = settings[names[0]]
             if value is None:
                 continue
@@ -266,7 +266,7 @@ class _Run:
                 idle = len(names) < 3
             if not (idle and value.ndim == 0 and value == off):
                 values = [self.per_row(name).astype(np.float64, copy=False) for name in names]
-                steps.append((stage, _KEEP if keep and names[0] == "top_k" else ties, equal, values))
+                steps.append((stage, _KEEP if keep and names[0] == "top_k" else ties, equal, floor, values))
         return steps
 
     def coin(self) -> dict[str, Any]:
@@ -368,7 +368,7 @@ _KEEP = _native.SAMPLING_TIES.index("keep")
 
 
 @cache
-def _plan(dialect: str | None, nucleus: str) -> list[tuple[int, tuple[str, ...], float | None, int, bool]]:
+def _plan(dialect: str | None, nucleus: str) -> list[tuple[int, tuple[str, ...], float | None, int, bool, bool]]:
     """Return the stages as the kernel numbers them, each with its options and the value that switches it off."""
     return [
         (
@@ -377,6 +377,7 @@ def _plan(dialect: str | None, nucleus: str) -> list[tuple[int, tuple[str, ...],
             OFF.get(step.option),
             _native.SAMPLING_TIES.index(step.ties),
             step.equal,
+            step.floor,
         )
         for step in rules(dialect, nucleus).steps
     ]

@@ -122,15 +122,15 @@ void sampling(Digest& digest, const Kernels& table) {
   const double exponent = 0.7, sigmas = 3, threshold = 0.01;
   const PerRow<double> share{p.data(), 1}, little{small.data(), 1};
   const Step steps[] = {
-      {Stage::temperature, Ties::lowest_id, false, {{temperature.data(), 1}, {range.data(), 1}, {&exponent, 0}}},
-      {Stage::top_n_sigma, Ties::lowest_id, false, {{&sigmas, 0}}},
-      {Stage::top_k, Ties::lowest_id, false, {{top_k.data(), 1}}},
-      {Stage::top_p, Ties::highest_id, true, {share}},
-      {Stage::min_p, Ties::lowest_id, false, {little}},
-      {Stage::typical_p, Ties::lowest_id, false, {share}},
-      {Stage::epsilon_cutoff, Ties::lowest_id, false, {little}},
-      {Stage::eta_cutoff, Ties::lowest_id, false, {little}},
-      {Stage::xtc, Ties::lowest_id, true, {share, {&threshold, 0}}},
+      {Stage::temperature, Ties::lowest_id, false, true, {{temperature.data(), 1}, {range.data(), 1}, {&exponent, 0}}},
+      {Stage::top_n_sigma, Ties::lowest_id, false, true, {{&sigmas, 0}}},
+      {Stage::top_k, Ties::lowest_id, false, true, {{top_k.data(), 1}}},
+      {Stage::top_p, Ties::highest_id, true, true, {share}},
+      {Stage::min_p, Ties::lowest_id, false, true, {little}},
+      {Stage::typical_p, Ties::lowest_id, false, true, {share}},
+      {Stage::epsilon_cutoff, Ties::lowest_id, false, true, {little}},
+      {Stage::eta_cutoff, Ties::lowest_id, false, true, {little}},
+      {Stage::xtc, Ties::lowest_id, true, true, {share, {&threshold, 0}}},
   };
   Sampling t{};
   t.batch.axes = 1, t.batch.shape[0] = rows;

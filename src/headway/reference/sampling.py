@@ -159,6 +159,7 @@ class _Row:
         self.z: AnyArray = z[self.ids]
         self.settings = settings
         self.words = words  # the row's random numbers
+        self.floor = 1  # what the stage must leave at least
         self.measure(1.0)
 
     def measure(self, temperature: float) -> None:
@@ -178,7 +179,7 @@ class _Row:
 
     def first(self, count: int, ties: str) -> AnyArray:
         """Which tokens are the first `count` of the order, at least as many as must be kept."""
-        count = min(max(count, self.settings["min_tokens_to_keep"]), self.ids.size)
+        count = min(max(count, self.floor), self.ids.size)
         key = _keys(self.z)
         if ties == "keep":
             return np.asarray(key >= key[count - 1])
@@ -261,7 +262,7 @@ def _top_p(row: _Row, p: float, step: Step) -> None:
 def _heavy(row: _Row, least: int, step: Step) -> None:
     """Keep masses of at least so much; where those are too few, the first of the order."""
     stays = row.mass >= least
-    row.keep(stays if stays.sum() >= row.settings["min_tokens_to_keep"] else row.first(0, step.ties))
+    row.keep(stays if stays.sum() >= row.floor else row.first(0, step.ties))
 
 
 def _min_p(row: _Row, p: float, step: Step) -> None:
@@ -277,9 +278,9 @@ def _typical_p(row: _Row, p: float, step: Step) -> None:
     order = np.lexsort((row.ids, _keys(distance)))
     mass = row.mass[order]
     count = int((np.cumsum(mass) - mass < _share(p, row.total, not step.equal)).sum())
-    last = order[min(max(count, row.settings["min_tokens_to_keep"]), order.size) - 1]
-    nearer = (distance < distance[last]) | ((distance == distance[last]) & (row.ids <= row.ids[last]))
-    row.keep(distance <= distance[last] if step.ties == "keep" else nearer)
+    if step.ties == "keep" and count:
+        count = int((distance <= distance[order[count - 1]]).sum())
+    row.keep(np.isin(np.arange(row.ids.size), order[: max(count, row.floor)]))
 
 
 def _epsilon_cutoff(row: _Row, epsilon: float, step: Step) -> None:
@@ -307,7 +308,7 @@ def _xtc(row: _Row, probability: float, step: Step) -> None:
         return
     key = _keys(row.z)
     goes = top[key[top] > key[top[-1]]] if step.ties == "keep" else top[:-1]
-    if row.ids.size - goes.size >= row.settings["min_tokens_to_keep"]:
+    if row.ids.size - goes.size >= row.floor:
         row.keep(~np.isin(np.arange(row.ids.size), goes))
 
 
@@ -334,6 +335,7 @@ def _through_stages(given: _Given, z: AnyArray, settings: _Settings, words: tupl
         value = settings["temperature" if step.option == "greedy" else step.option]
         if value is not None:
             ties = "keep" if step.option == "top_k" and settings["ties"] == "keep" else step.ties
+            row.floor = settings["min_tokens_to_keep"] if step.floor else 1
             _STAGES[step.option](row, value, step._replace(ties=ties))
     return row
 
