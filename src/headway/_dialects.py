@@ -93,8 +93,8 @@ NUCLEUS = {
 }
 
 DIALECTS = {
-    # transformers 5: generation/logits_process.py and _get_logits_processor. top_p sorts upwards, so of equal logits the
-    # lower ids go first, if the sort is stable: torch's need not be. The other filters compare values.
+    # transformers 5: generation/logits_process.py and _get_logits_processor. top_p sorts upwards, so of equal logits
+    # the lower ids go first, if the sort is stable: torch's need not be. The other filters compare values.
     "hf": Dialect(
         (
             Step("temperature"),
