@@ -254,7 +254,13 @@ def test_s16_filter_logits() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": 1.7, "top_k": 20}, {"top_p": 0.8}, {"temperature": 0.9, "top_k": 9, "top_p": 0.9, "min_p": 0.02}],
+    [
+        {"temperature": 1.7, "top_k": 20},
+        {"top_p": 0.8},
+        {"temperature": 0.9, "top_k": 9, "top_p": 0.9, "min_p": 0.02},
+        {"temperature": 1.5, "typical_p": 0.3},
+        {"temperature": 1.5, "xtc_probability": 1, "xtc_threshold": 0.02},
+    ],
 )
 def test_s17_filtering_first_is_the_same_draw(options: dict[str, Any]) -> None:
     left, temperature = hw.filter_logits(ROWS, **options), options.get("temperature", 1.0)
@@ -449,7 +455,7 @@ def test_s36_what_else_differs() -> None:
     assert kept(TIED, xtc_threshold=0.15, dialect="llama.cpp", xtc_probability=1.0) == [3, 4]
 
 
-def test_s37_temperature_that_comes_last() -> None:
+def test_s37_masses_are_measured_anew() -> None:
     """xtc takes the best token away; measured against it, at so low a temperature nothing would be left."""
     logits = [5.0, 4.0, 3.0, -9.0]
     on = {"xtc_probability": 1.0, "xtc_threshold": 0.2, "dialect": "llama.cpp"}

@@ -592,6 +592,14 @@ inline void keep_heavy(Row& row, int64_t weight, Ties ties) {
   keep(row, few, count, ties);
 }
 
+// After a stage that may take the best token: where it did, masses are measured anew, with 2^s for the best one left.
+inline void measure_anew(Row& row) {
+  const float best = best_logit(row);
+  if (best == row.scale.top) return;
+  row.scale.top = best;
+  row.tokens.weight = nullptr;
+}
+
 // Measures masses at a temperature; the best of those left has 2^s.
 inline void measure(Row& row, double temperature) {
   Tokens& tokens = row.tokens;
@@ -680,13 +688,7 @@ inline void top_p(Row& row, const Step& step) {
 inline void min_p(Row& row, const Step& step) {
   const double p = step.value[0][row.index];
   if (p == 0.0) return;
-  int64_t best = int64_t(1) << row.scale.s;
-  if (best_logit(row) < row.scale.top) { // the best of all is gone
-    weigh(row.tokens, row);
-    best = 0;
-    for (int64_t i = 0; i < row.tokens.n; ++i) best = most(best, row.tokens.weight[i]);
-  }
-  keep_heavy(row, share(p, best), step.ties);
+  keep_heavy(row, share(p, int64_t(1) << row.scale.s), step.ties);
 }
 
 inline void typical_p(Row& row, const Step& step) {
@@ -712,6 +714,7 @@ inline void typical_p(Row& row, const Step& step) {
     count = choose_near(select_prefix(by_distance, ByMass{row.tokens.weight}, target, step.ties, row.space));
   if (count < floor) count = choose_near(select_prefix(by_distance, ByCount{}, floor, Ties::lowest_id, row.space));
   row.tokens = keep_chosen(row.tokens, count, row.space);
+  measure_anew(row);
 }
 
 inline void epsilon_cutoff(Row& row, const Step& step) {
@@ -755,7 +758,9 @@ inline void xtc(Row& row, const Step& step) {
     if (b == last / kBlock) stays |= uint64_t(1) << last % kBlock;
     return stays & ~block_bits(z, [](Vec<float> x) { return x == Vec<float>(kNever); });
   });
-  if (count >= row.floor) row.tokens = keep_chosen(tokens, count, row.space);
+  if (count < row.floor) return;
+  row.tokens = keep_chosen(tokens, count, row.space);
+  measure_anew(row);
 }
 
 using RunStage = void (*)(Row&, const Step&);

@@ -261,10 +261,7 @@ class _Run:
                 continue
             if names[0] == "temperature" and settings["dynamic_temperature_range"] is None:
                 names = names[:1]
-                idle = not steps  # at temperature 1, unless stages before removed what masses were measured against
-            else:
-                idle = len(names) < 3
-            if not (idle and value.ndim == 0 and value == off):
+            if len(names) == 3 or value.ndim or value != off:
                 values = [self.per_row(name).astype(np.float64, copy=False) for name in names]
                 steps.append((stage, _KEEP if keep and names[0] == "top_k" else ties, equal, floor, values))
         return steps

@@ -164,6 +164,7 @@ class _Row:
 
     def measure(self, temperature: float) -> None:
         """Measure masses at this temperature: 2^s is that of the best token that is left."""
+        self.temperature = temperature
         self.x = _exponents(self.z, temperature)
         self.mass = _weights(self.x, self.s)
         if temperature == 0:  # all for the best one
@@ -175,7 +176,11 @@ class _Row:
         return int(self.mass.sum())
 
     def keep(self, stays: AnyArray) -> None:
+        """Leave these in; where the best token goes, measure anew."""
+        best = self.z[0]
         self.ids, self.z, self.x, self.mass = (part[stays] for part in (self.ids, self.z, self.x, self.mass))
+        if self.z[0] != best:
+            self.measure(self.temperature)
 
     def first(self, count: int, ties: str) -> AnyArray:
         """Which tokens are the first `count` of the order, at least as many as must be kept."""
@@ -267,7 +272,7 @@ def _heavy(row: _Row, least: int, step: Step) -> None:
 
 def _min_p(row: _Row, p: float, step: Step) -> None:
     """Nguyen et al. 2024 (arXiv:2407.01082): at least min_p times the mass of the best one."""
-    _heavy(row, _share(p, int(row.mass.max())), step)
+    _heavy(row, _share(p, 1 << row.s), step)
 
 
 def _typical_p(row: _Row, p: float, step: Step) -> None:
