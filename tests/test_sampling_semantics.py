@@ -29,7 +29,10 @@ ROWS = (RNG.standard_normal((2, 3, 70)) * 2).astype(np.float32)
 
 
 def kept(logits: Any, **options: Any) -> list[int]:
-    return np.flatnonzero(np.asarray(hw.filter_logits(logits, **options), np.float64) > -INF).tolist()
+    """The ids that are left: the reference leaves the same, at these boundaries too."""
+    left = np.asarray(hw.filter_logits(logits, **options), np.float64)
+    assert np.array_equal(left, np.asarray(reference.filter_logits(logits, **options), np.float64))
+    return np.flatnonzero(left > -INF).tolist()
 
 
 def masses(logits: Any, **options: Any) -> list[float]:
