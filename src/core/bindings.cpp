@@ -4,12 +4,14 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cmath>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "threads.h"
@@ -269,11 +271,13 @@ template <class T> T* rows_out(const std::optional<Out>& a, const char* name, in
   return static_cast<T*>(a->data());
 }
 
+using StepTuple = std::tuple<int, int, bool, bool, std::vector<In>>; // Step of kernels.h
+
 // Whether all rows are fine; where not, their status says what is wrong.
 bool sample(const In& logits, const std::optional<In>& bias, const std::optional<In>& allowed, bool packed,
-            const In& temperature, const In& top_k, const In& top_p, const In& min_p, bool keep_ties, bool joint,
-            const std::optional<In>& seed, const std::optional<In>& position, bool streams,
-            const std::optional<In>& uniform, const std::optional<Out>& tokens, const std::optional<Out>& probabilities,
+            const std::vector<StepTuple>& steps, const In& min_tokens, const std::optional<In>& seed,
+            const std::optional<In>& position, bool streams, const std::optional<In>& uniform,
+            const std::optional<Out>& tokens, const std::optional<Out>& probabilities,
             const std::optional<Out>& filtered, const Out& status) {
   Sampling t{};
   t.batch = batch_of(logits, 1);
@@ -286,11 +290,17 @@ bool sample(const In& logits, const std::optional<In>& bias, const std::optional
   t.allowed = view(allowed, "allowed", t.batch, {packed ? (t.V + 31) / 32 * 4 : t.V});
   if (allowed && t.allowed.dtype != DType::boolean) throw std::invalid_argument("allowed: expected uint8");
   t.packed = packed;
-  t.temperature = per_row<double>(temperature, "temperature", rows);
-  t.top_k = per_row<int64_t>(top_k, "top_k", rows);
-  t.top_p = per_row<double>(top_p, "top_p", rows);
-  t.min_p = per_row<double>(min_p, "min_p", rows);
-  t.keep_ties = keep_ties, t.joint = joint;
+  std::vector<Step> list;
+  for (const auto& [stage, ties, equal, floor, values] : steps) {
+    if (stage < 0 || stage >= int(Stage::count) || ties < 0 || ties >= int(Ties::count) || values.empty() ||
+        values.size() > size_t(kStepValues))
+      throw std::invalid_argument("steps: no such stage");
+    Step step{Stage(stage), Ties(ties), equal, floor, {}};
+    for (size_t i = 0; i < values.size(); ++i) step.value[i] = per_row<double>(values[i], "steps", rows);
+    list.push_back(step);
+  }
+  t.steps = list.data(), t.step_count = int64_t(list.size());
+  t.min_tokens = per_row<int64_t>(min_tokens, "min_tokens", rows);
   if (tokens && !uniform && !(seed && position))
     throw std::invalid_argument("tokens: expected seed and position, or uniform");
   if (seed) t.seed = per_row<uint64_t>(*seed, "seed", rows);
@@ -365,6 +375,10 @@ NB_MODULE(_native, m) {
   m.attr("CHUNK") = kChunk;
   m.attr("LANES") = kLanes;
   m.attr("SAMPLING_FAULTS") = kSamplingFaults;
+  // In the order of kernels.h, where a number stands for a name.
+  m.attr("SAMPLING_STAGES") = nb::make_tuple("greedy", "temperature", "top_n_sigma", "top_k", "top_p", "min_p",
+                                             "typical_p", "epsilon_cutoff", "eta_cutoff", "xtc_probability");
+  m.attr("SAMPLING_TIES") = nb::make_tuple("lowest_id", "highest_id", "keep");
   m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "mask"_a.none(), "bias"_a.none(), "sinks"_a.none(),
         "kv_lengths"_a.none(), "options"_a, "out"_a, "lse"_a.none());
   m.def("attention_weights", &attention_weights, "q"_a, "k"_a, "mask"_a.none(), "bias"_a.none(), "sinks"_a.none(),
@@ -379,9 +393,9 @@ NB_MODULE(_native, m) {
   m.def("rotary_frequencies", &rotary_frequencies, "base"_a, "frequencies"_a);
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "wide"_a, "y"_a);
   m.def("swiglu", &swiglu, "gate"_a, "up"_a, "wide"_a, "y"_a);
-  m.def("sample", &sample, "logits"_a, "bias"_a.none(), "allowed"_a.none(), "packed"_a, "temperature"_a, "top_k"_a,
-        "top_p"_a, "min_p"_a, "keep_ties"_a, "joint"_a, "seed"_a.none(), "position"_a.none(), "streams"_a,
-        "uniform"_a.none(), "tokens"_a.none(), "probabilities"_a.none(), "filtered"_a.none(), "status"_a);
+  m.def("sample", &sample, "logits"_a, "bias"_a.none(), "allowed"_a.none(), "packed"_a, "steps"_a, "min_tokens"_a,
+        "seed"_a.none(), "position"_a.none(), "streams"_a, "uniform"_a.none(), "tokens"_a.none(),
+        "probabilities"_a.none(), "filtered"_a.none(), "status"_a);
   m.def("convert", &convert_rows, "x"_a, "y"_a);
   m.def("round", &round_rows, "x"_a, "decimals"_a, "y"_a);
   m.def("isa", [] { return std::string(kernels().name); });

@@ -93,6 +93,30 @@ template <class T> struct PerRow {
 enum class SamplingFault : int64_t { none, nan, infinite, overflow, empty };
 constexpr int64_t kSamplingFaults = 8;
 
+// One stage of sampling with its values for each row. What the stages do, and what ties, equal and floor settle, is
+// said in _dialects.py and in sampling.h.
+enum class Stage : int32_t {
+  greedy,
+  temperature,
+  top_n_sigma,
+  top_k,
+  top_p,
+  min_p,
+  typical_p,
+  epsilon_cutoff,
+  eta_cutoff,
+  xtc,
+  count
+};
+enum class Ties : int32_t { lowest_id, highest_id, keep, count };
+constexpr int kStepValues = 3;
+struct Step {
+  Stage stage;
+  Ties ties;
+  bool equal, floor;
+  PerRow<double> value[kStepValues]; // temperature: and range, exponent; xtc: probability, threshold
+};
+
 struct Sampling {
   Batch batch; // a row each
   int64_t V;
@@ -100,12 +124,12 @@ struct Sampling {
   View bias;    // (V): float32, or absent
   View allowed; // (V): boolean; packed: bytes, token 0 in the lowest bit of the first; or absent
   bool packed;
-  PerRow<double> temperature, top_p, min_p; // off: 1, 1, 0
-  PerRow<int64_t> top_k;                    // off: V or more
-  bool keep_ties, joint;
+  const Step* steps; // in their order
+  int64_t step_count;
+  PerRow<int64_t> min_tokens; // what a stage that heeds it leaves at least
   PerRow<uint64_t> seed, position;
   bool streams;           // row i draws from stream i of its seed, not from stream 0
-  PerRow<double> uniform; // instead of seed and position, or absent
+  PerRow<double> uniform; // instead of seed and position, or absent: all three may be if nothing is left to chance
   // Each of these may be absent. (rows), and (rows, V) contiguous: float64 for float64 logits, else float32; the
   // logits'.
   int64_t* tokens;

@@ -2,7 +2,7 @@
 //
 // A row becomes whole numbers, weights = round(2^s exp((z - max z) / T)), by float32 operations that are each rounded
 // on their own (no fused ones: NumPy must be able to follow); everything after is exact integer arithmetic, so lanes
-// and the order of a sum cannot matter. reference.py says the same thing in one page.
+// and the order of a sum cannot matter. reference/sampling.py says the same thing in one page.
 //
 // Nothing is sorted. What top_k and top_p keep is a prefix of the order "logit descending, id ascending", so that a
 // radix selection finds its end, by counts or by masses, in time linear in V on any input, equal logits included. The
@@ -23,7 +23,7 @@ constexpr float kNever = -__builtin_inff();
 
 // The lanes of a mask as bits, lane 0 lowest.
 template <class T> uint64_t lane_bits(Vec<T> mask) {
-  static_assert(sizeof(T) == 4);
+  if constexpr (sizeof(T) == 8) return lane_bits(convert<int32_t>(mask));
 #if defined(__AVX512F__)
   return uint64_t(_mm512_movepi32_mask((__m512i)mask.part[0]));
 #elif defined(__AVX2__)
@@ -36,6 +36,11 @@ template <class T> uint64_t lane_bits(Vec<T> mask) {
   for (int i = 0; i < 16; ++i) found |= uint64_t(lane[i] & 1) << i;
   return found;
 #endif
+}
+inline Vec<int32_t> lane_powers() { // 1, 2, 4, ...
+  int32_t power[16];
+  for (int i = 0; i < 16; ++i) power[i] = 1 << i;
+  return Vec<int32_t>::load(power);
 }
 // One bit for each token of a block.
 template <class T, class Test> uint64_t block_bits(const T* block, Test test) {
@@ -66,10 +71,11 @@ struct Tokens {
 constexpr int64_t kCopies = 4, kCopySize = (1 << 11) + 8;
 
 struct Workspace {
-  float *z, *last, *block_max, *list_z;
+  float *z, *last, *block_max, *list_z, *distance;
   int32_t* list_id;
   int64_t *weight, *list_weight, *mass, *histogram;
   uint32_t* key;
+  uint64_t* chosen; // a bit for each token, by blocks
 
   Workspace(Arena arena, int64_t V, int64_t* bytes = nullptr) {
     const int64_t n = round_up(V, kBlock), blocks = round_up(n / kBlock, kBlock);
@@ -77,15 +83,48 @@ struct Workspace {
     last = arena.take<float>(kBlock);
     block_max = arena.take<float>(blocks);
     list_z = arena.take<float>(n);
+    distance = arena.take<float>(n);
     list_id = arena.take<int32_t>(n);
     weight = arena.take<int64_t>(n);
     list_weight = arena.take<int64_t>(n);
     mass = arena.take<int64_t>(n);
     key = arena.take<uint32_t>(n);
+    chosen = arena.take<uint64_t>(blocks);
     histogram = arena.take<int64_t>(kCopies * kCopySize);
     if (bytes) *bytes = arena.used;
   }
 };
+
+// Elementary functions, for the few numbers that need them -------------------------------------------------------
+
+// The same operations in the same order as reference/sampling.py's _log and _exp, and nothing fused.
+inline double power_of_two(int64_t n) { // n > -1023
+  const int64_t u = (n + 1023) << 52;
+  double p;
+  memcpy(&p, &u, 8);
+  return p;
+}
+inline double natural_log(double v) { // of a normal number
+  int64_t u;
+  memcpy(&u, &v, 8);
+  int64_t e = (u >> 52) - 1023;
+  double m = v;
+  u = (u & 0xfffffffffffff) | int64_t(1023) << 52;
+  memcpy(&m, &u, 8);
+  if (m >= 2 * 0x1.6a09e667f3bcdp-1) m = m / 2, ++e;
+  const double s = (m - 1) / (m + 1);
+  double series = 1.0 / 21;
+  for (int k = 19; k > 0; k -= 2) series = series * (s * s) + 1.0 / k;
+  return 2 * s * series + double(e) * 0x1.62e42fefa39efp-1;
+}
+inline double exponential(double y) { // of y <= 0
+  if (y < -700) return 0;
+  const double round = 0x1.8p+52, n = (y * 0x1.71547652b82fep+0 + round) - round;
+  const double r = (y - n * 0x1.62e42fefp-1) - n * 0x1.473de6af278edp-34;
+  double series = 1;
+  for (int k = 14; k > 0; --k) series = 1 + series * r / k;
+  return series * power_of_two(int64_t(n));
+}
 
 // Weights --------------------------------------------------------------------------------------------------------
 
@@ -107,13 +146,21 @@ inline float inverse_temperature(double t) {
   return inverse < 0x1p-126 ? 0.0f : float(inverse > largest ? largest : inverse);
 }
 
-// The same operations in the same order as reference.py's _weights. exp(r) = 1 + r + r^2 Q(r) on |r| <= ln(2) / 2; Q is
-// a near-minimax fit made by tools/polynomials.py. The relative error is below 1e-7.
-inline Vec<int64_t> weights(Vec<float> z, const Scale& scale) {
+// The same operations in the same order as reference/sampling.py's _exponents and _weights.
+
+// x = (z - top) / T, from -40, where the weight is 0 already and where banned tokens are, to 0.
+inline Vec<float> exponents(Vec<float> z, const Scale& scale) {
+  using F = Vec<float>;
+  const F d = larger(z - F(scale.top), F(-0x1.fffffep+127f));
+  const F x = larger(d * F(scale.inverse), F(-40.0f));
+  return select(z == F(kNever), F(-40.0f), x); // not left to d: with a huge T a banned token's x would be 0
+}
+
+// round(2^s exp(x)). exp(r) = 1 + r + r^2 Q(r) on |r| <= ln(2) / 2; Q is a near-minimax fit
+// made by tools/polynomials.py. The relative error is below 1e-7.
+inline Vec<int64_t> weights_at(Vec<float> x, const Scale& scale) {
   using F = Vec<float>;
   const F round = 0x1.8p+23f; // x + round - round is the integer nearest to x
-  const F d = larger(z - F(scale.top), F(-0x1.fffffep+127f));
-  const F x = larger(d * F(scale.inverse), F(-40.0f)); // there the weight is 0 already
   const F shifted = x * F(0x1.715476p+0f) + round;
   const F n = shifted - round;
   const F r = (x - n * F(0x1.62ep-1f)) - n * F(0x1.0bfbe8p-15f); // the first product is exact
@@ -124,13 +171,13 @@ inline Vec<int64_t> weights(Vec<float> z, const Scale& scale) {
   q = q * r + F(0.5f);
   const F y = (r * r * q + r) + F(1.0f);
   // Times 2^(n + s) by adding to the exponent: the low bits of `shifted` are n in two's complement.
-  F w = bits<float>(bits<int32_t>(y) + ((bits<int32_t>(shifted) + Vec<int32_t>(scale.s)) << 23));
-  w = select(z == F(kNever), F(0.0f), w); // not left to x: with a huge T a banned token's x is 0
+  const F w = bits<float>(bits<int32_t>(y) + ((bits<int32_t>(shifted) + Vec<int32_t>(scale.s)) << 23));
   // From 2^52 on the doubles are whole numbers: adding 2^52 rounds to nearest even and leaves the integer in the low
   // bits.
   const Vec<double> whole = widen(w) + Vec<double>(0x1p+52);
   return bits<int64_t>(whole) - bits<int64_t>(Vec<double>(0x1p+52));
 }
+inline Vec<int64_t> weights(Vec<float> z, const Scale& scale) { return weights_at(exponents(z, scale), scale); }
 
 HEADWAY_FLATTEN inline Vec<int64_t> block_weights(const float* z, const Scale& scale, Vec<int64_t> (&w)[kBlock / 16]) {
   Vec<int64_t> sum = int64_t(0);
@@ -160,24 +207,25 @@ inline void weigh(Tokens& tokens, const Scale& scale, int64_t* out) {
   tokens.total = sum(total);
 }
 
-// The smallest whole number >= p * total, exactly, for 0 <= p <= 1: p is m 2^-e, and the product with m fits 128 bits.
-inline int64_t share(double p, int64_t total) {
+// The smallest whole number >= p * total, exactly, for 0 <= p <= 1; > p * total where `equal` is false. p is m 2^-e,
+// and the product with m fits 128 bits.
+inline int64_t share(double p, int64_t total, bool equal = true) {
   uint64_t u;
   memcpy(&u, &p, 8);
   const int exponent = int(u >> 52); // the sign bit is clear
   const uint64_t m = (u & 0xfffffffffffff) | (exponent ? uint64_t(1) << 52 : 0);
   const int e = 1075 - (exponent ? exponent : 1);
   const Wide product = Wide(m) * uint64_t(total);
-  if (e > 127) return product != 0;
-  return int64_t((product >> e) + ((product & ((Wide(1) << e) - 1)) != 0));
+  if (e > 127) return product != 0 || !equal;
+  return int64_t(product >> e) + ((product & ((Wide(1) << e) - 1)) != 0 || !equal);
 }
 
 // Selection ------------------------------------------------------------------------------------------------------
 
-// Tokens stay that lie above `value`, and the first `ties` of those equal to it.
+// Tokens stay that lie above `value`, and `ties` of those equal to it, after the first `skip` of them.
 struct Boundary {
   float value;
-  int64_t ties;
+  int64_t skip, ties;
 };
 
 // Floats to unsigned integers in the same order. Adding 0 makes -0 a +0.
@@ -192,22 +240,29 @@ inline float value_of(uint32_t key) {
   return z;
 }
 
-// A bound below which no logit has this weight, for skipping: exp rounds by less than 1e-7, so it may be out of order
-// with its argument by that much, and 2^-20 of slack is plenty.
-HEADWAY_FLATTEN inline float lowest_of_weight(const Scale& scale, int64_t weight) {
+// The smallest number up to `top` for which `holds`, which a larger one does too.
+template <class Holds> float lowest(float top, Holds holds) {
   uint32_t below, enough, key[16];
   keys(Vec<float>(kNever)).store(key);
   below = key[0];
-  keys(Vec<float>(scale.top)).store(key);
+  keys(Vec<float>(top)).store(key);
   enough = key[0];
-  weight -= (weight >> 20) + 2;
   while (enough - below > 1) {
     const uint32_t middle = below + (enough - below) / 2;
-    int64_t w[16];
-    weights(Vec<float>(value_of(middle)), scale).store(w);
-    (w[0] >= weight ? enough : below) = middle;
+    (holds(value_of(middle)) ? enough : below) = middle;
   }
-  return value_of(below);
+  return value_of(enough);
+}
+
+// A bound below which no logit has this weight, for skipping: exp rounds by less than 1e-7, so it may be out of order
+// with its argument by that much, and 2^-20 of slack is plenty.
+HEADWAY_FLATTEN inline float lowest_of_weight(const Scale& scale, int64_t weight) {
+  weight -= (weight >> 20) + 2;
+  return lowest(scale.top, [&](float z) {
+    int64_t w[16];
+    weights(Vec<float>(z), scale).store(w);
+    return w[0] >= weight;
+  });
 }
 
 // Where a token's share of `target` comes from: itself, or its weight.
@@ -219,74 +274,90 @@ struct ByMass {
   int64_t operator()(int64_t i) const { return weight[i]; }
 };
 
-// Which digit of the radix the running sum from above first reaches `target` in; `target` becomes what is left of it
-// there.
-struct Digits {
-  int bits, copies;
-  int64_t* histogram;
-  void clear() const {
-    for (int c = 0; c < copies; ++c)
-      for (int64_t i = 0; i < int64_t(1) << bits; ++i) histogram[c * kCopySize + i] = 0;
-  }
-  void add(uint32_t digit, int64_t i, int64_t mass) const { histogram[(i & (copies - 1)) * kCopySize + digit] += mass; }
-  uint32_t crossing(int64_t& target) const {
-    for (uint32_t digit = uint32_t(1) << bits; digit-- > 0;) {
-      int64_t here = 0;
-      for (int c = 0; c < copies; ++c) here += histogram[c * kCopySize + digit];
-      if (here >= target) return digit;
-      target -= here;
-    }
-    return 0; // not reached: the target is at most the total
-  }
-};
-
-// The end of the shortest prefix, best first, whose sum reaches the target (1 <= target <= the sum of all).
+// The end of the shortest prefix, best first, whose sum reaches the target (1 <= target <= the sum of all): a radix
+// selection. Each round takes as digit what its keys differ in first, so that keys close together take one round.
 template <class Mass>
-HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Mass mass, int64_t target, const Workspace& space) {
-  const bool few = tokens.n < 2048;
-  const Digits digits{few ? 8 : 11, few ? 1 : int(kCopies), space.histogram};
-  int shift = few ? 24 : 21;
-  uint32_t key[kBlock];
+HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Mass mass, int64_t target, Ties rule,
+                                       const Workspace& space) {
+  uint32_t key[kBlock], lowest = ~uint32_t(0), highest = 0;
   const auto load_keys = [&](int64_t b) {
     for (int64_t v = 0; v < kBlock; v += 16) keys(Vec<float>::load(tokens.block(b) + v)).store(key + v);
-    return least(kBlock, tokens.n - b * kBlock);
+    const int64_t n = least(kBlock, tokens.n - b * kBlock);
+    for (int64_t i = n; i < kBlock; ++i) key[i] = key[0]; // what fills the last block widens no range
+    return n;
   };
-  digits.clear();
-  for (int64_t b = 0; b < tokens.blocks(); ++b) {
-    const int64_t n = load_keys(b);
-    for (int64_t i = 0; i < n; ++i) digits.add(key[i] >> shift, i, mass(b * kBlock + i));
-  }
-  uint32_t digit = digits.crossing(target);
-  int64_t left = 0; // tokens that share all digits so far with the crossing one, in id order
-  for (int64_t b = 0; b < tokens.blocks(); ++b) {
-    const int64_t n = load_keys(b);
-    const Vec<uint32_t> first = digit << shift, rest = (uint32_t(1) << shift) - 1;
-    uint64_t found = block_bits(key, [&](Vec<uint32_t> k) { return (k | rest) == (first | rest); });
-    if (n < kBlock) found &= (uint64_t(1) << n) - 1;
-    while (found) {
-      const int64_t i = take_lowest(found);
-      space.key[left] = key[i];
-      space.mass[left++] = mass(b * kBlock + i);
+  const auto widen_range = [&](uint32_t k) {
+    lowest = k < lowest ? k : lowest;
+    highest = k > highest ? k : highest;
+  };
+  {
+    Vec<uint32_t> low = lowest, high = highest;
+    for (int64_t b = 0; b < tokens.blocks(); ++b) {
+      load_keys(b);
+      for (int64_t v = 0; v < kBlock; v += 16) {
+        const Vec<uint32_t> k = Vec<uint32_t>::load(key + v);
+        low = select(k < low, k, low), high = select(k > high, k, high);
+      }
     }
+    low.store(key);
+    for (int i = 0; i < 16; ++i) widen_range(key[i]);
+    high.store(key);
+    for (int i = 0; i < 16; ++i) widen_range(key[i]);
   }
-  while (shift > 0) {
-    const int next = shift > digits.bits ? shift - digits.bits : 0;
-    const uint32_t low = (uint32_t(1) << (shift - next)) - 1;
-    digits.clear();
-    for (int64_t i = 0; i < left; ++i) digits.add(space.key[i] >> next & low, i, space.mass[i]);
-    digit = digits.crossing(target);
-    int64_t fewer = 0;
-    for (int64_t i = 0; i < left; ++i) {
-      space.key[fewer] = space.key[i];
-      space.mass[fewer] = space.mass[i];
-      fewer += (space.key[i] >> next & low) == digit;
+  int64_t left = tokens.n; // those that share all digits so far with the one where the sum crosses, in id order
+  bool listed = false;     // in space.key and space.mass
+  while (lowest < highest) {
+    const int differ = 32 - __builtin_clz(highest - lowest), bits = left < 2048 ? 8 : 11;
+    const int shift = differ > bits ? differ - bits : 0, copies = left < 2048 ? 1 : int(kCopies);
+    const uint32_t base = lowest;
+    for (int c = 0; c < copies; ++c)
+      for (int64_t i = 0; i < int64_t(1) << bits; ++i) space.histogram[c * kCopySize + i] = 0;
+    const auto add = [&](uint32_t k, int64_t i, int64_t m) {
+      space.histogram[(i & (copies - 1)) * kCopySize + ((k - base) >> shift)] += m;
+    };
+    if (listed) {
+      for (int64_t i = 0; i < left; ++i) add(space.key[i], i, space.mass[i]);
+    } else {
+      for (int64_t b = 0; b < tokens.blocks(); ++b) {
+        const int64_t n = load_keys(b);
+        for (int64_t i = 0; i < n; ++i) add(key[i], i, mass(b * kBlock + i));
+      }
     }
-    left = fewer;
-    shift = next;
+    uint32_t digit = uint32_t(1) << bits;
+    for (int64_t here = 0; digit-- > 0; target -= here) {
+      here = 0;
+      for (int c = 0; c < copies; ++c) here += space.histogram[c * kCopySize + digit];
+      if (here >= target) break;
+    }
+    const int64_t many = left;
+    left = 0;
+    lowest = ~uint32_t(0), highest = 0;
+    const auto take = [&](uint32_t k, int64_t m) {
+      space.key[left] = k;
+      space.mass[left++] = m;
+      widen_range(k);
+    };
+    if (listed) {
+      for (int64_t i = 0; i < many; ++i)
+        if ((space.key[i] - base) >> shift == digit) take(space.key[i], space.mass[i]);
+    } else {
+      const Vec<uint32_t> from = base, crossing = digit;
+      for (int64_t b = 0; b < tokens.blocks(); ++b) {
+        const int64_t n = load_keys(b);
+        uint64_t found = block_bits(key, [&](Vec<uint32_t> k) { return (k - from) >> shift == crossing; });
+        if (n < kBlock) found &= (uint64_t(1) << n) - 1;
+        while (found) {
+          const int64_t i = take_lowest(found);
+          take(key[i], mass(b * kBlock + i));
+        }
+      }
+      listed = true;
+    }
   }
   int64_t ties = 0;
-  while (ties < left && target > 0) target -= space.mass[ties++];
-  return {value_of(space.key[0]), ties};
+  while (ties < left && target > 0) target -= listed ? space.mass[ties++] : mass(ties++);
+  if (rule == Ties::keep) ties = left;
+  return {value_of(lowest), rule == Ties::highest_id ? left - ties : 0, ties};
 }
 
 inline float kth_largest(const float* z, int64_t n, int64_t k, const Workspace& space) { // z: padded to whole blocks
@@ -294,47 +365,101 @@ inline float kth_largest(const float* z, int64_t n, int64_t k, const Workspace& 
   numbers.n = n;
   numbers.z = z;
   numbers.last = z + (numbers.blocks() - 1) * kBlock;
-  return select_prefix(numbers, ByCount{}, k, space).value;
+  return select_prefix(numbers, ByCount{}, k, Ties::keep, space).value;
 }
 
-// The list of tokens that `find(b)` has a bit for in block b. In place where the tokens are that list already.
-template <class Find> Tokens compact(const Tokens& tokens, const Workspace& space, Find find) {
+// What stays ------------------------------------------------------------------------------------------------------
+
+// Above a boundary, block by block in order. block_max, where there is one, tells what to pass over.
+struct Inside {
+  const Tokens& tokens;
+  const float* block_max;
+  Boundary end;
+  uint64_t operator()(int64_t b) {
+    if (block_max && (block_max[b] < end.value || block_max[b] == kNever)) return 0;
+    const Vec<float> value = end.value;
+    const float* z = tokens.block(b);
+    const uint64_t over = block_bits(z, [&](Vec<float> x) { return x > value; });
+    if (end.value == kNever) return over; // what is banned is never kept, nor what fills the last block
+    uint64_t ties = block_bits(z, [&](Vec<float> x) { return x == value; });
+    const int64_t here = __builtin_popcountll(ties), skip = least(end.skip, here), take = least(end.ties, here - skip);
+    end.skip -= skip, end.ties -= take;
+    if (take == 0) return over;
+    for (int64_t i = 0; i < skip; ++i) ties &= ties - 1;
+    for (int64_t i = skip + take; i < here; ++i) ties ^= uint64_t(1) << (63 - __builtin_clzll(ties));
+    return over | ties;
+  }
+};
+
+// Marks the tokens that `find(b)` has a bit for in block b, and counts them.
+template <class Find> HEADWAY_FLATTEN int64_t choose(const Tokens& tokens, const Workspace& space, Find find) {
+  int64_t n = 0;
+  for (int64_t b = 0; b < tokens.blocks(); ++b) n += __builtin_popcountll(space.chosen[b] = find(b));
+  return n;
+}
+inline int64_t choose_inside(const Tokens& tokens, const Workspace& space, Boundary end) {
+  return choose(tokens, space, Inside{tokens, tokens.id ? nullptr : space.block_max, end});
+}
+
+// The list of the chosen tokens; in place where the tokens are a list already.
+HEADWAY_FLATTEN inline Tokens list_chosen(const Tokens& tokens, const Workspace& space) {
   Tokens kept;
   for (int64_t b = 0; b < tokens.blocks(); ++b) {
-    uint64_t found = find(b);
-    if (!found) continue;
     const float* z = tokens.block(b);
-    while (found) {
+    for (uint64_t found = space.chosen[b]; found; ++kept.n) {
       const int64_t i = take_lowest(found);
       space.list_z[kept.n] = z[i];
       space.list_id[kept.n] = int32_t(tokens.at(b * kBlock + i));
       if (tokens.weight) kept.total += space.list_weight[kept.n] = tokens.weight[b * kBlock + i];
-      ++kept.n;
     }
   }
   kept.z = space.list_z;
   kept.id = space.list_id;
   kept.last = space.list_z + (kept.blocks() - 1) * kBlock;
-  for (int64_t i = kept.n; i < kept.blocks() * kBlock; ++i) space.list_z[i] = kNever;
-  if (tokens.weight) {
-    kept.weight = space.list_weight;
-    for (int64_t i = kept.n; i < kept.blocks() * kBlock; ++i) space.list_weight[i] = 0;
+  if (tokens.weight) kept.weight = space.list_weight;
+  for (int64_t i = kept.n; i < kept.blocks() * kBlock; ++i) {
+    space.list_z[i] = kNever;
+    if (tokens.weight) space.list_weight[i] = 0;
   }
   return kept;
 }
-HEADWAY_FLATTEN inline Tokens above(const Tokens& tokens, const Workspace& space, Boundary end) {
-  const Vec<float> value = end.value;
-  return compact(tokens, space, [&](int64_t b) -> uint64_t {
-    if (!tokens.id && (space.block_max[b] < end.value || space.block_max[b] == kNever)) return 0;
+
+// The whole row with all but the chosen banned, in memory of its own.
+HEADWAY_FLATTEN inline Tokens ban_others(const Tokens& tokens, const Workspace& space) {
+  const Vec<int32_t> lane = lane_powers();
+  Tokens kept = tokens;
+  kept.z = space.z;
+  kept.last = space.z + (kept.blocks() - 1) * kBlock;
+  Vec<int64_t> removed = int64_t(0);
+  for (int64_t b = 0; b < tokens.blocks(); ++b) {
+    const uint64_t chosen = space.chosen[b];
     const float* z = tokens.block(b);
-    const uint64_t over = block_bits(z, [&](Vec<float> x) { return x > value; });
-    if (end.value == kNever) return over; // what is banned is never kept, nor what fills the last block
-    uint64_t ties = block_bits(z, [&](Vec<float> x) { return x == value; });
-    int64_t many = __builtin_popcountll(ties) - end.ties;
-    end.ties -= least(end.ties, __builtin_popcountll(ties));
-    for (; many > 0; --many) ties ^= uint64_t(1) << (63 - __builtin_clzll(ties));
-    return over | ties;
-  });
+    if (chosen == ~uint64_t(0)) {
+      memmove(space.z + b * kBlock, z, kBlock * sizeof(float));
+      continue;
+    }
+    Vec<float> most = kNever;
+    for (int64_t v = 0; v < kBlock; v += 16) {
+      const Mask<float> in = (Vec<int32_t>(int32_t(chosen >> v & 0xffff)) & lane) != Vec<int32_t>(0);
+      const Vec<float> x = select(in, Vec<float>::load(z + v), Vec<float>(kNever));
+      x.store(space.z + b * kBlock + v);
+      most = larger(x, most);
+      if (!tokens.weight) continue;
+      int64_t* weight = tokens.weight + b * kBlock + v;
+      const Vec<int64_t> w = Vec<int64_t>::load(weight), stays = select(convert<int64_t>(in), w, Vec<int64_t>(0));
+      removed = removed + (w - stays);
+      stays.store(weight);
+    }
+    space.block_max[b] = maximum(most);
+  }
+  kept.total -= sum(removed);
+  return kept;
+}
+
+// Few tokens are walked as a list, many as a row with gaps.
+inline bool are_few(const Tokens& tokens, int64_t count) { return tokens.id || count < tokens.n / 8; }
+inline Tokens keep_chosen(const Tokens& tokens, int64_t count, const Workspace& space) {
+  return are_few(tokens, count) ? list_chosen(tokens, space) : ban_others(tokens, space);
 }
 
 // Stages ---------------------------------------------------------------------------------------------------------
@@ -343,64 +468,305 @@ struct Row {
   const Sampling& task;
   int64_t index;
   const Workspace& space;
+  int64_t floor; // what the stage leaves at least, if there are so many
+  uint64_t coin; // the random word for xtc
   Scale scale;
   Tokens tokens; // those still in
 };
 
-inline void weigh(Row& row) { weigh(row.tokens, row.scale, row.tokens.id ? row.space.list_weight : row.space.weight); }
-
-inline void top_k(Row& row) {
-  const int64_t k = row.task.top_k[row.index];
-  if (k >= row.tokens.n) return;
-  // k blocks have a maximum of at least the k-th largest maximum, so k tokens do: the k best are among those.
-  if (!row.tokens.id && k < row.tokens.blocks() / 2) {
-    const float bound = kth_largest(row.space.block_max, row.tokens.blocks(), k, row.space);
-    row.tokens = above(row.tokens, row.space, {bound, row.tokens.n});
-    if (k >= row.tokens.n) return; // fewer are not banned
-  }
-  Boundary end = select_prefix(row.tokens, ByCount{}, k, row.space);
-  if (row.task.keep_ties) end.ties = row.tokens.n;
-  row.tokens = above(row.tokens, row.space, end);
+inline void weigh(Tokens& tokens, const Row& row) {
+  weigh(tokens, row.scale, tokens.id ? row.space.list_weight : row.space.weight);
 }
 
-inline void top_p(Row& row) {
-  const double p = row.task.top_p[row.index];
-  if (p == 1.0) return;
-  weigh(row);
-  const int64_t target = share(p, row.tokens.total);
-  // On most rows a few tokens hold the mass: try those that reach the k-th largest block maximum, for growing k.
-  if (!row.tokens.id)
-    for (int64_t k = 8; k < row.tokens.blocks() / 2; k *= 8) {
-      const float bound = kth_largest(row.space.block_max, row.tokens.blocks(), k, row.space);
-      const Tokens few = above(row.tokens, row.space, {bound, row.tokens.n});
-      if (few.total < target) continue;
-      row.tokens = few;
-      break;
+// Sums over what is not banned. A lane adds the tokens whose id leaves the lane's number modulo 16, in order: a fixed
+// order, whatever was removed, for a term of 0 changes no sum.
+struct Sums {
+  double first, second;
+  int64_t count;
+};
+// term(v, lane values of first, of second) for 16 tokens from the v-th on; what is banned counts as 0.
+template <class Term> HEADWAY_FLATTEN Sums sums(const Tokens& tokens, Term term) {
+  Vec<double> first = 0.0, second = 0.0;
+  Vec<int32_t> present = int32_t(0);
+  double lane[2][16] = {};
+  for (int64_t b = 0; b < tokens.blocks(); ++b)
+    for (int64_t v = 0; v < kBlock; v += 16) {
+      const Vec<float> z = Vec<float>::load(tokens.block(b) + v);
+      const Mask<float> in = z != Vec<float>(kNever);
+      present = present - in;
+      Vec<double> a, c;
+      term(b * kBlock + v, z, a, c);
+      const Vec<int64_t> wide = convert<int64_t>(in);
+      a = select(wide, a, Vec<double>(0.0)), c = select(wide, c, Vec<double>(0.0));
+      if (!tokens.id) {
+        first = first + a, second = second + c;
+        continue;
+      }
+      double one[2][16];
+      a.store(one[0]), c.store(one[1]);
+      for (int64_t i = 0; i < least(16, tokens.n - b * kBlock - v); ++i)
+        for (int j = 0; j < 2; ++j) lane[j][tokens.at(b * kBlock + v + i) & 15] += one[j][i];
     }
-  row.tokens = above(row.tokens, row.space, select_prefix(row.tokens, ByMass{row.tokens.weight}, target, row.space));
+  if (tokens.id) first = Vec<double>::load(lane[0]), second = Vec<double>::load(lane[1]);
+  return {sum(first), sum(second), sum(present)};
 }
 
-inline void min_p(Row& row) {
-  const double p = row.task.min_p[row.index];
-  if (p == 0.0) return;
-  const int64_t least_weight = share(p, int64_t(1) << row.scale.s); // the best token outlives every stage
-  if (!row.tokens.id && row.scale.one_hot < 0)
-    row.tokens = above(row.tokens, row.space, {lowest_of_weight(row.scale, least_weight), row.tokens.n});
-  weigh(row);
-  const int64_t* weight = row.tokens.weight;
-  row.tokens = compact(row.tokens, row.space, [&](int64_t b) {
-    uint64_t found = 0;
-    const int64_t n = least(kBlock, row.tokens.n - b * kBlock);
-    for (int64_t i = 0; i < n; ++i) found |= uint64_t(weight[b * kBlock + i] >= least_weight) << i;
-    return found;
+// The total mass, and the mean of x under the masses: a token's surprise less the entropy is this mean less its x.
+struct Moments {
+  int64_t total;
+  double mean;
+  int64_t count;
+};
+inline Moments moments(Row& row) {
+  if (row.scale.one_hot >= 0) weigh(row.tokens, row);
+  const Tokens& tokens = row.tokens;
+  Vec<int64_t> total = int64_t(0);
+  const Sums all = sums(tokens, [&](int64_t v, Vec<float> z, Vec<double>& first, Vec<double>& second) {
+    const Vec<float> x = exponents(z, row.scale);
+    const Vec<int64_t> w = tokens.weight ? Vec<int64_t>::load(tokens.weight + v) : weights_at(x, row.scale);
+    total = total + w;
+    // A weight below 2^52 as a double: its bits are the fraction of one in [2^52, 2^53).
+    const Vec<double> wide = bits<double>(w + bits<int64_t>(Vec<double>(0x1p+52))) - Vec<double>(0x1p+52);
+    first = wide * widen(x);
+    second = 0.0;
   });
+  const int64_t mass = sum(total);
+  return {mass, all.first / double(mass), all.count};
 }
 
-// The order is the meaning: a new option is a function here and a place in these lists. Both of the first two keep
-// prefixes of one order, so measuring p over all tokens is the same as taking top_p first.
-using Stage = void (*)(Row&);
-constexpr Stage kAfterTopK[] = {top_k, top_p, min_p};
-constexpr Stage kJoint[] = {top_p, top_k, min_p};
+inline float best_logit(const Row& row) {
+  const bool list = row.tokens.id;
+  const int64_t n = list ? row.tokens.n : row.tokens.blocks(); // both lists are filled up with kNever
+  Vec<float> top = kNever;
+  for (int64_t v = 0; v < n; v += 16)
+    top = larger(Vec<float>::load((list ? row.tokens.z : row.space.block_max) + v), top);
+  return maximum(top);
+}
+
+// The first `n` tokens of the order, or the floor if that is more.
+inline void keep_first(Row& row, int64_t n, Ties ties) {
+  Tokens& tokens = row.tokens;
+  n = most(n, row.floor);
+  if (n >= tokens.n) return;
+  // n blocks have a maximum of at least the n-th largest maximum, so n tokens do. Fewer blocks have more than that, so
+  // few tokens do: either they suffice, or the boundary is that maximum.
+  if (!tokens.id && n < tokens.blocks() / 2) {
+    const float bound = kth_largest(row.space.block_max, tokens.blocks(), n, row.space);
+    const int64_t equal = choose_inside(tokens, row.space, {bound, 0, tokens.n});
+    const int64_t over = choose_inside(tokens, row.space, {bound, 0, 0});
+    if (over < n) {
+      const int64_t need = ties == Ties::keep ? equal - over : least(n, equal) - over;
+      const int64_t skip = ties == Ties::highest_id ? equal - over - need : 0;
+      const int64_t count = choose_inside(tokens, row.space, {bound, skip, need});
+      tokens = keep_chosen(tokens, count, row.space);
+      return;
+    }
+    tokens = keep_chosen(tokens, over, row.space);
+  }
+  const int64_t count = choose_inside(tokens, row.space, select_prefix(tokens, ByCount{}, n, ties, row.space));
+  tokens = keep_chosen(tokens, count, row.space);
+}
+
+// The chosen among `few` tokens that hold all of them, or the first of the order where the floor is higher.
+inline void keep(Row& row, const Tokens& few, int64_t count, Ties ties) {
+  if (count < row.floor) return keep_first(row, row.floor, ties);
+  row.tokens = keep_chosen(few, count, row.space);
+}
+
+// The tokens that reach a bound, where that is a short list; else all.
+inline Tokens reaching(const Row& row, float bound) {
+  if (row.tokens.id) return row.tokens;
+  const int64_t count = choose_inside(row.tokens, row.space, {bound, 0, row.tokens.n});
+  return are_few(row.tokens, count) ? list_chosen(row.tokens, row.space) : row.tokens;
+}
+
+// What has at least this weight; where that is too few, the first of the order.
+inline void keep_heavy(Row& row, int64_t weight, Ties ties) {
+  Tokens few = row.scale.one_hot < 0 ? reaching(row, lowest_of_weight(row.scale, weight)) : row.tokens;
+  weigh(few, row);
+  const int64_t count = choose(few, row.space, [&](int64_t b) {
+    const Vec<int64_t> least_weight = weight;
+    const uint64_t banned = block_bits(few.block(b), [](Vec<float> z) { return z == Vec<float>(kNever); });
+    return block_bits(few.weight + b * kBlock, [&](Vec<int64_t> w) { return w >= least_weight; }) & ~banned;
+  });
+  keep(row, few, count, ties);
+}
+
+// After a stage that may take the best token: where it did, masses are measured anew, with 2^s for the best one left.
+inline void measure_anew(Row& row) {
+  const float best = best_logit(row);
+  if (best == row.scale.top) return;
+  row.scale.top = best;
+  row.tokens.weight = nullptr;
+}
+
+// Measures masses at a temperature; the best of those left has 2^s.
+inline void measure(Row& row, double temperature) {
+  Tokens& tokens = row.tokens;
+  Scale& scale = row.scale;
+  tokens.weight = nullptr;
+  scale.top = best_logit(row);
+  scale.inverse = inverse_temperature(temperature);
+  scale.one_hot = -1;
+  for (int64_t b = 0; temperature == 0 && scale.one_hot < 0; ++b) {
+    if (!tokens.id && row.space.block_max[b] != scale.top) continue;
+    const Vec<float> top = scale.top;
+    uint64_t found = block_bits(tokens.block(b), [&](Vec<float> z) { return z == top; });
+    if (found) scale.one_hot = tokens.at(b * kBlock + take_lowest(found));
+  }
+}
+
+inline void greedy(Row& row, const Step& step) {
+  if (step.value[0][row.index] == 0) measure(row, 0);
+}
+
+// With a range, the temperature rises with the entropy at temperature 1, as a share of the largest that so many tokens
+// can have.
+inline void temperature(Row& row, const Step& step) {
+  double t = step.value[0][row.index];
+  const double range = step.value[1].data ? step.value[1][row.index] : 0;
+  if (range > 0) {
+    const double low = t > range ? t - range : 0, largest = 0x1.fffffffffffffp+1023;
+    const double high = t + range < largest ? t + range : largest;
+    measure(row, 1);
+    const Moments at_1 = moments(row);
+    double entropy = natural_log(double(at_1.total) * power_of_two(-row.scale.s)) - at_1.mean;
+    entropy = at_1.count > 1 ? entropy / natural_log(double(at_1.count)) : 0;
+    entropy = entropy > 0 ? entropy < 1 ? entropy : 1 : 0;
+    t = low + (high - low) * (entropy < 0x1p-1022 ? 0 : exponential(step.value[2][row.index] * natural_log(entropy)));
+  }
+  measure(row, t);
+}
+
+inline void top_n_sigma(Row& row, const Step& step) {
+  const double n = step.value[0][row.index], top = double(best_logit(row));
+  if (n == __builtin_inf()) return;
+  const Sums all = sums(row.tokens, [&](int64_t, Vec<float> z, Vec<double>& first, Vec<double>& second) {
+    first = widen(z) - Vec<double>(top);
+    second = first * first;
+  });
+  const double mean = all.first / double(all.count), variance = all.second / double(all.count) - mean * mean;
+  const double below = n * (variance > 0 ? __builtin_sqrt(variance) : 0);
+  const float bound = lowest(float(top), [&](float z) { return double(z) - top >= -below; });
+  keep(row, row.tokens, choose_inside(row.tokens, row.space, {bound, 0, row.tokens.n}), step.ties);
+}
+
+inline void top_k(Row& row, const Step& step) {
+  const double k = step.value[0][row.index];
+  if (k < double(row.tokens.n)) keep_first(row, int64_t(k), step.ties);
+}
+
+HEADWAY_FLATTEN inline int64_t mass_reaching(const Row& row, float bound) {
+  const Vec<float> value = bound;
+  Vec<int64_t> mass = int64_t(0);
+  for (int64_t b = 0; b < row.tokens.blocks(); ++b)
+    for (int64_t v = 0; v < kBlock && row.space.block_max[b] >= bound; v += 16) {
+      const Mask<float> in = Vec<float>::load(row.tokens.block(b) + v) >= value;
+      mass = mass + (convert<int64_t>(in) & Vec<int64_t>::load(row.tokens.weight + b * kBlock + v));
+    }
+  return sum(mass);
+}
+
+inline void top_p(Row& row, const Step& step) {
+  const double p = step.value[0][row.index];
+  if (p == 1.0) return;
+  weigh(row.tokens, row);
+  const int64_t target = share(p, row.tokens.total, !step.equal), blocks = row.tokens.blocks();
+  if (target == 0) return keep_first(row, row.floor, step.ties);
+  // On most rows a few tokens hold the mass: try those that reach the k-th largest block maximum, for growing k.
+  Tokens few = row.tokens;
+  for (int64_t k = 8; !few.id && k < blocks / 2; k *= 8) {
+    const float bound = kth_largest(row.space.block_max, blocks, k, row.space);
+    if (mass_reaching(row, bound) < target) continue;
+    few = reaching(row, bound);
+    break;
+  }
+  const Boundary end = select_prefix(few, ByMass{few.weight}, target, step.ties, row.space);
+  keep(row, few, choose_inside(few, row.space, end), step.ties);
+}
+
+inline void min_p(Row& row, const Step& step) {
+  const double p = step.value[0][row.index];
+  if (p == 0.0) return;
+  keep_heavy(row, share(p, int64_t(1) << row.scale.s), step.ties);
+}
+
+inline void typical_p(Row& row, const Step& step) {
+  const double p = step.value[0][row.index];
+  if (p == 1.0) return;
+  weigh(row.tokens, row);
+  const Vec<float> mean = float(moments(row).mean), zero = 0.0f;
+  float* distance = row.space.distance; // negative, so that the nearest are the best
+  for (int64_t b = 0; b < row.tokens.blocks(); ++b)
+    for (int64_t v = 0; v < kBlock; v += 16) {
+      const Vec<float> z = Vec<float>::load(row.tokens.block(b) + v), apart = exponents(z, row.scale) - mean;
+      select(z == Vec<float>(kNever), z, select(apart > zero, zero - apart, apart)).store(distance + b * kBlock + v);
+    }
+  Tokens by_distance = row.tokens;
+  by_distance.z = distance;
+  by_distance.last = distance + (by_distance.blocks() - 1) * kBlock;
+  const auto choose_near = [&](Boundary end) {
+    return choose(by_distance, row.space, Inside{by_distance, nullptr, end});
+  };
+  const int64_t target = share(p, row.tokens.total, !step.equal), floor = least(row.floor, row.tokens.n);
+  int64_t count = 0;
+  if (target > 0)
+    count = choose_near(select_prefix(by_distance, ByMass{row.tokens.weight}, target, step.ties, row.space));
+  if (count < floor) count = choose_near(select_prefix(by_distance, ByCount{}, floor, Ties::lowest_id, row.space));
+  row.tokens = keep_chosen(row.tokens, count, row.space);
+  measure_anew(row);
+}
+
+inline void epsilon_cutoff(Row& row, const Step& step) {
+  const double epsilon = step.value[0][row.index];
+  if (epsilon > 0) keep_heavy(row, share(epsilon, moments(row).total), step.ties);
+}
+
+// exp(-entropy) of the total is the mass that a token at the mean of x would have.
+inline void eta_cutoff(Row& row, const Step& step) {
+  const double epsilon = step.value[0][row.index];
+  if (epsilon == 0.0) return;
+  const Moments all = moments(row);
+  int64_t middle[16];
+  weights_at(Vec<float>(float(all.mean)), row.scale).store(middle);
+  keep_heavy(row, least(share(epsilon, all.total), share(__builtin_sqrt(epsilon), middle[0])), step.ties);
+}
+
+// Of the tokens that reach the threshold all but the last of the order go (Ties::keep: all but its equals).
+inline void xtc(Row& row, const Step& step) {
+  if (double(row.coin >> 11) * 0x1p-53 >= step.value[0][row.index]) return;
+  weigh(row.tokens, row);
+  const Tokens& tokens = row.tokens;
+  const int64_t weight = most(1, share(step.value[1][row.index], tokens.total, step.equal));
+  const Vec<int64_t> least_weight = weight;
+  const int64_t top = choose(tokens, row.space, [&](int64_t b) {
+    return block_bits(tokens.weight + b * kBlock, [&](Vec<int64_t> w) { return w >= least_weight; });
+  });
+  if (top < 2) return;
+  int64_t last = 0;
+  float last_z = __builtin_inff();
+  for (int64_t b = 0; b < tokens.blocks(); ++b)
+    for (uint64_t found = row.space.chosen[b]; found;) {
+      const int64_t i = take_lowest(found);
+      if (tokens.block(b)[i] <= last_z) last = b * kBlock + i, last_z = tokens.block(b)[i];
+    }
+  const int64_t count = choose(tokens, row.space, [&](int64_t b) {
+    const float* z = tokens.block(b);
+    const Vec<float> value = last_z;
+    uint64_t stays = ~row.space.chosen[b];
+    if (step.ties == Ties::keep) stays |= block_bits(z, [&](Vec<float> x) { return x == value; });
+    if (b == last / kBlock) stays |= uint64_t(1) << last % kBlock;
+    return stays & ~block_bits(z, [](Vec<float> x) { return x == Vec<float>(kNever); });
+  });
+  if (count < row.floor) return;
+  row.tokens = keep_chosen(tokens, count, row.space);
+  measure_anew(row);
+}
+
+using RunStage = void (*)(Row&, const Step&);
+constexpr RunStage kStages[] = {greedy, temperature, top_n_sigma,    top_k,      top_p,
+                                min_p,  typical_p,   epsilon_cutoff, eta_cutoff, xtc};
+static_assert(sizeof kStages / sizeof *kStages == size_t(Stage::count));
 
 // The row's way through ------------------------------------------------------------------------------------------
 
@@ -410,11 +776,7 @@ HEADWAY_FLATTEN inline void ban(const Sampling& task, int64_t index, float* z) {
   const uint8_t* allowed =
       static_cast<const uint8_t*>(task.allowed.data) + batch_offset(task.batch, task.allowed, index);
   if (task.packed) {
-    const Vec<int32_t> bit = [] {
-      int32_t one[16];
-      for (int i = 0; i < 16; ++i) one[i] = 1 << i;
-      return Vec<int32_t>::load(one);
-    }();
+    const Vec<int32_t> bit = lane_powers();
     for (int64_t v = 0; v < task.V; v += 16) { // two bytes: a mask has whole words of four
       const Vec<int32_t> bytes = int32_t(allowed[v / 8 * stride] | allowed[(v / 8 + 1) * stride] << 8);
       select((bytes & bit) != Vec<int32_t>(0), Vec<float>::load(z + v), Vec<float>(kNever)).store(z + v);
@@ -494,9 +856,11 @@ HEADWAY_FLATTEN inline int64_t token_at(const Tokens& tokens, int64_t target) {
   return -1; // not reached: the target is below the total
 }
 
-inline uint64_t random_word(const Sampling& task, int64_t index) {
-  if (task.uniform.data) return uint64_t(task.uniform[index] * 0x1p+64);
-  return philox(task.seed[index], task.streams ? uint64_t(index) : 0, task.position[index]).word[0];
+// The row's random words: the first draws, the second is xtc's coin.
+inline RandomBlock random_words(const Sampling& task, int64_t index) {
+  if (task.uniform.data) return {{uint64_t(task.uniform[index] * 0x1p+64), 0, 0, 0}};
+  if (!task.seed.data) return {};
+  return philox(task.seed[index], task.streams ? uint64_t(index) : 0, task.position[index]);
 }
 
 // Every token is still in and nothing but the token is asked for: totals of stretches, then one stretch once more, so
@@ -570,12 +934,13 @@ inline Plan plan_sampling(const Sampling& task, int64_t) {
   return plan;
 }
 
-inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memory memory) {
-  const Workspace space(Arena{static_cast<char*>(memory.own)}, task.V);
-  Row row{task, index, space, {}, {}};
+// The row's scores, with masses at temperature 1. False where the row has a fault, which is in its status then.
+inline bool begin(Row& row) {
+  const Sampling& task = row.task;
+  const Workspace& space = row.space;
   Tokens& tokens = row.tokens;
   tokens.n = task.V;
-  tokens.z = scores(task, index, space);
+  tokens.z = scores(task, row.index, space);
   const int64_t whole = (tokens.blocks() - 1) * kBlock;
   for (int64_t i = 0; i < kBlock; ++i) space.last[i] = whole + i < task.V ? tokens.z[whole + i] : kNever;
   tokens.last = space.last;
@@ -583,36 +948,45 @@ inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memor
   Scale& scale = row.scale;
   scale.top = survey(tokens, space.block_max);
   if (!(scale.top > kNever && scale.top < -kNever)) {
-    task.status[index] = diagnose(task, index, tokens.z);
-    return;
+    task.status[row.index] = diagnose(task, row.index, tokens.z);
+    return false;
   }
-  task.status[index] = 0;
-  const double temperature = task.temperature[index];
+  task.status[row.index] = 0;
   scale.s = scale_bits(task.V);
-  scale.inverse = inverse_temperature(temperature);
-  scale.one_hot = -1;
-  if (temperature == 0) {
-    int64_t b = 0, i = 0;
-    while (space.block_max[b] != scale.top) ++b;
-    while (tokens.block(b)[i] != scale.top) ++i;
-    scale.one_hot = b * kBlock + i;
+  measure(row, 1);
+  return true;
+}
+
+// All stages; where the token is all that is asked for, those up to the one that leaves no choice.
+inline void filter(Row& row, bool token_only = false) {
+  for (int64_t i = 0; i < row.task.step_count; ++i) {
+    const Step& step = row.task.steps[i];
+    row.floor = step.floor ? row.task.min_tokens[row.index] : 1;
+    kStages[int(step.stage)](row, step);
+    if (token_only && row.scale.one_hot >= 0) return; // it outlives every stage that follows
   }
+}
+
+inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memory memory) {
+  const Workspace space(Arena{static_cast<char*>(memory.own)}, task.V);
+  const RandomBlock random = random_words(task, index);
+  Row row{task, index, space, 1, random.word[1], {}, {}};
+  if (!begin(row)) return;
+  const Tokens& tokens = row.tokens;
   const bool token_only = !task.probabilities && !task.filtered;
-  if (token_only && scale.one_hot >= 0) { // it outlives every stage
-    task.tokens[index] = scale.one_hot;
+  filter(row, token_only);
+
+  if (token_only && row.scale.one_hot >= 0) {
+    task.tokens[index] = row.scale.one_hot;
     return;
   }
-
-  for (Stage stage : task.joint ? kJoint : kAfterTopK) stage(row);
-
   if (task.filtered) write_filtered(row);
   if (token_only && !tokens.id && !tokens.weight) {
-    task.tokens[index] = draw_unfiltered(tokens, scale, random_word(task, index), space.mass);
+    task.tokens[index] = draw_unfiltered(tokens, row.scale, random.word[0], space.mass);
     return;
   }
-  if (task.tokens || task.probabilities) weigh(row);
-  if (task.tokens)
-    task.tokens[index] = token_at(tokens, int64_t(high_product(random_word(task, index), uint64_t(tokens.total))));
+  if (task.tokens || task.probabilities) weigh(row.tokens, row);
+  if (task.tokens) task.tokens[index] = token_at(tokens, int64_t(high_product(random.word[0], uint64_t(tokens.total))));
   if (task.probabilities) {
     if (task.logits.dtype == DType::f64)
       write_probabilities(tokens, task.V, static_cast<double*>(task.probabilities) + index * task.V);
