@@ -335,7 +335,7 @@ def test_no_seed_is_fresh_entropy() -> None:
 
 def exact_intervals(logits: np.ndarray, **options: Any) -> list[Fraction]:
     """The ends of the tokens' intervals, from the reference's whole numbers."""
-    weights = reference._rows(logits, None, {"seed": 0, **options})[0].final_weights().tolist()
+    weights = reference.sampling._rows(logits, None, {"seed": 0, **options})[0].final_weights().tolist()
     total, ends, running = sum(weights), [], 0
     for w in weights:
         running += w
@@ -461,9 +461,11 @@ def test_params_keep_their_own_copies() -> None:
 def test_help_shows_every_option() -> None:
     for name in FUNCTIONS:
         shown = inspect.signature(getattr(hw, name)).parameters
-        assert [p for p in shown if shown[p].kind is inspect.Parameter.KEYWORD_ONLY] == list(
-            inspect.signature(hw.SamplingParams).parameters
-        )
+        own = ["num_samples", "replacement"] if name == "sample" else []
+        assert [p for p in shown if shown[p].kind is inspect.Parameter.KEYWORD_ONLY] == [
+            *own,
+            *inspect.signature(hw.SamplingParams).parameters,
+        ]
         assert shown["temperature"].default == 1.0
 
 

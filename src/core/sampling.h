@@ -2,7 +2,7 @@
 //
 // A row becomes whole numbers, weights = round(2^s exp((z - max z) / T)), by float32 operations that are each rounded
 // on their own (no fused ones: NumPy must be able to follow); everything after is exact integer arithmetic, so lanes
-// and the order of a sum cannot matter. reference.py says the same thing in one page.
+// and the order of a sum cannot matter. reference/sampling.py says the same thing in one page.
 //
 // Nothing is sorted. What top_k and top_p keep is a prefix of the order "logit descending, id ascending", so that a
 // radix selection finds its end, by counts or by masses, in time linear in V on any input, equal logits included. The
@@ -107,8 +107,8 @@ inline float inverse_temperature(double t) {
   return inverse < 0x1p-126 ? 0.0f : float(inverse > largest ? largest : inverse);
 }
 
-// The same operations in the same order as reference.py's _weights. exp(r) = 1 + r + r^2 Q(r) on |r| <= ln(2) / 2; Q is
-// a near-minimax fit made by tools/polynomials.py. The relative error is below 1e-7.
+// The same operations in the same order as reference/sampling.py's _weights. exp(r) = 1 + r + r^2 Q(r) on |r| <= ln(2)
+// / 2; Q is a near-minimax fit made by tools/polynomials.py. The relative error is below 1e-7.
 inline Vec<int64_t> weights(Vec<float> z, const Scale& scale) {
   using F = Vec<float>;
   const F round = 0x1.8p+23f; // x + round - round is the integer nearest to x
@@ -349,8 +349,7 @@ struct Row {
 
 inline void weigh(Row& row) { weigh(row.tokens, row.scale, row.tokens.id ? row.space.list_weight : row.space.weight); }
 
-inline void top_k(Row& row) {
-  const int64_t k = row.task.top_k[row.index];
+inline void keep_best(Row& row, int64_t k, bool keep_ties) {
   if (k >= row.tokens.n) return;
   // k blocks have a maximum of at least the k-th largest maximum, so k tokens do: the k best are among those.
   if (!row.tokens.id && k < row.tokens.blocks() / 2) {
@@ -359,9 +358,10 @@ inline void top_k(Row& row) {
     if (k >= row.tokens.n) return; // fewer are not banned
   }
   Boundary end = select_prefix(row.tokens, ByCount{}, k, row.space);
-  if (row.task.keep_ties) end.ties = row.tokens.n;
+  if (keep_ties) end.ties = row.tokens.n;
   row.tokens = above(row.tokens, row.space, end);
 }
+inline void top_k(Row& row) { keep_best(row, row.task.top_k[row.index], row.task.keep_ties); }
 
 inline void top_p(Row& row) {
   const double p = row.task.top_p[row.index];
@@ -426,12 +426,19 @@ HEADWAY_FLATTEN inline void ban(const Sampling& task, int64_t index, float* z) {
   }
 }
 
-// The row as float32 with the bias added and -inf for what is not allowed: the caller's memory if it is just that.
+// The row as float32 with edits, the bias added and -inf for what is not allowed: the caller's memory if it is just
+// that.
 inline const float* scores(const Sampling& task, int64_t index, const Workspace& space) {
   const char* logits = address(task.logits, batch_offset(task.batch, task.logits, index));
-  if (task.logits.dtype == DType::f32 && task.logits.stride[0] == 1 && !task.bias.data && !task.allowed.data)
+  const Edits& edits = task.edits;
+  const bool changed = task.bias.data || task.allowed.data || edits.count;
+  if (task.logits.dtype == DType::f32 && task.logits.stride[0] == 1 && !changed)
     return reinterpret_cast<const float*>(logits);
   read_row(logits, task.logits.dtype, task.logits.stride[0], task.V, space.z);
+  if (edits.count) {
+    const int64_t first = index * edits.capacity;
+    for (int64_t i = first; i < first + edits.count[index]; ++i) space.z[edits.id[i]] = float(edits.logit[i]);
+  }
   if (task.bias.data) {
     const float* bias = reinterpret_cast<const float*>(address(task.bias, batch_offset(task.batch, task.bias, index)));
     for (int64_t i = 0; i < task.V; ++i) space.z[i] += bias[i * task.bias.stride[0]];
@@ -494,9 +501,42 @@ HEADWAY_FLATTEN inline int64_t token_at(const Tokens& tokens, int64_t target) {
   return -1; // not reached: the target is below the total
 }
 
-inline uint64_t random_word(const Sampling& task, int64_t index) {
-  if (task.uniform.data) return uint64_t(task.uniform[index] * 0x1p+64);
-  return philox(task.seed[index], task.streams ? uint64_t(index) : 0, task.position[index]).word[0];
+inline RandomBlock random_block(const Sampling& task, int64_t index, int64_t draw = 0) {
+  const uint64_t stream = task.rows_per_stream ? uint64_t(index / task.rows_per_stream) : 0;
+  return philox(task.seed[index], stream, task.position[index], uint64_t(draw));
+}
+inline uint64_t random_word(const Sampling& task, int64_t index, int64_t draw = 0) {
+  if (task.uniform.data) return uint64_t(task.uniform[index * task.draws + draw] * 0x1p+64);
+  return random_block(task, index, draw).word[0];
+}
+
+// Several draws: from the blocks' masses, so that none looks at the whole vocabulary.
+inline void draw_several(Row& row) {
+  const Sampling& task = row.task;
+  int64_t* weight = row.tokens.weight;
+  int64_t *block_mass = row.space.mass, total = row.tokens.total, drawable = 0;
+  for (int64_t b = 0; b < row.tokens.blocks(); ++b) {
+    block_mass[b] = 0;
+    for (int64_t i = b * kBlock; i < (b + 1) * kBlock; ++i) {
+      block_mass[b] += weight[i];
+      drawable += weight[i] > 0;
+    }
+  }
+  if (!task.replacement && drawable < task.draws) {
+    task.status[row.index] = drawable * kSamplingFaults + int64_t(SamplingFault::few);
+    return;
+  }
+  for (int64_t draw = 0; draw < task.draws; ++draw) {
+    int64_t target = int64_t(high_product(random_word(task, row.index, draw), uint64_t(total))), b = 0;
+    while (block_mass[b] <= target) target -= block_mass[b++];
+    int64_t i = b * kBlock;
+    while (weight[i] <= target) target -= weight[i++];
+    task.tokens[row.index * task.draws + draw] = row.tokens.at(i);
+    if (task.replacement) continue;
+    total -= weight[i];
+    block_mass[b] -= weight[i];
+    weight[i] = 0;
+  }
 }
 
 // Every token is still in and nothing but the token is asked for: totals of stretches, then one stretch once more, so
@@ -570,9 +610,11 @@ inline Plan plan_sampling(const Sampling& task, int64_t) {
   return plan;
 }
 
-inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memory memory) {
-  const Workspace space(Arena{static_cast<char*>(memory.own)}, task.V);
-  Row row{task, index, space, {}, {}};
+// The row's scores and scale. False where the row has a fault, which is in its status then.
+inline bool begin(Row& row) {
+  const Sampling& task = row.task;
+  const Workspace& space = row.space;
+  const int64_t index = row.index;
   Tokens& tokens = row.tokens;
   tokens.n = task.V;
   tokens.z = scores(task, index, space);
@@ -584,7 +626,7 @@ inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memor
   scale.top = survey(tokens, space.block_max);
   if (!(scale.top > kNever && scale.top < -kNever)) {
     task.status[index] = diagnose(task, index, tokens.z);
-    return;
+    return false;
   }
   task.status[index] = 0;
   const double temperature = task.temperature[index];
@@ -597,13 +639,26 @@ inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memor
     while (tokens.block(b)[i] != scale.top) ++i;
     scale.one_hot = b * kBlock + i;
   }
-  const bool token_only = !task.probabilities && !task.filtered;
+  return true;
+}
+
+inline void filter(Row& row) {
+  for (Stage stage : row.task.joint ? kJoint : kAfterTopK) stage(row);
+}
+
+inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memory memory) {
+  const Workspace space(Arena{static_cast<char*>(memory.own)}, task.V);
+  Row row{task, index, space, {}, {}};
+  if (!begin(row)) return;
+  const Tokens& tokens = row.tokens;
+  const Scale& scale = row.scale;
+  const bool token_only = !task.probabilities && !task.filtered && task.draws == 1;
   if (token_only && scale.one_hot >= 0) { // it outlives every stage
     task.tokens[index] = scale.one_hot;
     return;
   }
 
-  for (Stage stage : task.joint ? kJoint : kAfterTopK) stage(row);
+  filter(row);
 
   if (task.filtered) write_filtered(row);
   if (token_only && !tokens.id && !tokens.weight) {
@@ -611,8 +666,10 @@ inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memor
     return;
   }
   if (task.tokens || task.probabilities) weigh(row);
-  if (task.tokens)
+  if (task.tokens && task.draws == 1)
     task.tokens[index] = token_at(tokens, int64_t(high_product(random_word(task, index), uint64_t(tokens.total))));
+  else if (task.tokens)
+    draw_several(row);
   if (task.probabilities) {
     if (task.logits.dtype == DType::f64)
       write_probabilities(tokens, task.V, static_cast<double*>(task.probabilities) + index * task.V);

@@ -6,6 +6,7 @@ from .attention import AttentionState, attention, attention_weights, merge_atten
 from .cache import KVCache
 from .layers import linear, rms_norm, rotary, swiglu
 from .multihead import multi_head_attention
+from .penalties import penalize
 from .runtime import Info, get_num_threads, info, set_num_threads
 from .sampling import SamplingParams, filter_logits, probabilities, sample
 
@@ -23,6 +24,7 @@ __all__ = [
     "merge_attention",
     "multi_head_attention",
     "partial_attention",
+    "penalize",
     "probabilities",
     "rms_norm",
     "rotary",

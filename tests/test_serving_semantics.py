@@ -1,0 +1,189 @@
+"""The part "Around the draw" of docs/semantics.md, sentence by sentence: test_p7_... says that sentence P7 holds.
+
+Small numbers on purpose: a sentence should be checkable by eye. test_serving.py searches widely.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import headway as hw
+
+NAN, INF = np.nan, np.inf
+FOUR = [2.0, 1.0, -1.0, 0.0]
+RNG = np.random.default_rng(3)
+ROWS = (RNG.standard_normal((2, 3, 70)) * 2).astype(np.float32)
+
+
+def test_every_sentence_has_a_test() -> None:
+    document = (Path(__file__).parent.parent / "docs" / "semantics.md").read_text()
+    sentences = {int(n) for n in re.findall(r"^- \*\*P(\d+)\*\* ", document, re.MULTILINE)}
+    tests = {int(m[1]) for name in globals() if (m := re.match(r"test_p(\d+)_", name))}
+    assert len(sentences) >= 11
+    assert sentences == set(range(1, len(sentences) + 1))
+    assert tests == sentences
+
+
+# Penalties ----------------------------------------------------------------------------------------------------------
+
+
+def changed(logits: Any, token_ids: Any, **penalties: Any) -> list[float]:
+    return hw.penalize(logits, token_ids, **penalties).tolist()
+
+
+def dry(history: list[int], **options: Any) -> dict[int, float]:
+    """What DRY subtracts from whose logit, with a multiplier of 1 and a base of 2."""
+    new = hw.penalize([0.0] * 10, history, **{"dry_multiplier": 1.0, "dry_base": 2.0, **options})
+    return {i: -float(x) for i, x in enumerate(new) if x}
+
+
+def test_p1_shapes_and_types() -> None:
+    for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16):
+        logits = ROWS.astype(dtype)
+        before = logits.tobytes()
+        new = hw.penalize(logits, np.zeros((2, 3, 1), int), repetition=2)
+        assert (new.shape, new.dtype) == (logits.shape, logits.dtype)
+        assert logits.tobytes() == before
+        assert np.array_equal(new[..., 1:], logits[..., 1:])
+    assert hw.penalize(np.zeros((0, 7)), []).shape == (0, 7)
+    assert hw.penalize([0.0, 1.0], []).tolist() == [0.0, 1.0]
+
+
+def test_p2_histories() -> None:
+    logits = [FOUR] * 3
+    lists = hw.penalize(logits, [[0, 0, 3], [], (1,)], presence=1)
+    assert lists.tolist() == [[1, 1, -1, -1], FOUR, [2, 0, -1, 0]]
+    padded = np.array([[0, 0, 3], [-1, 99, 99], [1, 99, 99]])
+    assert np.array_equal(hw.penalize(logits, padded, lengths=[3, 0, 1], presence=1), lists)
+    assert changed([logits[:2]], [[[0], [1]]], presence=1) == [[[1, 1, -1, 0], [2, 0, -1, 0]]]
+
+
+def test_p3_in_which_order() -> None:
+    """Repetition, then frequency and presence, then DRY: (2 / 4 - 2 * 0.125 - 1) - 3."""
+    new = changed(FOUR, [0, 1, 0, 1], repetition=4, frequency=0.125, presence=1, dry_multiplier=3)
+    assert new == [2 / 4 - 0.25 - 1 - 3, 1 / 4 - 0.25 - 1, -1, 0]
+
+
+def test_p4_repetition() -> None:
+    assert changed(FOUR, [0, 2, 3, 0], repetition=2) == [1, 1, -2, 0]
+    assert changed(FOUR, [0, 2], repetition=0.5) == [4, 1, -0.5, 0]
+    for bad in (0, -1, INF, NAN):
+        with pytest.raises(ValueError, match=r"^repetition: expected a finite number > 0"):
+            hw.penalize(FOUR, [0], repetition=bad)
+
+
+def test_p5_frequency_and_presence() -> None:
+    assert changed(FOUR, [0, 2, 0, 0], frequency=0.5) == [0.5, 1, -1.5, 0]
+    assert changed(FOUR, [0, 2, 0, 0], presence=0.5) == [1.5, 1, -1.5, 0]
+    assert changed(FOUR, [3], presence=-1, frequency=-1) == [2, 1, -1, 2]
+
+
+def test_p6_what_would_repeat() -> None:
+    assert dry([1, 2, 3, 1, 2]) == {3: 1.0}  # 1 2 came before, then 3
+    assert dry([1, 2, 3, 4, 1, 2, 3]) == {4: 2.0}
+    assert dry([1, 2, 3, 4, 1, 2, 3], dry_allowed_length=3) == {4: 1.0}
+    assert dry([1, 2, 3, 4, 1, 2, 3], dry_allowed_length=4) == {}
+    assert dry([3, 4, 5, 3]) == {}  # only 3 is repeated
+    assert dry([3, 4, 5, 3], dry_allowed_length=1) == {4: 1.0}
+    assert dry([1, 2, 3, 9, 1, 2, 4, 8, 1, 2]) == {3: 1.0, 4: 1.0}
+    assert dry([1, 2, 3, 9, 2, 3, 9, 8, 1, 2], dry_allowed_length=1) == {3: 2.0}  # the longest counts: 1 2, not 2
+    assert dry([7, 7, 7, 7]) == {7: 2.0}  # 7 7 7, which overlaps itself
+    assert hw.penalize([0.0] * 5, [1, 2, 3, 4, 1, 2, 3], dry_multiplier=0.8)[4] == -0.8 * 1.75
+
+
+def test_p7_breakers() -> None:
+    history = [1, 2, 3, 4, 1, 2, 3]
+    assert dry(history, dry_breakers=[1]) == {4: 1.0}  # 2 3
+    assert dry(history, dry_breakers=[2]) == {}  # 3
+    assert dry(history, dry_breakers={3}) == {}
+    assert dry(history, dry_breakers=[4]) == {}  # 4 itself is never penalized
+    assert dry(history, dry_breakers=[9]) == {4: 2.0}
+
+
+def test_p8_window() -> None:
+    assert changed(FOUR, [0, 1, 1, 0], frequency=1, window=3) == [1, -1, -1, 0]
+    assert changed(FOUR, [0, 1], presence=1, window=1) == [2, 0, -1, 0]
+    assert changed(FOUR, [0, 1], presence=1, window=10**30) == [1, 0, -1, 0]
+    assert dry([1, 2, 3, 1, 2], window=4, dry_allowed_length=1) == {3: 1.0}  # 2, for 1 lies outside
+    assert dry([1, 2, 3, 1, 2], window=3, dry_allowed_length=1) == {}
+
+
+def test_p9_each_row_its_own() -> None:
+    rows = {"repetition": [1, 2], "frequency": [0.5, 0], "window": [1, 9], "dry_multiplier": [0.0, 1.0]}
+    histories = [[0, 1], [0, 1, 0]]
+    both = hw.penalize([FOUR, FOUR], histories, dry_allowed_length=1, **rows)
+    for i in range(2):
+        own = {name: value[i] for name, value in rows.items()}
+        assert np.array_equal(both[i], hw.penalize(FOUR, histories[i], dry_allowed_length=1, **own))
+
+
+def test_p10_finite_stays_finite() -> None:
+    assert changed([-INF, 0.0], [0], repetition=2, frequency=-9, presence=-9) == [-INF, 0]
+    for dtype, largest in ((np.float16, 65504), (np.float32, np.finfo(np.float32).max)):
+        logits = np.array([-1, 1], dtype) * dtype(largest)
+        assert hw.penalize(logits, [0], repetition=1.5).tolist() == logits.tolist()
+        assert hw.penalize(logits, [1], repetition=0.5).tolist() == logits.tolist()
+    endless = hw.penalize(np.zeros(2, np.float32), [0] * 5000, dry_multiplier=1)
+    assert endless.tolist() == [-np.finfo(np.float32).max, 0]
+
+
+def test_p11_computed_in_float64_and_rounded_once() -> None:
+    z, r, f = np.float32(1.7), np.float32(1.3), 0.1
+    want = np.float32(np.float64(z) / np.float64(r) - 2 * f - 0.3)
+    assert hw.penalize(np.array([z]), [0, 0], repetition=r, frequency=f, presence=0.3)[0] == want
+
+
+# Several draws ------------------------------------------------------------------------------------------------------
+
+
+def test_p12_num_samples() -> None:
+    tokens = hw.sample(ROWS, num_samples=5, seed=1)
+    assert tokens.shape == (2, 3, 5)
+    assert tokens.dtype == np.int64
+    assert hw.sample(ROWS, num_samples=1, seed=1).shape == (2, 3, 1)
+    assert hw.sample(ROWS[0, 0], num_samples=4, seed=1).shape == (4,)
+    for bad in (0, 1.5, True):
+        with pytest.raises((ValueError, TypeError), match=r"^num_samples: expected an integer >= 1"):
+            hw.sample(ROWS, num_samples=bad)
+
+
+def test_p13_with_replacement_each_draw_has_its_block() -> None:
+    tokens = hw.sample(ROWS, num_samples=6, seed=7, position=3, temperature=2)
+    assert np.array_equal(tokens[..., 0], hw.sample(ROWS, seed=7, position=3, temperature=2))
+    counter = 3 - 1  # NumPy counts up first
+    for j in range(6):
+        words = np.random.Philox(key=[7, 0], counter=[counter, j, 0, 0]).random_raw(1)
+        uniform = (int(words[0]) >> 11) / 2**53
+        assert tokens[0, 0, j] == hw.sample(ROWS[0, 0], uniform=uniform, temperature=2)
+
+
+def test_p14_without_replacement() -> None:
+    logits = np.log([0.5, 0.3, 0.2])
+    assert hw.sample(logits, num_samples=3, replacement=False, uniform=[0.55, 0.55, 0.0]).tolist() == [1, 0, 2]
+    # After 0 is gone, 1 has 0.6 of what is left.
+    assert hw.sample(logits, num_samples=2, replacement=False, uniform=[0.1, 0.59]).tolist() == [0, 1]
+    assert hw.sample(logits, num_samples=2, replacement=False, uniform=[0.1, 0.61]).tolist() == [0, 2]
+    one = hw.sample(ROWS, num_samples=20, replacement=False, seed=2)
+    assert all(len(set(row)) == 20 for row in one.reshape(-1, 20).tolist())
+    assert np.array_equal(one[..., 0], hw.sample(ROWS, seed=2))
+
+
+def test_p15_too_few_are_left() -> None:
+    with pytest.raises(ValueError, match=r"^num_samples: expected at most 2 without replacement in row 1, .* got 3"):
+        hw.sample([[0.0, 0.0, 0.0], [0.0, -INF, 0.0]], num_samples=3, replacement=False)
+    with pytest.raises(ValueError, match=r"^num_samples: expected at most 4 without replacement, .* got 5"):
+        hw.sample(ROWS[0, 0], top_k=4, num_samples=5, replacement=False)
+    assert hw.sample([1.0, 2.0], temperature=0, num_samples=3).tolist() == [1, 1, 1]
+
+
+def test_p16_uniform_of_each_draw() -> None:
+    u = RNG.random((2, 3, 4))
+    tokens = hw.sample(ROWS, uniform=u, num_samples=4)
+    for j in range(4):
+        assert np.array_equal(tokens[..., j], hw.sample(ROWS, uniform=u[..., j]))
