@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import DTYPES, laid_out, same_bits
 from test_sampling import make_logits, make_options
+from test_sampling_statistics import chi_square, power
 
 import headway as hw
 from headway import reference
@@ -85,7 +88,6 @@ def test_the_lengths_of_repetitions(part: list[int], times: int, allowed: int, b
 @pytest.mark.parametrize("history", [[3] * 200_000, [1, 2] * 100_000, list(range(1000)) * 200])
 def test_penalties_take_time_linear_in_the_history(history: list[int]) -> None:
     """Twenty times the history takes some twenty times as long; comparing all pairs would take four hundred."""
-    import time
 
     def seconds(tokens: np.ndarray) -> float:
         took = []
@@ -164,8 +166,6 @@ def test_several_draws_equal_the_reference(data: st.DataObject) -> None:
 
 def test_draws_are_independent_and_cost_no_scan_each() -> None:
     """All pairs of the first two of 200,000 draws, with and without replacement, beside their exact probabilities."""
-    from test_sampling_statistics import chi_square, power
-
     p = np.array([0.4, 0.3, 0.2, 0.1])
     logits = np.broadcast_to(np.log(p).astype(np.float32), (200_000, 4))
     pairs = {True: np.outer(p, p), False: np.outer(p, p) / (1 - p)[:, None] * (1 - np.eye(4))}
@@ -181,3 +181,187 @@ def test_draws_are_independent_and_cost_no_scan_each() -> None:
             assert power(200_000, exact.ravel()[possible], other[possible]) > 0.999
             statistic, limit = chi_square(counts[possible], other[possible])
             assert statistic > limit
+
+
+# Log-probabilities --------------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_logprobs_equal_the_reference(data: st.DataObject) -> None:
+    """Ids and ranks exactly; logarithms, for which the reference has NumPy's, within four units of the last place."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    rows, V = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 5, 64, 65, 300, 3000]))
+    logits = draw_logits(data, (rows, V), rng)
+    tokens = rng.integers(0, V, (rows, 4))
+    top = data.draw(st.integers(1, min(V, 70)))
+    processed = data.draw(st.booleans())
+    options = make_options(data.draw, V, rows, rng) if processed else {}
+    try:
+        want = reference.logprobs(logits, tokens, top=top, processed=processed, **options)
+    except ValueError:  # the bias bans what was left
+        return
+    layout = data.draw(st.sampled_from(["contiguous", "reversed", "last axis apart"]))
+    got = hw.logprobs(laid_out(logits, layout), tokens, top=top, processed=processed, **options)
+    assert same_bits(got.ranks, want.ranks)
+    assert same_bits(got.top_tokens, want.top_tokens)
+    for a, b in ((got.logprobs, want.logprobs), (got.top_logprobs, want.top_logprobs)):
+        assert a.dtype == b.dtype
+        assert np.array_equal(np.isneginf(a), np.isneginf(b))
+        there = ~np.isneginf(b)
+        assert (np.abs(a[there] - b[there]) <= 4 * np.spacing(np.abs(b[there]).astype(b.dtype))).all()
+
+
+def test_logarithms_are_exact_to_two_units() -> None:
+    from decimal import Decimal, localcontext
+
+    from headway.logprobs import _ln
+
+    rng = np.random.default_rng(1)
+    near_one = 1 + rng.uniform(-1, 1, 1000) * 10.0 ** rng.uniform(-15, -1, 1000)
+    numbers = np.concatenate([np.exp(rng.uniform(-43, 12, 1000)), near_one, [1.0, 2.0**-44, 2.0**18]])
+    with localcontext() as context:
+        context.prec = 40
+        exact = [Decimal(float(x)).ln() for x in numbers]
+        errors = [abs(Decimal(float(y)) - e) for y, e in zip(_ln(numbers), exact, strict=True)]
+    assert all(error <= Decimal(2 * float(np.spacing(abs(float(e))))) for error, e in zip(errors, exact, strict=True))
+
+
+def test_log_softmax_is_as_exact_as_float32_logits_allow() -> None:
+    for scale in (0.1, 3.0, 30.0):
+        logits = (np.random.default_rng(2).standard_normal((4, 50_000)) * scale).astype(np.float32)
+        wide = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+        exact = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+        got = hw.logprobs(logits.astype(np.float64), np.broadcast_to(np.arange(50_000), logits.shape)).logprobs
+        assert np.abs(got - exact).max() < 1.2e-7
+
+
+BAD_LOGPROBS = [
+    ({"tokens": 5}, ValueError, r"^tokens: expected ids from 0 to 4, got 5$"),
+    ({"tokens": [-1, 0]}, ValueError, r"^tokens: expected ids from 0 to 4, got -1$"),
+    ({"tokens": [0, 7], "logits": [[0.0] * 5] * 2}, ValueError, r"^tokens: expected ids from 0 to 4, got 7 in row 1$"),
+    ({"tokens": [[[0]]]}, ValueError, r"^tokens: expected one id for each row, of shape \(\), or n in \(n\), got"),
+    ({"tokens": [0.5]}, TypeError, r"^tokens: expected token ids, got float64"),
+    ({"top": 0}, ValueError, r"^top: expected an integer from 1 to 5, got 0"),
+    ({"top": 1, "processed": 1}, TypeError, r"^processed: expected True or False, got 1"),
+    ({"top": 1, "top_k": 3}, ValueError, r"^top_k: expected none for the logits as they are"),
+    ({"top": 1, "logits": [0.0, np.nan]}, ValueError, r"^logits: expected numbers, got NaN at token 1"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD_LOGPROBS, ids=[b[2][:40] for b in BAD_LOGPROBS])
+def test_bad_logprobs(call: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        hw.logprobs(**{"logits": [0.0] * 5, **call})
+
+
+# Speculative sampling -----------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_speculative_sampling_equals_the_reference(data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    rows, n, V = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 4)), data.draw(st.sampled_from([2, 5, 64, 200]))
+    target = draw_logits(data, (rows, n + 1, V), rng)
+    draft = (target[:, :n].astype(np.float64).clip(-50, 50) + rng.standard_normal((rows, n, V))).astype(np.float32)
+    options = {
+        name: value
+        for name, value in make_options(data.draw, V, rows, rng).items()
+        if name not in ("logit_bias", "position", "seed")
+    }
+    one_seed = data.draw(st.booleans())
+    source = {
+        "seed": 2**63 + 5 if one_seed else rng.integers(0, 2**63, rows),
+        "position": data.draw(st.sampled_from([0, 7, 2**64 - 2])),
+    }
+    per_place = {name: np.asarray(x)[..., None] if np.ndim(x) else x for name, x in options.items()}
+    tokens = hw.sample(draft, seed=3, **per_place) if n else np.zeros((rows, 0), int)
+    if data.draw(st.integers(0, 3)) == 0:
+        draft = None
+    want = reference.verify_draft(target, draft, tokens, **source, **options)
+    got = hw.verify_draft(target, draft, tokens, **source, **options)
+    assert same_bits(tuple(got), tuple(want))
+
+
+def test_speculative_sampling_is_exact() -> None:
+    """Small distributions in whole numbers: accepting and replacing give the target's own, as fractions."""
+    rng = np.random.default_rng(4)
+    for _ in range(300):
+        V = int(rng.integers(2, 6))
+        p, q = (rng.choice([0, 1, 2, 3, 1000, 2**44], V).astype(np.int64) for _ in range(2))
+        if not p.any() or not q.any():
+            continue
+        P, Q = int(p.sum()), int(q.sum())
+        out = [Fraction(0)] * V
+        left = reference.serving.residual(p, q)
+        rejected = Fraction(0)
+        for token in range(V):
+            if q[token]:
+                chance = reference.serving.acceptance(p, q, token)
+                out[token] += Fraction(int(q[token]), Q) * chance
+                rejected += Fraction(int(q[token]), Q) * (1 - chance)
+        if rejected:
+            out = [x + rejected * Fraction(r, sum(left)) for x, r in zip(out, left, strict=True)]
+        assert out == [Fraction(int(x), P) for x in p]
+
+
+@pytest.mark.parametrize("drafted", ["drafted", "no choice"])
+def test_speculative_sampling_has_the_target_s_frequencies(drafted: str) -> None:
+    """Pairs of tokens of 200,000 rows, whose second distribution depends on the first token.
+
+    The draft is drawn with the same seed and positions. Power above 0.999 against the draft's own distribution and
+    against one in which a replaced token is drawn from the target (not from what the draft lacks).
+    """
+    rows, V = 200_000, 4
+    rng = np.random.default_rng(6)
+    target, draft = rng.standard_normal((2, V)), rng.standard_normal((2, V))
+    after = rng.standard_normal((V, V)), rng.standard_normal((V, V))  # logits after each first token
+
+    def softmax(z: np.ndarray) -> np.ndarray:
+        return np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+
+    def logits(first: np.ndarray, then: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        return np.stack([np.broadcast_to(first, (rows, V)), then[tokens]], 1).astype(np.float32)
+
+    if drafted == "drafted":
+        first = hw.sample(np.broadcast_to(draft[0].astype(np.float32), (rows, V)), seed=8)
+        proposals = logits(draft[0], after[1], first)[:, :1]
+    else:
+        first, proposals = np.full(rows, 2), None
+    got = hw.verify_draft(logits(target[0], after[0], first), proposals, first[:, None], seed=8)
+    one = got.tokens[:, 0]
+    p, q = softmax(target[0]), softmax(draft[0]) if drafted == "drafted" else np.eye(V)[2]
+    counts = np.bincount(one, minlength=V)
+    statistic, limit = chi_square(counts, p)
+    assert statistic < limit
+    careless = np.minimum(p, q) + np.maximum(0, q - p).sum() * p
+    for wrong in (q, careless) if drafted == "drafted" else (careless,):
+        assert power(rows, wrong, p) > 0.999
+        statistic, limit = chi_square(counts, wrong)
+        assert statistic > limit
+    pairs = got.tokens[got.accepted == 1]  # the second token, after all were accepted
+    exact = softmax(after[0])
+    for token in range(V):
+        seen = np.bincount(pairs[pairs[:, 0] == token, 1], minlength=V)
+        if seen.sum():
+            statistic, limit = chi_square(seen, exact[token])
+            assert statistic < limit
+
+
+BAD_DRAFTS = [
+    ({"target_logits": [0.0] * 5}, ValueError, r"^target_logits: expected an array \(\.\.\., n \+ 1, V\), got shape"),
+    ({"draft_tokens": [0]}, ValueError, r"^draft_tokens: expected shape \(2,\), one place less"),
+    ({"draft_tokens": [0, 5]}, ValueError, r"^draft_tokens: expected ids from 0 to 4, got 5 in row 1"),
+    ({"draft_tokens": [0.0, 1.0]}, TypeError, r"^draft_tokens: expected token ids, got float64"),
+    ({"draft_logits": np.zeros((2, 4))}, ValueError, r"^draft_logits: expected shape \(2, 5\) beside"),
+    ({"draft_params": hw.SamplingParams()}, ValueError, r"^draft_params: expected draft_logits"),
+    ({"draft_logits": np.full((2, 5), np.nan)}, ValueError, r"^draft_logits: expected numbers, got NaN at token 0"),
+    ({"seed": [1, 2]}, ValueError, r"^seed: expected one integer, or one per row in an array of shape \(\)"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD_DRAFTS, ids=[b[2][:40] for b in BAD_DRAFTS])
+def test_bad_drafts(call: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        hw.verify_draft(**{"target_logits": np.zeros((3, 5)), "draft_logits": None, "draft_tokens": [0, 1], **call})

@@ -25,7 +25,7 @@ def test_every_sentence_has_a_test() -> None:
     document = (Path(__file__).parent.parent / "docs" / "semantics.md").read_text()
     sentences = {int(n) for n in re.findall(r"^- \*\*P(\d+)\*\* ", document, re.MULTILINE)}
     tests = {int(m[1]) for name in globals() if (m := re.match(r"test_p(\d+)_", name))}
-    assert len(sentences) >= 11
+    assert len(sentences) >= 30
     assert sentences == set(range(1, len(sentences) + 1))
     assert tests == sentences
 
@@ -187,3 +187,166 @@ def test_p16_uniform_of_each_draw() -> None:
     tokens = hw.sample(ROWS, uniform=u, num_samples=4)
     for j in range(4):
         assert np.array_equal(tokens[..., j], hw.sample(ROWS, uniform=u[..., j]))
+
+
+# Log-probabilities --------------------------------------------------------------------------------------------------
+
+
+def test_p17_the_model_s_own_distribution() -> None:
+    for dtype in (np.float64, np.float32, np.float16):
+        logits = ROWS.astype(dtype)
+        wide = logits.astype(np.float64)
+        exact = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+        got = hw.logprobs(logits, np.full((2, 3), 5)).logprobs
+        assert got.dtype == (np.float64 if dtype is np.float64 else np.float32)
+        assert np.abs(got - exact[..., 5]).max() < 1e-6
+    for options in ({"temperature": 1.0}, {"params": hw.SamplingParams()}):
+        with pytest.raises(ValueError, match=r"expected none for the logits as they are; processed=True"):
+            hw.logprobs(ROWS, top=1, **options)
+    assert hw.logprobs([0.0, -INF], [0, 1]).logprobs.tolist() == [0, -INF]
+
+
+def test_p18_the_distribution_that_is_drawn_from() -> None:
+    options = {"temperature": 0.7, "top_k": 9, "top_p": 0.9}
+    p = hw.probabilities(ROWS.astype(np.float64), **options)
+    ids = np.broadcast_to(np.arange(70), ROWS.shape)
+    got = hw.logprobs(ROWS.astype(np.float64), ids, processed=True, **options).logprobs
+    assert np.array_equal(np.isneginf(got), p == 0)
+    assert np.allclose(got[p > 0], np.log(p[p > 0]), rtol=1e-15, atol=1e-15)
+    assert hw.logprobs([1.0, 2.0], [0, 1], processed=True, temperature=0).logprobs.tolist() == [-INF, 0]
+
+
+def test_p19_ranks() -> None:
+    logits = [1.0, 2.0, 2.0, -INF, 0.0, 2.0, -INF]
+    assert hw.logprobs(logits, range(7)).ranks.tolist() == [4, 1, 2, 6, 5, 3, 7]
+    assert hw.logprobs(logits, [0, 5, 2], processed=True, top_k=2).ranks.tolist() == [3, 6, 2]
+    assert hw.logprobs(logits, [4, 1], processed=True, logit_bias={4: 9.0}).ranks.tolist() == [1, 2]
+
+
+def test_p20_top() -> None:
+    found = hw.logprobs([1.0, 2.0, 2.0, -INF, 0.0], top=4)
+    assert found.top_tokens.tolist() == [1, 2, 0, 4]
+    assert np.array_equal(found.top_logprobs, hw.logprobs([1.0, 2.0, 2.0, -INF, 0.0], [1, 2, 0, 4]).logprobs)
+    short = hw.logprobs([1.0, 2.0, 2.0], top=3, processed=True, top_k=2)
+    assert short.top_tokens.tolist() == [1, 2, -1]
+    assert short.top_logprobs[2] == -INF
+    with pytest.raises(ValueError, match=r"^top: expected an integer from 1 to 3, got 4"):
+        hw.logprobs([1.0, 2.0, 2.0], top=4)
+
+
+def test_p21_shapes_of_tokens() -> None:
+    one = hw.logprobs(ROWS, np.full((2, 3), 4), top=6)
+    assert one.logprobs.shape == one.ranks.shape == (2, 3)
+    assert one.top_tokens.shape == one.top_logprobs.shape == (2, 3, 6)
+    assert hw.logprobs(ROWS, np.full((2, 3, 5), 4)).logprobs.shape == (2, 3, 5)
+    assert hw.logprobs(ROWS, top=1).ranks is hw.logprobs(ROWS, top=1).logprobs is None
+    assert hw.logprobs(ROWS, np.full((2, 3), 4)).top_tokens is None
+    with pytest.raises(ValueError, match=r"^tokens: expected token ids, or top=n"):
+        hw.logprobs(ROWS)
+
+
+# Speculative sampling -----------------------------------------------------------------------------------------------
+
+TARGET = RNG.standard_normal((4, 6)) * 1.5
+DRAFT = RNG.standard_normal((3, 6)) * 1.5
+
+
+def words(seed: int, stream: int, position: int) -> list[int]:
+    return [int(w) for w in np.random.Philox(key=[seed, stream], counter=position - 1).random_raw(4)]
+
+
+def test_p22_what_comes_back() -> None:
+    found = hw.verify_draft(np.stack([TARGET] * 5), None, np.zeros((5, 3), int), seed=1)
+    assert found.accepted.shape == found.next_token.shape == (5,)
+    assert found.tokens.shape == (5, 4)
+    for n, token, chain in zip(*(x.tolist() for x in found), strict=True):
+        assert chain == [0] * n + [token] + [-1] * (3 - n)
+    lone = hw.verify_draft(TARGET, None, [0, 0, 0], seed=1)
+    assert type(lone.accepted) is type(lone.next_token) is int
+
+
+def test_p23_accepted_with_the_ratio_of_probabilities() -> None:
+    p, q = hw.probabilities(TARGET), hw.probabilities(DRAFT)
+    for token in range(6):
+        ratio = p[0, token] / q[0, token]
+        for seed in range(40):
+            found = hw.verify_draft(TARGET[:2], DRAFT[:1], [token], seed=seed, position=9)
+            assert found.accepted == (words(seed, 0, 9)[2] / 2**64 < ratio)
+
+
+def test_p24_replaced_from_what_the_draft_lacks() -> None:
+    p, q = hw.probabilities(TARGET)[0], hw.probabilities(DRAFT)[0]
+    left = np.maximum(0, p - q)
+    ends = np.cumsum(left) / left.sum()
+    replaced = 0
+    for seed in range(200):
+        token = hw.sample(DRAFT[0], seed=seed, position=9)
+        found = hw.verify_draft(TARGET[:2], DRAFT[:1], [token], seed=seed, position=9)
+        if found.accepted == 0:
+            replaced += 1
+            assert found.next_token == np.searchsorted(ends, words(seed, 0, 9)[3] / 2**64, side="right")
+    assert replaced > 20
+
+
+def test_p25_one_more_after_all() -> None:
+    same = np.concatenate([TARGET[:3], TARGET[3:]])
+    for seed in range(20):
+        draft = [hw.sample(TARGET[i], seed=seed, position=5 + i) for i in range(3)]
+        found = hw.verify_draft(same, TARGET[:3], draft, seed=seed, position=5)
+        assert found.accepted == 3  # p / q is 1
+        assert found.next_token == hw.sample(TARGET[3], seed=seed, position=8)
+        assert hw.verify_draft(TARGET[:1], None, [], seed=seed).next_token == hw.sample(TARGET[0], seed=seed)
+
+
+def test_p26_a_draft_without_choice() -> None:
+    p = hw.probabilities(TARGET)[0]
+    for seed in range(40):
+        found = hw.verify_draft(TARGET[:2], None, [2], seed=seed, position=9)
+        assert found.accepted == (words(seed, 0, 9)[2] / 2**64 < p[2])
+        assert found.accepted or found.next_token != 2
+
+
+def test_p27_greedy() -> None:
+    best = TARGET.argmax(-1)
+    draft = best[:3].copy()
+    assert hw.verify_draft(TARGET, None, draft, temperature=0)[:2] == (3, best[3])
+    draft[1] = (best[1] + 1) % 6
+    assert hw.verify_draft(TARGET, None, draft, temperature=0)[:2] == (1, best[1])
+    ours = DRAFT.argmax(-1)
+    agree = int((ours == best[:3]).cumprod().sum())
+    assert hw.verify_draft(TARGET, DRAFT, ours, temperature=0)[:2] == (agree, best[agree])
+
+
+def test_p28_options() -> None:
+    """They are of both, or draft_params of the draft; numbers are one per row, masks one per place."""
+    hot = hw.SamplingParams(temperature=2.0)
+    for seed in range(20):
+        token = [hw.sample(DRAFT[0], hot, seed=seed)]
+        both = hw.verify_draft(TARGET[:2], DRAFT[:1], token, hot, seed=seed)
+        assert both.tokens.tolist() == hw.verify_draft(TARGET[:2] / 2, DRAFT[:1] / 2, token, seed=seed).tokens.tolist()
+        own = hw.verify_draft(TARGET[:2], DRAFT[:1], token, draft_params=hot, seed=seed)
+        assert own.tokens.tolist() == hw.verify_draft(TARGET[:2], DRAFT[:1] / 2, token, seed=seed).tokens.tolist()
+    two, allowed = np.stack([TARGET, TARGET]), np.ones((2, 4, 6), bool)
+    allowed[1, 1] = np.arange(6) == 4
+    draft, tokens = np.stack([DRAFT, DRAFT]), np.full((2, 3), 4)
+    rows = hw.verify_draft(two, draft, tokens, temperature=[0.5, 2.0], allowed=allowed, seed=[3, 4], position=[5, 6])
+    for i in range(2):
+        options = {"temperature": [0.5, 2.0][i], "allowed": allowed[i], "seed": 3 + i, "position": 5 + i}
+        assert hw.verify_draft(TARGET, DRAFT, tokens[i], **options).tokens.tolist() == rows.tokens[i].tolist()
+    with pytest.raises(ValueError, match=r"^uniform: expected seed and position"):
+        hw.verify_draft(TARGET, DRAFT, [0, 0, 0], uniform=0.5)
+
+
+def test_p29_a_token_that_the_draft_cannot_draw() -> None:
+    worst = int(DRAFT[0].argmin())
+    with pytest.raises(ValueError, match=rf"^draft_tokens: .* got {worst} in row \(1, 0\), .*draft_params"):
+        hw.verify_draft(np.stack([TARGET[:2]] * 2), [DRAFT[:1]] * 2, [[int(DRAFT[0].argmax())], [worst]], top_k=2)
+
+
+def test_p30_what_follows_is_not_looked_at() -> None:
+    target = TARGET.copy()
+    target[2:] = NAN
+    wrong = int(target[0].argmin())
+    assert hw.verify_draft(target, None, [wrong, 0, 0], temperature=0).accepted == 0
+    with pytest.raises(ValueError, match=r"^target_logits: expected numbers, got NaN at token 0 in row 2"):
+        hw.verify_draft(target, None, target[:3].argmax(-1), temperature=0)

@@ -201,13 +201,16 @@ def filter_logits(logits: ArrayLike, params: SamplingParams | None = None, **opt
 class _Run:
     """One call: the logits, and the options in the form that the kernel takes."""
 
-    def __init__(self, logits: ArrayLike, params: SamplingParams | None, options: Mapping[str, Any]) -> None:
-        self.operand = _arrays.unwrap(logits, "logits")
+    def __init__(
+        self, logits: ArrayLike, params: SamplingParams | None, options: Mapping[str, Any], name: str = "logits"
+    ) -> None:
+        self.name = name
+        self.operand = _arrays.unwrap(logits, name)
         self.data = self.operand.data
         if self.data.ndim == 0:
-            raise ValueError("logits: expected an array (V,) or (..., V), got a single number")
+            raise ValueError(f"{name}: expected an array (V,) or (..., V), got a single number")
         if self.data.shape[-1] == 0:
-            raise ValueError(f"logits: expected at least one token, got an array of shape {self.data.shape}")
+            raise ValueError(f"{name}: expected at least one token, got an array of shape {self.data.shape}")
         self.lead, self.vocabulary = self.data.shape[:-1], self.data.shape[-1]
         self.rows = self.data.size // self.vocabulary
         self.settings = _resolve(params, options)
@@ -335,12 +338,14 @@ class _Run:
         token, fault = divmod(int(status[row]), _native.SAMPLING_FAULTS)
         where = _in_row(row, self.lead)
         if fault == 1:
-            raise ValueError(f"logits: expected numbers, got NaN at token {token}{where}; -inf is what bans a token")
+            raise ValueError(
+                f"{self.name}: expected numbers, got NaN at token {token}{where}; -inf is what bans a token"
+            )
         if fault == 2:
-            raise ValueError(f"logits: expected finite numbers or -inf, got +inf at token {token}{where}")
+            raise ValueError(f"{self.name}: expected finite numbers or -inf, got +inf at token {token}{where}")
         if fault == 3:
             raise ValueError(
-                f"logits: expected numbers within float32, got one at token {token}{where} that overflows"
+                f"{self.name}: expected numbers within float32, got one at token {token}{where} that overflows"
                 + (" with its logit_bias" if self.settings["logit_bias"] is not None else "")
                 + "; subtract the row's maximum first"
             )
@@ -349,7 +354,7 @@ class _Run:
                 f"num_samples: expected at most {token} without replacement{where}, where no more tokens are left to "
                 f"draw from, got {draws}; draw with replacement, or filter less"
             )
-        name = next((n for n in ("allowed", "logit_bias") if self.settings[n] is not None), "logits")
+        name = next((n for n in ("allowed", "logit_bias") if self.settings[n] is not None), self.name)
         raise ValueError(f"{name}: expected at least one token that is not banned{where}, got none; allow one")
 
 
@@ -528,6 +533,11 @@ def _broadcast(name: str, array: Array, shape: tuple[int, ...]) -> Array:
         return np.broadcast_to(array, shape)
     except ValueError:
         raise ValueError(f"{name}: expected a shape that broadcasts to {shape}, got {array.shape}") from None
+
+
+def _scale_bits(vocabulary: int) -> int:
+    """Return s: the largest weight is 2^s. 2^44, or less where V of them could exceed 2^62."""
+    return min(44, 62 - (vocabulary - 1).bit_length())
 
 
 def _flat(array: Array) -> Array:

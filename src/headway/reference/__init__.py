@@ -34,7 +34,7 @@ from .attention import (
     swiglu,
 )
 from .sampling import filter_logits, philox, probabilities, sample, weights
-from .serving import penalize
+from .serving import logprobs, penalize, verify_draft
 
 __all__ = [
     "AttentionState",
@@ -44,6 +44,7 @@ __all__ = [
     "attention_weights",
     "filter_logits",
     "linear",
+    "logprobs",
     "merge_attention",
     "multi_head_attention",
     "partial_attention",
@@ -56,5 +57,6 @@ __all__ = [
     "scores",
     "softmax",
     "swiglu",
+    "verify_draft",
     "weights",
 ]

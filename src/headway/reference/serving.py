@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .sampling import _floats
+from .sampling import _draw, _floats, filter_logits, philox, weights
 
 AnyArray = NDArray[Any]
 
@@ -80,3 +81,145 @@ def _repeats(history: list[int], breakers: set[int]) -> dict[int, int]:
         if n and history[at] not in breakers:
             found[history[at]] = max(n, found.get(history[at], 0))
     return found
+
+
+# Log-probabilities ------------------------------------------------------------------------------------------------
+
+
+class Logprobs(NamedTuple):
+    """Of given tokens, and of the best."""
+
+    logprobs: Any
+    ranks: Any
+    top_tokens: Any
+    top_logprobs: Any
+
+
+def logprobs(
+    logits: Any,
+    tokens: Any = None,
+    params: Any = None,
+    *,
+    top: int | None = None,
+    processed: bool = False,
+    **options: Any,
+) -> Logprobs:
+    """Ln p of tokens (...) or (..., n), their places in the order, and the best tokens, for logits (..., V).
+
+    ln p is z - max z - ln(total / 2^s) for the logits as given, and ln(weight / total) for what `sample` draws from.
+
+    >>> found = logprobs([1.0, 3.0, 2.0], 2, top=2)
+    >>> print(found.logprobs.round(4), found.ranks, found.top_tokens)
+    -1.4076 2 [1 2]
+    """
+    array = _floats(logits)
+    lead, _V = array.shape[:-1], array.shape[-1]
+    z = filter_logits(array.astype(np.float32), params, **options)
+    w = weights(array, params, **options)
+    total = w.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        if processed:
+            ln_p = np.log(w.astype(np.float64) / total)
+        else:
+            wide = z.astype(np.float64)
+            ln_p = wide - wide.max(-1, keepdims=True) - np.log(total / w.max(-1, keepdims=True))
+    with np.errstate(over="ignore"):
+        ln_p = ln_p.astype(np.float64 if array.dtype == np.float64 else np.float32)
+    order = np.argsort(-z, axis=-1, kind="stable")
+    place = np.argsort(order, axis=-1) + 1
+    of_tokens = ranks = None
+    if tokens is not None:
+        ids = np.asarray(tokens, np.int64)
+        flat = ids.reshape(*lead, -1)
+        of_tokens = np.take_along_axis(ln_p, flat, -1).reshape(ids.shape)
+        ranks = np.take_along_axis(place, flat, -1).reshape(ids.shape)
+    best = best_ln_p = None
+    if top is not None:
+        removed = np.take_along_axis(z, order, -1)[..., :top] == -np.inf
+        best = np.where(removed, -1, order[..., :top])
+        best_ln_p = np.where(removed, -np.inf, np.take_along_axis(ln_p, order, -1)[..., :top]).astype(ln_p.dtype)
+    return Logprobs(of_tokens, ranks, best, best_ln_p)
+
+
+# Speculative sampling ---------------------------------------------------------------------------------------------
+
+
+class Verified(NamedTuple):
+    """How many drafted tokens were accepted, the token that follows, and both, padded by -1."""
+
+    accepted: Any
+    next_token: Any
+    tokens: Any
+
+
+def acceptance(p: AnyArray, q: AnyArray, token: int) -> Fraction:
+    """min(1, (p / P) / (q / Q)): the chance to accept a token drawn from masses q, where those of the target are p."""
+    P, Q = int(p.sum()), int(q.sum())
+    return min(Fraction(1), Fraction(int(p[token]) * Q, int(q[token]) * P))
+
+
+def residual(p: AnyArray, q: AnyArray) -> list[int]:
+    """max(0, p Q - q P): the masses of the token that replaces one that is not accepted."""
+    P, Q = int(p.sum()), int(q.sum())
+    return [max(0, int(a) * Q - int(b) * P) for a, b in zip(p, q, strict=True)]
+
+
+def verify_row(p: AnyArray, q: AnyArray, draft: list[int], words: list[tuple[int, int, int, int]]) -> tuple[int, int]:
+    """How many tokens are accepted, and the next: masses p (n + 1, V) and q (n, V), and a block of words a place."""
+    for i, token in enumerate(draft):
+        if q[i][token] == 0:
+            raise ValueError("draft_tokens: not drawn from draft_logits")
+        chance = acceptance(p[i], q[i], token)
+        # As in a draw: a place among q P, of which the first p Q accept.
+        whole = int(q[i][token]) * int(p[i].sum())
+        if (words[i][2] * whole >> 64) < chance * whole:
+            continue
+        left = residual(p[i], q[i])
+        target = words[i][3] * sum(left) >> 64
+        for candidate, mass in enumerate(left):
+            if target < mass:
+                return i, candidate
+            target -= mass
+    return len(draft), _draw(p[len(draft)], words[len(draft)][0])
+
+
+def verify_draft(
+    target_logits: Any,
+    draft_logits: Any,
+    draft_tokens: Any,
+    params: Any = None,
+    *,
+    draft_params: Any = None,
+    seed: Any,
+    position: Any = 0,
+    **options: Any,
+) -> Verified:
+    """Speculative sampling of Leviathan et al. (2023, arXiv:2211.17192) and Chen et al. (2023, arXiv:2302.01318).
+
+    target_logits (..., n + 1, V), draft_logits (..., n, V) or None, draft_tokens (..., n); options (...).
+
+    >>> verify_draft([[0.0, 2.0, 1.0], [3.0, 1.0, 0.0], [1.0, 2.0, 5.0]], None, [1, 2], seed=0, temperature=0)
+    Verified(accepted=1, next_token=0, tokens=array([ 1,  0, -1]))
+    """
+    target, tokens = _floats(target_logits), np.asarray(draft_tokens, np.int64)
+    lead, n, V = target.shape[:-2], target.shape[-2] - 1, target.shape[-1]
+    seeds, positions = (np.broadcast_to(np.asarray(x, object), lead) for x in (seed, position))
+    per_place = {name: np.asarray(x)[..., None] if np.ndim(x) else x for name, x in options.items()}
+    p = weights(target, params, **per_place)
+    if draft_logits is None:
+        q = (np.arange(V) == tokens[..., None]).astype(np.int64)
+    elif draft_params is not None:
+        q = weights(draft_logits, draft_params)
+    else:
+        q = weights(draft_logits, params, **per_place)
+    accepted, following = np.zeros(lead, np.int64), np.zeros(lead, np.int64)
+    chain = np.full((*lead, n + 1), -1, np.int64)
+    for stream, index in enumerate(np.ndindex(lead)):
+        words = [
+            philox(int(seeds[index]), 0 if np.ndim(seed) else stream, (int(positions[index]) + i) % 2**64)
+            for i in range(n + 1)
+        ]
+        draft = tokens[index].tolist()
+        accepted[index], following[index] = count, token = verify_row(p[index], q[index], draft, words)
+        chain[index][: count + 1] = [*draft[:count], token]
+    return Verified(int(accepted), int(following), chain) if not lead else Verified(accepted, following, chain)
