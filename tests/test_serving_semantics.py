@@ -25,7 +25,7 @@ def test_every_sentence_has_a_test() -> None:
     document = (Path(__file__).parent.parent / "docs" / "semantics.md").read_text()
     sentences = {int(n) for n in re.findall(r"^- \*\*P(\d+)\*\* ", document, re.MULTILINE)}
     tests = {int(m[1]) for name in globals() if (m := re.match(r"test_p(\d+)_", name))}
-    assert len(sentences) >= 30
+    assert len(sentences) >= 34
     assert sentences == set(range(1, len(sentences) + 1))
     assert tests == sentences
 
@@ -239,6 +239,8 @@ def test_p21_shapes_of_tokens() -> None:
     assert one.logprobs.shape == one.ranks.shape == (2, 3)
     assert one.top_tokens.shape == one.top_logprobs.shape == (2, 3, 6)
     assert hw.logprobs(ROWS, np.full((2, 3, 5), 4)).logprobs.shape == (2, 3, 5)
+    lone = hw.logprobs(ROWS[0, 0], 4)
+    assert (type(lone.logprobs), type(lone.ranks)) == (float, int)
     assert hw.logprobs(ROWS, top=1).ranks is hw.logprobs(ROWS, top=1).logprobs is None
     assert hw.logprobs(ROWS, np.full((2, 3), 4)).top_tokens is None
     with pytest.raises(ValueError, match=r"^tokens: expected token ids, or top=n"):
@@ -350,3 +352,66 @@ def test_p30_what_follows_is_not_looked_at() -> None:
     assert hw.verify_draft(target, None, [wrong, 0, 0], temperature=0).accepted == 0
     with pytest.raises(ValueError, match=r"^target_logits: expected numbers, got NaN at token 0 in row 2"):
         hw.verify_draft(target, None, target[:3].argmax(-1), temperature=0)
+
+
+# A sampler for serving loops ----------------------------------------------------------------------------------------
+
+
+def test_p31_a_draw_of_a_sampler() -> None:
+    params = hw.SamplingParams(temperature=0.9, top_k=20, seed=5, position=3)
+    penalties = {"repetition": 1.2, "presence": 0.3, "dry_multiplier": 0.5, "dry_allowed_length": 1}
+    sampler, history = hw.Sampler(70), [4, 9]
+    sampler.admit(params, history, **penalties)
+    for j in range(12):
+        logits = ROWS.reshape(6, 70)[j % 6]
+        (got,) = sampler.step(logits[None])
+        assert got == hw.sample(hw.penalize(logits, history, **penalties), params, position=3 + j)
+        history.append(got)
+
+
+def test_p32_rows_in_the_order_of_admission() -> None:
+    sampler, greedy = hw.Sampler(70), hw.SamplingParams(temperature=0)
+    a, b, c = (sampler.admit(greedy) for _ in range(3))
+    assert sampler.handles == [a, b, c]
+    best = ROWS.reshape(6, 70).argmax(-1)
+    assert sampler.step(ROWS.reshape(6, 70)[:3]).tolist() == best[:3].tolist()
+    sampler.retire(b)
+    d = sampler.admit(greedy)
+    assert sampler.handles == [a, c, d]
+    assert len({a, b, c, d}) == 4
+    assert sampler.step(ROWS.reshape(6, 70)[3:]).tolist() == best[3:].tolist()
+    with pytest.raises(ValueError, match=r"^handle: expected one of the active rows, \[0, 2, 3\], got 1"):
+        sampler.retire(b)
+    with pytest.raises(
+        ValueError, match=r"^logits: expected shape \(3, 70\), a row for each active one, got \(2, 70\)"
+    ):
+        sampler.step(np.zeros((2, 70)))
+    assert hw.Sampler(70).step(np.zeros((0, 70))).shape == (0,)
+
+
+def test_p33_seeds() -> None:
+    def drawn(*admissions: dict[str, Any]) -> list[list[int]]:
+        sampler = hw.Sampler(70)
+        for admission in admissions:
+            sampler.admit(**admission)
+        return [sampler.step(ROWS[0, :1].repeat(len(admissions), 0)).tolist() for _ in range(8)]
+
+    params = hw.SamplingParams(seed=5)
+    assert drawn({"params": params}) == drawn({"seed": 5}) == drawn({"params": params, "seed": 5})
+    assert drawn({"params": params, "seed": 6}) == drawn({"seed": 6}) != drawn({"seed": 5})
+    assert drawn({}) != drawn({})  # 1 in 10^10 that eight draws are equal
+    assert drawn({"params": hw.SamplingParams(seed=5, position=2)})[:6] == drawn({"seed": 5})[2:]
+    for bad in ({"seed": -1}, {"seed": [1, 2]}, {"params": hw.SamplingParams(seed=[1])}):
+        with pytest.raises(ValueError, match=r"^seed"):
+            drawn(bad)
+
+
+def test_p34_an_error_draws_nothing() -> None:
+    sampler = hw.Sampler(70)
+    for ties in ("lowest_id", "keep", "lowest_id"):
+        sampler.admit(hw.SamplingParams(ties=ties), seed=1)
+    rows = ROWS[0].copy()
+    rows[1, 7] = NAN
+    with pytest.raises(ValueError, match=r"^logits: expected numbers, got NaN at token 7 in row 1"):
+        sampler.step(rows)
+    assert sampler.step(ROWS[0]).tolist() == hw.sample(ROWS[0], seed=[1, 1, 1]).tolist()

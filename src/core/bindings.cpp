@@ -375,8 +375,8 @@ void penalize(const In& logits, const In& tokens, const std::optional<In>& break
   run(kernels().sampling->penalize, t);
 }
 
-bool rank(const Rows& rows, const In& tokens, const Out& ranks, const Out& z, const Out& weight, const Out& top_id,
-          const Out& top_z, const Out& top_weight, const Out& best, const Out& total) {
+bool rank(const Rows& rows, const In& tokens, bool processed, const Out& ranks, const Out& logprob, const Out& top_id,
+          const Out& top_key, const Out& top_logprob) {
   Ranking t{};
   t.rows = rows.task();
   const int64_t n = t.rows.batch.size();
@@ -385,14 +385,12 @@ bool rank(const Rows& rows, const In& tokens, const Out& ranks, const Out& z, co
   if (top_id.ndim() != 2) throw std::invalid_argument("top_id: wrong shape");
   t.given = int64_t(tokens.shape(1)), t.top = int64_t(top_id.shape(1));
   t.tokens = static_cast<const int64_t*>(tokens.data());
+  t.processed = processed;
   t.rank = rows_out<int64_t>(ranks, "ranks", n * t.given, 8);
-  t.given_z = rows_out<float>(z, "z", n * t.given, 4);
-  t.given_weight = rows_out<int64_t>(weight, "weight", n * t.given, 8);
+  t.given_logprob = rows_out<double>(logprob, "logprob", n * t.given, 8);
   t.top_id = rows_out<int64_t>(top_id, "top_id", n * t.top, 8);
-  t.top_z = rows_out<float>(top_z, "top_z", n * t.top, 4);
-  t.top_weight = rows_out<int64_t>(top_weight, "top_weight", n * t.top, 8);
-  t.best = rows_out<float>(best, "best", n, 4);
-  t.total = rows_out<int64_t>(total, "total", n, 8);
+  t.top_key = rows_out<int64_t>(top_key, "top_key", n * t.top, 8);
+  t.top_logprob = rows_out<double>(top_logprob, "top_logprob", n * t.top, 8);
   run(kernels().sampling->rank, t);
   return fine(t.rows);
 }
@@ -501,8 +499,8 @@ NB_MODULE(_native, m) {
   m.def("penalize", &penalize, "logits"_a, "tokens"_a, "breakers"_a.none(), "length"_a, "window"_a, "repetition"_a,
         "frequency"_a, "presence"_a, "dry_multiplier"_a, "dry_base"_a, "dry_allowed_length"_a, "count"_a, "id"_a,
         "logit"_a);
-  m.def("rank", &rank, "rows"_a, "tokens"_a, "ranks"_a, "z"_a, "weight"_a, "top_id"_a, "top_z"_a, "top_weight"_a,
-        "best"_a, "total"_a);
+  m.def("rank", &rank, "rows"_a, "tokens"_a, "processed"_a, "ranks"_a, "logprob"_a, "top_id"_a, "top_key"_a,
+        "top_logprob"_a);
   m.def("verify", &verify, "target"_a, "draft"_a.none(), "tokens"_a, "status"_a, "accepted"_a, "next"_a);
   m.def("convert", &convert_rows, "x"_a, "y"_a);
   m.def("round", &round_rows, "x"_a, "decimals"_a, "y"_a);

@@ -141,18 +141,14 @@ struct Ranking {
   Sampling rows; // without outputs, but with status
   int64_t given; // tokens that are asked for in each row
   const int64_t* tokens;
-  int64_t top; // how many of the best are asked for
-  // (rows, given): the place in the order, from 1; and logit + bias and mass, -inf and 0 for what was removed.
+  int64_t top;    // how many of the best are asked for
+  bool processed; // logarithms of the shares of what is left; else of the softmax of the logits
+  // (rows, given): the place in the order, from 1; and the logarithm, -inf for what was removed.
   int64_t* rank;
-  float* given_z;
-  int64_t* given_weight;
-  // (rows, top), in the order of ids; where fewer are left, -1, -inf and 0.
-  int64_t* top_id;
-  float* top_z;
-  int64_t* top_weight;
-  // (rows): the largest logit + bias, and the sum of all masses.
-  float* best;
-  int64_t* total;
+  double* given_logprob;
+  // (rows, top), in the order of ids, with keys that rise with logit + bias; where fewer are left, -1, 0 and -inf.
+  int64_t *top_id, *top_key;
+  double* top_logprob;
 };
 
 // Speculative decoding of n tokens a row.

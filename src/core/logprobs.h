@@ -1,5 +1,4 @@
-// Where tokens stand: the place of given ones in the order, the best, and the whole numbers that make their
-// probabilities.
+// Where tokens stand: the place of given ones in the order, the best, and the logarithms of their probabilities.
 #pragma once
 #include "sampling.h"
 
@@ -34,6 +33,35 @@ inline bool holds(const Tokens& tokens, int64_t place, int64_t id) {
   return place < tokens.n && tokens.at(place) == id && tokens.z[place] > kNever;
 }
 
+// Within three units in the last place: 2 artanh(s) = 2 (s + s^3 / 3 + s^5 / 5 ...), s = (m - 1) / (m + 1).
+inline double natural_log(double v) { // of a normal number
+  int64_t u;
+  memcpy(&u, &v, 8);
+  int64_t e = (u >> 52) - 1023;
+  double m = v;
+  u = (u & 0xfffffffffffff) | int64_t(1023) << 52;
+  memcpy(&m, &u, 8);
+  if (m >= 2 * 0x1.6a09e667f3bcdp-1) m = m / 2, ++e;
+  const double s = (m - 1) / (m + 1);
+  double series = 1.0 / 21;
+  for (int k = 19; k > 0; k -= 2) series = series * (s * s) + 1.0 / k;
+  return 2 * s * series + double(e) * 0x1.62e42fefa39efp-1;
+}
+
+// Logarithms of probabilities: of shares of the whole, or of exp(z - best) over the sum of those, which the masses'
+// sum is times 2^s.
+struct Logarithms {
+  bool processed;
+  double total, best, sum;
+  Logarithms(const Row& row, bool of_shares)
+      : processed(of_shares), total(double(row.tokens.total)), best(row.scale.top),
+        sum(natural_log(total / double(int64_t(1) << row.scale.s))) {}
+  double operator()(float z, int64_t weight) const {
+    if (z == kNever || (processed && weight == 0)) return double(kNever);
+    return processed ? natural_log(double(weight) / total) : (double(z) - best) - sum;
+  }
+};
+
 inline Plan plan_ranking(const Ranking& task, int64_t threads) {
   Plan plan = plan_sampling(task.rows, threads);
   plan.work += rough_product(plan.units, task.rows.V, task.given);
@@ -46,15 +74,13 @@ HEADWAY_FLATTEN inline void run_ranking(const Ranking& task, const Plan&, int64_
   if (!begin(row)) return;
   filter(row);
   weigh(row);
-  task.best[index] = row.scale.top;
-  task.total[index] = row.tokens.total;
+  const Logarithms logarithm(row, task.processed);
   for (int64_t g = index * task.given; g < (index + 1) * task.given; ++g) {
     const Tokens& tokens = row.tokens;
     const int64_t id = task.tokens[g], place = place_of(tokens, id);
     const bool left = holds(tokens, place, id);
     const float z = left ? tokens.z[place] : kNever;
-    task.given_z[g] = z;
-    task.given_weight[g] = left ? tokens.weight[place] : 0;
+    task.given_logprob[g] = logarithm(z, left ? tokens.weight[place] : 0);
     // What was removed comes after all that is left, by id.
     task.rank[g] =
         1 + (left ? count_from(tokens.z, place, z) : id) + count_above(tokens.z + place, tokens.n - place, z);
@@ -64,14 +90,17 @@ HEADWAY_FLATTEN inline void run_ranking(const Ranking& task, const Plan&, int64_
   int64_t to = index * task.top;
   for (int64_t i = 0; i < row.tokens.n; ++i) {
     if (row.tokens.z[i] == kNever) continue;
+    const float z = row.tokens.z[i];
+    uint32_t key[16];
+    keys(Vec<float>(z)).store(key);
     task.top_id[to] = row.tokens.at(i);
-    task.top_z[to] = row.tokens.z[i];
-    task.top_weight[to++] = row.tokens.weight[i];
+    task.top_key[to] = key[0];
+    task.top_logprob[to++] = logarithm(z, row.tokens.weight[i]);
   }
   for (; to < (index + 1) * task.top; ++to) {
     task.top_id[to] = -1;
-    task.top_z[to] = kNever;
-    task.top_weight[to] = 0;
+    task.top_key[to] = 0;
+    task.top_logprob[to] = double(kNever);
   }
 }
 

@@ -431,7 +431,7 @@ HEADWAY_FLATTEN inline void ban(const Sampling& task, int64_t index, float* z) {
 inline const float* scores(const Sampling& task, int64_t index, const Workspace& space) {
   const char* logits = address(task.logits, batch_offset(task.batch, task.logits, index));
   const Edits& edits = task.edits;
-  const bool changed = task.bias.data || task.allowed.data || edits.count;
+  const bool changed = task.bias.data || task.allowed.data || (edits.count && edits.count[index]);
   if (task.logits.dtype == DType::f32 && task.logits.stride[0] == 1 && !changed)
     return reinterpret_cast<const float*>(logits);
   read_row(logits, task.logits.dtype, task.logits.stride[0], task.V, space.z);

@@ -10,6 +10,7 @@ from .multihead import multi_head_attention
 from .penalties import penalize
 from .runtime import Info, get_num_threads, info, set_num_threads
 from .sampling import SamplingParams, filter_logits, probabilities, sample
+from .serving import Sampler
 from .speculative import Verified, verify_draft
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Info",
     "KVCache",
     "Logprobs",
+    "Sampler",
     "SamplingParams",
     "Verified",
     "attention",

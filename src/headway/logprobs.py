@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _arrays, _check, _native
-from .sampling import Array, Options, SamplingParams, _in_row, _Run, _scale_bits, _shows_options
+from .sampling import Array, Options, SamplingParams, _in_row, _Run, _shows_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -43,7 +43,7 @@ def logprobs(
     """Return natural logarithms of probabilities: of given tokens with their ranks, and of the best tokens.
 
     logits (..., V); tokens (...), one of each row, or (..., n); top=n asks for the n best. The numbers are float32,
-    float64 for float64 logits; the kind of array is that of the logits.
+    float64 for float64 logits; the kind of array is that of the logits, and one token of a lone row gets plain numbers.
 
     processed=False is about the model's own distribution, the softmax of the logits as they are given, and takes no
     params or options. processed=True is about the distribution that `sample` draws from with these: -inf for what it
@@ -54,8 +54,8 @@ def logprobs(
 
     >>> import headway as hw
     >>> found = hw.logprobs([1.0, 3.0, 2.0], 2, top=2)
-    >>> print(found.logprobs.round(4), found.ranks)
-    -1.4076 2
+    >>> round(found.logprobs, 4), found.ranks
+    (-1.4076, 2)
     >>> found.top_tokens
     array([1, 2])
     >>> hw.logprobs([1.0, 3.0, 2.0], [0, 1], processed=True, temperature=0.5, top_k=2).logprobs.round(4)
@@ -72,40 +72,28 @@ def logprobs(
     ids = _tokens(tokens, run) if tokens is not None else np.empty((*run.lead, 0), np.int64)
     n = 0 if top is None else _check.integer(top, "top", 1, run.vocabulary)
 
-    given = ids.reshape(run.rows, math.prod(ids.shape[len(run.lead) :]))
-    ranks, z, weight = (
-        np.empty(given.shape, np.int64),
-        np.empty(given.shape, np.float32),
-        np.empty(given.shape, np.int64),
-    )
-    best_first = np.empty((run.rows, n), np.int64)
-    top_z, top_weight = np.empty(best_first.shape, np.float32), np.empty(best_first.shape, np.int64)
-    best, total = np.empty(run.rows, np.float32), np.empty(run.rows, np.int64)
+    given = np.ascontiguousarray(ids.reshape(run.rows, math.prod(ids.shape[len(run.lead) :])))
+    ranks, of_given = np.empty(given.shape, np.int64), np.empty(given.shape, np.float64)
+    best, keys, of_best = (np.empty((run.rows, n), dtype) for dtype in (np.int64, np.int64, np.float64))
     status = np.empty(run.rows, np.int64)
-    found = ranks, z, weight, best_first, top_z, top_weight, best, total
-    if run.rows and not _native.rank(run.native(status), np.ascontiguousarray(given), *found):
+    found = ranks, of_given, best, keys, of_best
+    if run.rows and not _native.rank(run.native(status), given, bool(processed), *found):
         run.fail(status)
+    order = np.argsort(-keys, axis=-1, kind="stable")  # the kernel leaves them in the order of ids
+    best, of_best = np.take_along_axis(best, order, -1), np.take_along_axis(of_best, order, -1)
 
     dtype = _arrays.compute_dtype(run.operand.dtype)
 
-    def logarithms(z: Array, weight: Array, shape: tuple[int, ...]) -> Any:
-        whole = total.astype(np.float64)[:, None]
-        if processed:
-            out = _ln(weight.astype(np.float64) / whole)
-        else:
-            out = (z.astype(np.float64) - best.astype(np.float64)[:, None]) - _ln(
-                whole * 2.0 ** -_scale_bits(run.vocabulary)
-            )
-        with np.errstate(over="ignore"):  # below the lowest float32
-            return run.operand.wrap(out.astype(dtype).reshape(shape), dtype)
+    def numbers(values: Array, shape: tuple[int, ...]) -> Any:
+        out = _arrays.Operand(values, "float64", _arrays.as_bits).astype(dtype).reshape(shape)
+        return run.operand.wrap(out, dtype) if shape else float(out)
 
-    order = np.argsort(-top_z, axis=-1, kind="stable")  # the kernel leaves them in the order of ids
-    best_first, top_z, top_weight = (np.take_along_axis(a, order, -1) for a in (best_first, top_z, top_weight))
+    places = run.operand.wrap(ranks.reshape(ids.shape), "int64") if ids.ndim else int(ranks[0, 0])
     return Logprobs(
-        None if tokens is None else logarithms(z, weight, ids.shape),
-        None if tokens is None else run.operand.wrap(ranks.reshape(ids.shape), "int64"),
-        None if top is None else run.operand.wrap(best_first.reshape(*run.lead, n), "int64"),
-        None if top is None else logarithms(top_z, top_weight, (*run.lead, n)),
+        None if tokens is None else numbers(of_given, ids.shape),
+        None if tokens is None else places,
+        None if top is None else run.operand.wrap(best.reshape(*run.lead, n), "int64"),
+        None if top is None else numbers(of_best, (*run.lead, n)),
     )
 
 
@@ -126,26 +114,3 @@ def _tokens(tokens: ArrayLike, run: _Run) -> Array:
         where = _in_row(row, run.lead)
         raise ValueError(f"tokens: expected ids from 0 to {run.vocabulary - 1}, got {ids[index]}{where}")
     return ids.astype(np.int64, copy=False)
-
-
-_SQRT_HALF = float.fromhex("0x1.6a09e667f3bcdp-1")
-# ln 2 in two parts: products of the first with exponents are exact.
-_LN2_HIGH, _LN2_LOW = float.fromhex("0x1.62e42fefa38p-1"), float.fromhex("0x1.ef35793c7673p-45")
-
-
-def _ln(x: Array) -> Array:
-    """Return the natural logarithm, within two units in the last place, of numbers >= 0.
-
-    From + - * / alone, which are the same everywhere; numpy.log differs between machines. ln x = e ln 2 + ln m, and
-    ln m = 2 artanh(f) = 2 (f + f^3 / 3 + f^5 / 5 ...) with f = (m - 1) / (m + 1), |f| < 0.172.
-    """
-    m, e = np.frexp(x)
-    low = m < _SQRT_HALF
-    m, e = np.where(low, m + m, m), np.where(low, e - 1, e).astype(np.float64)
-    f = (m - 1.0) / (m + 1.0)
-    square = f * f
-    series = np.full_like(f, 1 / 23)
-    for odd in range(21, 1, -2):
-        series = series * square + 1 / odd
-    out = e * _LN2_HIGH + (2 * f + (2 * f * square * series + e * _LN2_LOW))
-    return np.where(x == 0, -np.inf, out)

@@ -202,7 +202,7 @@ class _Run:
     """One call: the logits, and the options in the form that the kernel takes."""
 
     def __init__(
-        self, logits: ArrayLike, params: SamplingParams | None, options: Mapping[str, Any], name: str = "logits"
+        self, logits: Any, params: SamplingParams | None, options: Mapping[str, Any], name: str = "logits"
     ) -> None:
         self.name = name
         self.operand = _arrays.unwrap(logits, name)
@@ -533,11 +533,6 @@ def _broadcast(name: str, array: Array, shape: tuple[int, ...]) -> Array:
         return np.broadcast_to(array, shape)
     except ValueError:
         raise ValueError(f"{name}: expected a shape that broadcasts to {shape}, got {array.shape}") from None
-
-
-def _scale_bits(vocabulary: int) -> int:
-    """Return s: the largest weight is 2^s. 2^44, or less where V of them could exceed 2^62."""
-    return min(44, 62 - (vocabulary - 1).bit_length())
 
 
 def _flat(array: Array) -> Array:

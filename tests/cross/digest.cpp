@@ -126,7 +126,8 @@ void sampling(Digest& digest, const Kernels& table) {
   t.temperature = {temperature.data(), 1}, t.top_p = {top_p.data(), 1}, t.min_p = {min_p.data(), 1};
   t.top_k = {top_k.data(), 1}, t.seed = {seed.data(), 1}, t.position = {position.data(), 1};
   t.tokens = tokens.data(), t.probabilities = probabilities.data(), t.status = status.data();
-  execute(table.sampling, t);
+  t.draws = 1;
+  execute(table.sampling->sample, t);
   digest.add(tokens), digest.add(probabilities), digest.add(status);
 }
 

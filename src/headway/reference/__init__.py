@@ -34,11 +34,12 @@ from .attention import (
     swiglu,
 )
 from .sampling import filter_logits, philox, probabilities, sample, weights
-from .serving import logprobs, penalize, verify_draft
+from .serving import Sampler, logprobs, penalize, verify_draft
 
 __all__ = [
     "AttentionState",
     "KVCache",
+    "Sampler",
     "allowed_keys",
     "attention",
     "attention_weights",

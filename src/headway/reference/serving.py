@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .sampling import _draw, _floats, filter_logits, philox, weights
+from .sampling import _draw, _floats, filter_logits, philox, sample, weights
 
 AnyArray = NDArray[Any]
 
@@ -109,8 +110,8 @@ def logprobs(
     ln p is z - max z - ln(total / 2^s) for the logits as given, and ln(weight / total) for what `sample` draws from.
 
     >>> found = logprobs([1.0, 3.0, 2.0], 2, top=2)
-    >>> print(found.logprobs.round(4), found.ranks, found.top_tokens)
-    -1.4076 2 [1 2]
+    >>> round(found.logprobs, 4), found.ranks, found.top_tokens
+    (-1.4076, 2, array([1, 2]))
     """
     array = _floats(logits)
     lead, _V = array.shape[:-1], array.shape[-1]
@@ -127,12 +128,15 @@ def logprobs(
         ln_p = ln_p.astype(np.float64 if array.dtype == np.float64 else np.float32)
     order = np.argsort(-z, axis=-1, kind="stable")
     place = np.argsort(order, axis=-1) + 1
-    of_tokens = ranks = None
+    of_tokens: Any = None
+    ranks: Any = None
     if tokens is not None:
         ids = np.asarray(tokens, np.int64)
         flat = ids.reshape(*lead, -1)
         of_tokens = np.take_along_axis(ln_p, flat, -1).reshape(ids.shape)
         ranks = np.take_along_axis(place, flat, -1).reshape(ids.shape)
+        if not ids.ndim:
+            of_tokens, ranks = float(of_tokens), int(ranks)
     best = best_ln_p = None
     if top is not None:
         removed = np.take_along_axis(z, order, -1)[..., :top] == -np.inf
@@ -223,3 +227,48 @@ def verify_draft(
         accepted[index], following[index] = count, token = verify_row(p[index], q[index], draft, words)
         chain[index][: count + 1] = [*draft[:count], token]
     return Verified(int(accepted), int(following), chain) if not lead else Verified(accepted, following, chain)
+
+
+# A sampler for serving loops --------------------------------------------------------------------------------------
+
+
+class Sampler:
+    """Rows that come and go: each is penalized and sampled on its own.
+
+    >>> sampler = Sampler(3)
+    >>> row = sampler.admit(None, [2], seed=1, repetition=2.0)
+    >>> sampler.step([[0.0, 1.0, 9.0]])
+    array([2])
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        self.admitted = 0
+        self.rows: dict[int, dict[str, Any]] = {}
+
+    def admit(self, params: Any = None, prompt_tokens: Any = (), *, seed: Any = None, **penalties: Any) -> int:
+        """Add a row behind the others."""
+        if seed is None:
+            seed = getattr(params, "seed", None)
+        self.rows[self.admitted] = {
+            "history": [int(token) for token in prompt_tokens],
+            "params": params,
+            "penalties": penalties,
+            "seed": secrets.randbits(64) if seed is None else seed,
+            "position": int(getattr(params, "position", None) or 0),
+        }
+        self.admitted += 1
+        return self.admitted - 1
+
+    def step(self, logits: Any) -> AnyArray:
+        """One token for each row of logits (rows, V)."""
+        tokens = []
+        for z, row in zip(_floats(logits), self.rows.values(), strict=True):
+            penalized = penalize(z, row["history"], **row["penalties"])
+            tokens.append(sample(penalized, row["params"], seed=row["seed"], position=row["position"]))
+            row["history"].append(tokens[-1])
+            row["position"] = (row["position"] + 1) % 2**64
+        return np.array(tokens, np.int64)
+
+    def retire(self, handle: int) -> None:
+        """Remove a row."""
+        del self.rows[handle]
