@@ -403,6 +403,14 @@ def test_a_sampler_equals_row_by_row_sampling(data: st.DataObject) -> None:
                 assert one.step(row[None])[0] == token
 
 
+def test_a_sampler_knows_the_breakers_that_it_drew() -> None:
+    sampler = hw.Sampler(3)
+    sampler.admit(hw.SamplingParams(temperature=0), dry_multiplier=9, dry_allowed_length=1, dry_breakers=[0])
+    for token in (1, 2, 0, 1, 2, 0):
+        assert sampler.step([np.eye(3)[token] * 99]) == [token]
+    assert sampler.step([[0.0, 1.0, 0.0]]) == [1]  # it came after 1 2 0 before, and would be penalized
+
+
 def test_a_sampler_costs_little_more_than_the_draw() -> None:
     """32 rows of 128,256 with penalties over a history of 500. The limit leaves room for a busy machine."""
     rows, V = 32, 128_256
