@@ -104,7 +104,7 @@ inline double power_of_two(int64_t n) { // n > -1023
   memcpy(&p, &u, 8);
   return p;
 }
-inline double natural_log(double v) { // of a normal number
+inline double natural_log(double v) { // of a normal number, within three units in the last place
   int64_t u;
   memcpy(&u, &v, 8);
   int64_t e = (u >> 52) - 1023;
@@ -462,16 +462,26 @@ inline Tokens keep_chosen(const Tokens& tokens, int64_t count, const Workspace& 
   return are_few(tokens, count) ? list_chosen(tokens, space) : ban_others(tokens, space);
 }
 
+// The row's random numbers: the first word of each draw's block draws, the second of the first is xtc's coin.
+inline RandomBlock random_block(const Sampling& task, int64_t index, int64_t draw = 0) {
+  if (!task.seed.data) return {}; // nothing but the draw is left to chance, which then has its numbers from the caller
+  const uint64_t stream = task.rows_per_stream ? uint64_t(index / task.rows_per_stream) : 0;
+  return philox(task.seed[index], stream, task.position[index], uint64_t(draw));
+}
+inline uint64_t random_word(const Sampling& task, int64_t index, int64_t draw = 0) {
+  if (task.uniform.data) return uint64_t(task.uniform[index * task.draws + draw] * 0x1p+64);
+  return random_block(task, index, draw).word[0];
+}
+
 // Stages ---------------------------------------------------------------------------------------------------------
 
 struct Row {
   const Sampling& task;
   int64_t index;
   const Workspace& space;
-  int64_t floor; // what the stage leaves at least, if there are so many
-  uint64_t coin; // the random word for xtc
-  Scale scale;
-  Tokens tokens; // those still in
+  int64_t floor = 1; // what the stage leaves at least, if there are so many
+  Scale scale{};
+  Tokens tokens{}; // those still in
 };
 
 inline void weigh(Tokens& tokens, const Row& row) {
@@ -734,7 +744,8 @@ inline void eta_cutoff(Row& row, const Step& step) {
 
 // Of the tokens that reach the threshold all but the last of the order go (Ties::keep: all but its equals).
 inline void xtc(Row& row, const Step& step) {
-  if (double(row.coin >> 11) * 0x1p-53 >= step.value[0][row.index]) return;
+  const uint64_t coin = random_block(row.task, row.index).word[1];
+  if (double(coin >> 11) * 0x1p-53 >= step.value[0][row.index]) return;
   weigh(row.tokens, row);
   const Tokens& tokens = row.tokens;
   const int64_t weight = most(1, share(step.value[1][row.index], tokens.total, step.equal));
@@ -788,12 +799,19 @@ HEADWAY_FLATTEN inline void ban(const Sampling& task, int64_t index, float* z) {
   }
 }
 
-// The row as float32 with the bias added and -inf for what is not allowed: the caller's memory if it is just that.
+// The row as float32 with edits, the bias added and -inf for what is not allowed: the caller's memory if it is just
+// that.
 inline const float* scores(const Sampling& task, int64_t index, const Workspace& space) {
   const char* logits = address(task.logits, batch_offset(task.batch, task.logits, index));
-  if (task.logits.dtype == DType::f32 && task.logits.stride[0] == 1 && !task.bias.data && !task.allowed.data)
+  const Edits& edits = task.edits;
+  const bool changed = task.bias.data || task.allowed.data || (edits.count && edits.count[index]);
+  if (task.logits.dtype == DType::f32 && task.logits.stride[0] == 1 && !changed)
     return reinterpret_cast<const float*>(logits);
   read_row(logits, task.logits.dtype, task.logits.stride[0], task.V, space.z);
+  if (edits.count) {
+    const int64_t first = index * edits.capacity;
+    for (int64_t i = first; i < first + edits.count[index]; ++i) space.z[edits.id[i]] = float(edits.logit[i]);
+  }
   if (task.bias.data) {
     const float* bias = reinterpret_cast<const float*>(address(task.bias, batch_offset(task.batch, task.bias, index)));
     for (int64_t i = 0; i < task.V; ++i) space.z[i] += bias[i * task.bias.stride[0]];
@@ -856,11 +874,33 @@ HEADWAY_FLATTEN inline int64_t token_at(const Tokens& tokens, int64_t target) {
   return -1; // not reached: the target is below the total
 }
 
-// The row's random words: the first draws, the second is xtc's coin.
-inline RandomBlock random_words(const Sampling& task, int64_t index) {
-  if (task.uniform.data) return {{uint64_t(task.uniform[index] * 0x1p+64), 0, 0, 0}};
-  if (!task.seed.data) return {};
-  return philox(task.seed[index], task.streams ? uint64_t(index) : 0, task.position[index]);
+// Several draws: from the blocks' masses, so that none looks at the whole vocabulary.
+inline void draw_several(Row& row) {
+  const Sampling& task = row.task;
+  int64_t* weight = row.tokens.weight;
+  int64_t *block_mass = row.space.mass, total = row.tokens.total, drawable = 0;
+  for (int64_t b = 0; b < row.tokens.blocks(); ++b) {
+    block_mass[b] = 0;
+    for (int64_t i = b * kBlock; i < (b + 1) * kBlock; ++i) {
+      block_mass[b] += weight[i];
+      drawable += weight[i] > 0;
+    }
+  }
+  if (!task.replacement && drawable < task.draws) {
+    task.status[row.index] = drawable * kSamplingFaults + int64_t(SamplingFault::few);
+    return;
+  }
+  for (int64_t draw = 0; draw < task.draws; ++draw) {
+    int64_t target = int64_t(high_product(random_word(task, row.index, draw), uint64_t(total))), b = 0;
+    while (block_mass[b] <= target) target -= block_mass[b++];
+    int64_t i = b * kBlock;
+    while (weight[i] <= target) target -= weight[i++];
+    task.tokens[row.index * task.draws + draw] = row.tokens.at(i);
+    if (task.replacement) continue;
+    total -= weight[i];
+    block_mass[b] -= weight[i];
+    weight[i] = 0;
+  }
 }
 
 // Every token is still in and nothing but the token is asked for: totals of stretches, then one stretch once more, so
@@ -969,11 +1009,10 @@ inline void filter(Row& row, bool token_only = false) {
 
 inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memory memory) {
   const Workspace space(Arena{static_cast<char*>(memory.own)}, task.V);
-  const RandomBlock random = random_words(task, index);
-  Row row{task, index, space, 1, random.word[1], {}, {}};
+  Row row{task, index, space};
   if (!begin(row)) return;
   const Tokens& tokens = row.tokens;
-  const bool token_only = !task.probabilities && !task.filtered;
+  const bool token_only = !task.probabilities && !task.filtered && task.draws == 1;
   filter(row, token_only);
 
   if (token_only && row.scale.one_hot >= 0) {
@@ -982,11 +1021,14 @@ inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memor
   }
   if (task.filtered) write_filtered(row);
   if (token_only && !tokens.id && !tokens.weight) {
-    task.tokens[index] = draw_unfiltered(tokens, row.scale, random.word[0], space.mass);
+    task.tokens[index] = draw_unfiltered(tokens, row.scale, random_word(task, index), space.mass);
     return;
   }
   if (task.tokens || task.probabilities) weigh(row.tokens, row);
-  if (task.tokens) task.tokens[index] = token_at(tokens, int64_t(high_product(random.word[0], uint64_t(tokens.total))));
+  if (task.tokens && task.draws == 1)
+    task.tokens[index] = token_at(tokens, int64_t(high_product(random_word(task, index), uint64_t(tokens.total))));
+  else if (task.tokens)
+    draw_several(row);
   if (task.probabilities) {
     if (task.logits.dtype == DType::f64)
       write_probabilities(tokens, task.V, static_cast<double*>(task.probabilities) + index * task.V);

@@ -54,9 +54,10 @@ class Dialect(NamedTuple):
 
 OPTIONAL = ("dynamic_temperature_range", "min_tokens_to_keep")
 
-# The numbers that switch a stage off for a row.
+# The numbers that switch an option off for a row.
 OFF = {
     "temperature": 1.0,
+    "dynamic_temperature_range": 0.0,
     "top_n_sigma": INF,
     "top_k": INF,
     "top_p": 1.0,

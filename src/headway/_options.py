@@ -238,6 +238,14 @@ def flat(array: Array) -> Array:
     return array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
 
 
+def in_row(row: int, lead: tuple[int, ...]) -> str:
+    """Return where in the leading axes a row stands, as an error message says it."""
+    if not lead:
+        return ""
+    index = tuple(map(int, np.unravel_index(row, lead)))
+    return f" in row {index[0] if len(index) == 1 else index}"
+
+
 def frozen(value: Any, name: str) -> Any:
     """Return a copy that its owner cannot change: of lists, dicts and arrays; numbers and strings are themselves."""
     if value is None or isinstance(value, (str, int, float, np.generic)):

@@ -8,6 +8,7 @@ the stages in the order of `_dialects.py`; then the draw. `docs/semantics.md` sa
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -17,9 +18,22 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _arrays, _native
+from . import _arrays, _check, _native
 from ._dialects import OFF, rules
-from ._options import CHECKS, Array, Settings, Sparse, broadcast, check_together, checked, flat, frozen, identity, shown
+from ._options import (
+    CHECKS,
+    Array,
+    Settings,
+    Sparse,
+    broadcast,
+    check_together,
+    checked,
+    flat,
+    frozen,
+    identity,
+    in_row,
+    shown,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -153,28 +167,44 @@ def _shows_options(function: F) -> F:
 
 
 @_shows_options
-def sample(logits: ArrayLike, params: SamplingParams | None = None, **options: Unpack[Options]) -> Any:
-    """Draw one token per row of logits.
+def sample(
+    logits: ArrayLike,
+    params: SamplingParams | None = None,
+    *,
+    num_samples: int | None = None,
+    replacement: bool = True,
+    **options: Unpack[Options],
+) -> Any:
+    """Draw one token per row of logits, or several.
 
     logits (V,) -> int; (..., V) -> int64 (...), the same kind of array. `SamplingParams` explains the options; those
     given by keyword win over those in params. A draw depends on nothing but the row's logits, its options, seed and
     position: with one seed for many rows, row i draws from stream i of the seed, so row 0 draws what it would alone.
 
+    num_samples=n draws n tokens per row: (..., V) -> (..., n), the first of which is the one that a lone call draws.
+    With replacement they are independent; without, each is drawn from what the earlier ones left, so all differ.
+    uniform is then one number per draw, (..., n).
+
     Random numbers: Philox4x64-10 (Salmon et al., 2011), those of numpy.random.Philox for the same key and counter.
 
-    Raises ValueError for NaN and +inf in the logits, for a row in which every token is banned, and for options out
-    of range; TypeError for what is no number or no array.
+    Raises ValueError for NaN and +inf in the logits, for a row in which every token is banned or fewer are left than
+    are to be drawn without replacement, and for options out of range; TypeError for what is no number or no array.
 
     >>> import headway as hw
     >>> hw.sample([1.0, 3.0, 2.0], temperature=0)
     1
     >>> hw.sample([[1.0, 3.0, 2.0], [4.0, 1.0, 0.0]], temperature=0.7, top_p=0.9, seed=7)
     array([2, 0])
+    >>> hw.sample([1.0, 3.0, 2.0], num_samples=3, replacement=False, seed=7)
+    array([2, 1, 0])
     """
     run = _Run(logits, params, options)
-    tokens = np.empty(run.rows, np.int64)
-    run(tokens=tokens, **run.source())
-    return int(tokens[0]) if not run.lead else run.operand.wrap(tokens.reshape(run.lead), "int64")
+    if not isinstance(replacement, (bool, np.bool_)):
+        raise TypeError(f"replacement: expected True or False, got {shown(replacement)}")
+    draws = () if num_samples is None else (_check.integer(num_samples, "num_samples", 1),)
+    tokens = np.empty((*run.lead, *draws), np.int64)
+    run(tokens=tokens, draws=math.prod(draws), replacement=bool(replacement), **run.source(*draws))
+    return int(tokens) if not tokens.ndim else run.operand.wrap(tokens, "int64")
 
 
 @_shows_options
@@ -215,13 +245,16 @@ def filter_logits(logits: ArrayLike, params: SamplingParams | None = None, **opt
 class _Run:
     """One call: the logits, and the options in the form that the kernel takes."""
 
-    def __init__(self, logits: ArrayLike, params: SamplingParams | None, options: Mapping[str, Any]) -> None:
-        self.operand = _arrays.unwrap(logits, "logits")
+    def __init__(
+        self, logits: Any, params: SamplingParams | None, options: Mapping[str, Any], name: str = "logits"
+    ) -> None:
+        self.name = name
+        self.operand = _arrays.unwrap(logits, name)
         self.data = self.operand.data
         if self.data.ndim == 0:
-            raise ValueError("logits: expected an array (V,) or (..., V), got a single number")
+            raise ValueError(f"{name}: expected an array (V,) or (..., V), got a single number")
         if self.data.shape[-1] == 0:
-            raise ValueError(f"logits: expected at least one token, got an array of shape {self.data.shape}")
+            raise ValueError(f"{name}: expected at least one token, got an array of shape {self.data.shape}")
         self.lead, self.vocabulary = self.data.shape[:-1], self.data.shape[-1]
         self.rows = self.data.size // self.vocabulary
         self.settings = _resolve(params, options)
@@ -229,26 +262,50 @@ class _Run:
     def __call__(
         self,
         *,
-        seed: Array | None = None,
-        position: Array | None = None,
-        streams: bool = False,
-        uniform: Array | None = None,
+        draws: int = 1,
+        replacement: bool = True,
         tokens: Array | None = None,
         probabilities: Array | None = None,
         filtered: Array | None = None,
+        edits: list[Array] | None = None,
+        **source: Any,
     ) -> None:
         """Fill the outputs that are given."""
+        status = np.empty(self.rows, np.int64)
+        rows = self.native(status, edits, **source)
+        if self.rows and not _native.sample(rows, draws, replacement, tokens, probabilities, filtered):
+            self.fail(status, draws)
+
+    def native(
+        self,
+        status: Array,
+        edits: list[Array] | None = None,
+        *,
+        seed: Array | None = None,
+        position: Array | None = None,
+        rows_per_stream: int = 0,
+        uniform: Array | None = None,
+    ) -> _native.Rows:
+        """Return the rows as the kernels take them; they write what is wrong with each into status."""
         data, bias, (allowed, packed) = self.data, self.bias(), self.allowed()
         if len(self.lead) > 8:  # more axes than the kernel walks
             data = flat(data)
             bias = None if bias is None else flat(bias)
             allowed = None if allowed is None else flat(allowed)
-        status = np.empty(self.rows, np.int64)
-        source = seed, position, streams, uniform
-        outputs = tokens, probabilities, filtered, status
-        steps, least = self.steps(), self.per_row("min_tokens_to_keep")
-        if self.rows and not _native.sample(data, bias, allowed, packed, steps, least, *source, *outputs):
-            self.fail(status)
+        return _native.Rows(
+            logits=data,
+            bias=bias,
+            allowed=allowed,
+            packed=packed,
+            steps=self.steps(),
+            min_tokens=self.per_row("min_tokens_to_keep"),
+            edits=edits,
+            seed=seed,
+            position=position,
+            rows_per_stream=rows_per_stream,
+            uniform=uniform,
+            status=status,
+        )
 
     def steps(self) -> list[tuple[int, int, bool, bool, list[Array]]]:
         """Return the stages that do something, in order, with their values for each row."""
@@ -270,17 +327,17 @@ class _Run:
         """Return the source of random numbers where xtc needs one, although no token is drawn."""
         return {} if self.settings["xtc_probability"] is None else self.source()
 
-    def per_row(self, name: str) -> Array:
-        """Return a setting as one value, or as one per row in C order."""
+    def per_row(self, name: str, *draws: int) -> Array:
+        """Return a setting as one value, or as one per row, or per row and draw, in C order."""
         value: Array = self.settings[name]
         if value.ndim == 0:
             return value.reshape(1)
-        return np.ascontiguousarray(broadcast(name, value, self.lead)).reshape(-1)
+        return np.ascontiguousarray(broadcast(name, value, (*self.lead, *draws))).reshape(-1)
 
-    def source(self) -> dict[str, Any]:
+    def source(self, *draws: int) -> dict[str, Any]:
         """Return where the random numbers come from."""
         if self.settings["uniform"] is not None:
-            return {"uniform": self.per_row("uniform")}
+            return {"uniform": self.per_row("uniform", *draws)}
         seed = self.settings["seed"]
         if seed is None:
             seed = np.frombuffer(os.urandom(8), np.uint64)[0]
@@ -290,7 +347,7 @@ class _Run:
                 "rows that share a seed in such an array would draw the same"
             )
         position = self.per_row("position") if self.settings["position"] is not None else np.zeros(1, np.uint64)
-        return {"seed": seed.reshape(-1), "position": position, "streams": seed.ndim == 0}
+        return {"seed": seed.reshape(-1), "position": position, "rows_per_stream": int(seed.ndim == 0)}
 
     def bias(self) -> Array | None:
         bias = self.settings["logit_bias"]
@@ -335,23 +392,29 @@ class _Run:
             raise ValueError(f"{name}: expected ids from 0 to {self.vocabulary - 1}, got {bad}")
         return ids
 
-    def fail(self, status: Array) -> None:
+    def fail(self, status: Array, draws: int = 1) -> None:
         """Raise what the kernel found in the first row that has a fault."""
         row = int(status.nonzero()[0][0])
         token, fault = divmod(int(status[row]), _native.SAMPLING_FAULTS)
-        index = tuple(map(int, np.unravel_index(row, self.lead)))
-        where = "" if not self.lead else f" in row {index[0] if len(index) == 1 else index}"
+        where = in_row(row, self.lead)
         if fault == 1:
-            raise ValueError(f"logits: expected numbers, got NaN at token {token}{where}; -inf is what bans a token")
+            raise ValueError(
+                f"{self.name}: expected numbers, got NaN at token {token}{where}; -inf is what bans a token"
+            )
         if fault == 2:
-            raise ValueError(f"logits: expected finite numbers or -inf, got +inf at token {token}{where}")
+            raise ValueError(f"{self.name}: expected finite numbers or -inf, got +inf at token {token}{where}")
         if fault == 3:
             raise ValueError(
-                f"logits: expected numbers within float32, got one at token {token}{where} that overflows"
+                f"{self.name}: expected numbers within float32, got one at token {token}{where} that overflows"
                 + (" with its logit_bias" if self.settings["logit_bias"] is not None else "")
                 + "; subtract the row's maximum first"
             )
-        name = next((n for n in ("allowed", "logit_bias") if self.settings[n] is not None), "logits")
+        if fault == 5:
+            raise ValueError(
+                f"num_samples: expected at most {token} without replacement{where}, where no more tokens are left to "
+                f"draw from, got {draws}; draw with replacement, or filter less"
+            )
+        name = next((n for n in ("allowed", "logit_bias") if self.settings[n] is not None), self.name)
         raise ValueError(f"{name}: expected at least one token that is not banned{where}, got none; allow one")
 
 

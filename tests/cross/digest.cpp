@@ -141,7 +141,8 @@ void sampling(Digest& digest, const Kernels& table) {
   t.min_tokens = {least.data(), 1};
   t.seed = {seed.data(), 1}, t.position = {position.data(), 1};
   t.tokens = tokens.data(), t.probabilities = probabilities.data(), t.status = status.data();
-  execute(table.sampling, t);
+  t.draws = 1;
+  execute(table.sampling->sample, t);
   digest.add(tokens), digest.add(probabilities), digest.add(status);
 }
 

@@ -33,19 +33,23 @@ from .attention import (
     softmax,
     swiglu,
 )
-from .sampling import filter_logits, philox, probabilities, sample
+from .sampling import filter_logits, philox, probabilities, sample, weights
+from .serving import Sampler, logprobs, penalize, verify_draft
 
 __all__ = [
     "AttentionState",
     "KVCache",
+    "Sampler",
     "allowed_keys",
     "attention",
     "attention_weights",
     "filter_logits",
     "linear",
+    "logprobs",
     "merge_attention",
     "multi_head_attention",
     "partial_attention",
+    "penalize",
     "philox",
     "probabilities",
     "rms_norm",
@@ -54,4 +58,6 @@ __all__ = [
     "scores",
     "softmax",
     "swiglu",
+    "verify_draft",
+    "weights",
 ]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +43,7 @@ _LN2_HIGH_WIDE = float.fromhex("0x1.62e42fefp-1")
 _LN2_LOW_WIDE = float.fromhex("0x1.473de6af278edp-34")
 
 _Settings = dict[str, Any]
+_Words = Callable[[int], tuple[int, ...]]  # the random numbers of a draw
 
 
 def _floats(logits: Any) -> AnyArray:
@@ -150,7 +152,7 @@ class _Given(NamedTuple):
 class _Row:
     """One row on its way through the stages: the tokens that are still in, best first, and their masses."""
 
-    def __init__(self, given: _Given, z: AnyArray, settings: _Settings, words: tuple[int, ...]) -> None:
+    def __init__(self, given: _Given, z: AnyArray, settings: _Settings, words: _Words) -> None:
         order = np.argsort(~_keys(z), kind="stable")  # z descending, id ascending
         self.given = given
         self.vocabulary = z.size
@@ -158,7 +160,7 @@ class _Row:
         self.ids: AnyArray = order[z[order] != -np.inf]
         self.z: AnyArray = z[self.ids]
         self.settings = settings
-        self.words = words  # the row's random numbers
+        self.words = words
         self.floor = 1  # what the stage must leave at least
         self.measure(1.0)
 
@@ -304,7 +306,7 @@ def _eta_cutoff(row: _Row, epsilon: float, step: Step) -> None:
 
 def _xtc(row: _Row, probability: float, step: Step) -> None:
     """Exclude top choices (llama.cpp #9742): if the coin says so, all that reach the threshold go but the last."""
-    coin = (row.words[1] >> 11) * 2.0**-53
+    coin = (row.words(0)[1] >> 11) * 2.0**-53
     if coin >= probability:
         return
     least = max(1, _share(row.settings["xtc_threshold"], row.total, step.equal))
@@ -331,7 +333,7 @@ _STAGES = {
 }
 
 
-def _through_stages(given: _Given, z: AnyArray, settings: _Settings, words: tuple[int, ...]) -> _Row:
+def _through_stages(given: _Given, z: AnyArray, settings: _Settings, words: _Words) -> _Row:
     """Take one row through the stages that its settings switch on, in its dialect's order."""
     dialect = rules(settings["dialect"], settings["nucleus"])
     settings = {name: _read(value, dialect.readings.get(name, ())) for name, value in settings.items()}
@@ -350,16 +352,16 @@ def _read(value: Any, readings: tuple[Reading, ...]) -> Any:
     return next((r.means for r in readings if value is not None and r.low <= value <= r.high), value)
 
 
-def philox(seed: int, stream: int, position: int) -> tuple[int, int, int, int]:
-    """Block `position` of four random 64-bit words: Philox4x64-10 (Salmon et al. 2011, "As easy as 1, 2, 3").
+def philox(seed: int, stream: int, position: int, draw: int = 0) -> tuple[int, int, int, int]:
+    """Four random 64-bit words of a position and a draw: Philox4x64-10 (Salmon et al. 2011, "As easy as 1, 2, 3").
 
-    `numpy.random.Philox(key=[seed, stream], counter=position - 1)` begins with them: NumPy counts up first.
+    `numpy.random.Philox(key=[seed, stream], counter=position - 1)` begins with those of draw 0: NumPy counts up first.
 
     >>> hex(philox(0, 0, 0)[0])
     '0x16554d9eca36314c'
     """
     mask = 2**64 - 1
-    a, b, c, d = position, 0, 0, 0
+    a, b, c, d = position, draw, 0, 0
     key0, key1 = seed, stream
     for _ in range(10):
         first, second = 0xD2E7470EE14C6C93 * a, 0xCA5A826395121157 * c
@@ -368,11 +370,11 @@ def philox(seed: int, stream: int, position: int) -> tuple[int, int, int, int]:
     return a, b, c, d
 
 
-def _words(settings: _Settings, stream: int) -> tuple[int, ...]:
-    """The row's random numbers, 64 bits each: the first draws, the second is xtc's coin."""
+def _words(settings: _Settings, stream: int, draw: int) -> tuple[int, ...]:
+    """A draw's random numbers, 64 bits each: the first draws, the second of draw 0 is xtc's coin."""
     if settings["uniform"] is not None:
         return int(settings["uniform"] * 2.0**64), 0
-    return philox(int(settings["seed"]), stream, int(settings["position"] or 0))
+    return philox(int(settings["seed"]), stream, int(settings["position"] or 0), draw)
 
 
 def _draw(weights: AnyArray, word: int) -> int:
@@ -435,8 +437,11 @@ _DEFAULTS: _Settings = {
 }
 
 
-def _rows(logits: AnyArray, params: Any, options: _Settings) -> list[_Row]:
-    """Every row of logits (..., V), in C order, with its own settings, taken through the stages."""
+def _rows(logits: AnyArray, params: Any, options: _Settings, blocks: list[tuple[int, ...]] | None = None) -> list[_Row]:
+    """Every row of logits (..., V), in C order, with its own settings, taken through the stages.
+
+    blocks: the rows' random numbers, where they are not those of seed and position; good for one draw.
+    """
     given = {} if params is None else {name: getattr(params, name) for name in _DEFAULTS}
     settings = {**_DEFAULTS, **given, **options}
     mask, bias = _mask(settings.pop("allowed"), logits.shape), _bias(settings.pop("logit_bias"), logits.shape)
@@ -450,13 +455,15 @@ def _rows(logits: AnyArray, params: Any, options: _Settings) -> list[_Row]:
         own = {name: values[index] for name, values in settings.items()}
         row_bias = None if bias is None else bias[index]
         z = _scores(logits[index], row_bias, None if mask is None else mask[index])
-        words = _words(own, number if one_seed else 0)
+        words = partial(_words, own, number if one_seed else 0) if blocks is None else [blocks[number]].__getitem__
         rows.append(_through_stages(_Given(logits[index], row_bias), z, own, words))
     return rows
 
 
-def sample(logits: Any, params: Any = None, **options: Any) -> Any:
-    """One token id per row of logits (..., V): an int for (V,), else int64 (...).
+def sample(
+    logits: Any, params: Any = None, *, num_samples: int | None = None, replacement: bool = True, **options: Any
+) -> Any:
+    """One token id per row of logits (..., V): an int for (V,), else int64 (...); num_samples=n draws (..., n).
 
     The options are those of `headway.sample`.
 
@@ -464,11 +471,40 @@ def sample(logits: Any, params: Any = None, **options: Any) -> Any:
     1
     >>> sample([1.0, 3.0, 2.0], uniform=0.05)  # the interval of token 0 is [0, 0.09)
     0
+    >>> sample([1.0, 3.0, 2.0], uniform=0.05, num_samples=3, replacement=False)
+    array([0, 1, 2])
     """
     array = _floats(logits)
-    rows = _rows(array, params, options)
-    tokens = [_draw(row.final_weights(), row.words[0]) for row in rows]
-    return tokens[0] if array.ndim == 1 else np.array(tokens, np.int64).reshape(array.shape[:-1])
+    n = 1 if num_samples is None else num_samples
+    shape = array.shape[:-1] if num_samples is None else (*array.shape[:-1], n)
+    uniform = options.get("uniform", getattr(params, "uniform", None))
+    if uniform is not None:
+        uniform = np.broadcast_to(np.asarray(uniform, np.float64), shape).reshape(*array.shape[:-1], n)
+        options["uniform"] = uniform[..., 0]
+        uniform = uniform.reshape(-1, n)
+    tokens = []
+    for i, row in enumerate(_rows(array, params, options)):
+        masses = row.final_weights()
+        for j in range(n):
+            word = row.words(j)[0] if uniform is None else int(uniform[i, j] * 2.0**64)
+            tokens.append(_draw(masses, word))
+            if not replacement:
+                masses[tokens[-1]] = 0
+    return tokens[0] if not shape else np.array(tokens, np.int64).reshape(shape)
+
+
+def weights(logits: Any, params: Any = None, **options: Any) -> AnyArray:
+    """The whole numbers (..., V) that `sample` draws by: 0 where a token was removed.
+
+    >>> weights([3.0, 2.0, 1.0], top_k=2) / 2**44
+    array([1.        , 0.36787945, 0.        ])
+    """
+    array = _floats(logits)
+    return _masses(array, _rows(array, params, options))
+
+
+def _masses(logits: AnyArray, rows: list[_Row]) -> AnyArray:
+    return np.array([row.final_weights() for row in rows], np.int64).reshape(logits.shape)
 
 
 def probabilities(logits: Any, params: Any = None, **options: Any) -> AnyArray:
@@ -480,8 +516,8 @@ def probabilities(logits: Any, params: Any = None, **options: Any) -> AnyArray:
     array = _floats(logits)
     out = np.zeros(array.shape, np.float64 if array.dtype == np.float64 else np.float32)
     for row, target in zip(_rows(array, params, options), out.reshape(-1, array.shape[-1]), strict=True):
-        weights = row.final_weights()
-        target[:] = weights.astype(np.float64) / float(weights.sum())
+        masses = row.final_weights()
+        target[:] = masses.astype(np.float64) / float(masses.sum())
     return out
 
 
