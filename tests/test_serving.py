@@ -433,10 +433,17 @@ def test_a_sampler_knows_the_breakers_that_it_drew() -> None:
 
 
 def test_rows_with_different_filters_share_a_call() -> None:
-    sampler = hw.Sampler(5)
-    for filters in ({}, {"typical_p": 0.5}, {"top_k": 2, "xtc_probability": 1.0}, {"dynamic_temperature_range": 0.5}):
-        sampler.admit(hw.SamplingParams(**filters))
+    """What a row has not set is off for it: hundreds of draws would show a filter that is hardly so."""
+    sampler, rng = hw.Sampler(70), np.random.default_rng(5)
+    every = [hw.SamplingParams(seed=9, **{name: values[-1]}) for name, values in FILTERS.items()]
+    for params in [hw.SamplingParams(seed=9), *every]:
+        sampler.admit(params)
     assert len(sampler._groups) == 1
+    for j in range(300):
+        logits = rng.standard_normal((1 + len(every), 70))
+        tokens = sampler.step(logits)
+        assert tokens[0] == hw.sample(logits[0], seed=9, position=j)
+        assert tokens[1:].tolist() == [hw.sample(z, p, position=j) for z, p in zip(logits[1:], every, strict=True)]
     for words in ({"dialect": "hf"}, {"ties": "keep"}, {"nucleus": "joint"}):
         sampler.admit(hw.SamplingParams(**words))
     assert len(sampler._groups) == 4

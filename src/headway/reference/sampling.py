@@ -377,6 +377,11 @@ def _words(settings: _Settings, stream: int, draw: int) -> tuple[int, ...]:
     return philox(int(settings["seed"]), stream, int(settings["position"] or 0), draw)
 
 
+def _only(block: tuple[int, ...]) -> _Words:
+    """These random numbers, given instead."""
+    return lambda draw: block
+
+
 def _draw(weights: AnyArray, word: int) -> int:
     """The token whose interval of the running sum, in id order, holds word / 2^64 of the total."""
     running = np.cumsum(weights)
@@ -455,7 +460,7 @@ def _rows(logits: AnyArray, params: Any, options: _Settings, blocks: list[tuple[
         own = {name: values[index] for name, values in settings.items()}
         row_bias = None if bias is None else bias[index]
         z = _scores(logits[index], row_bias, None if mask is None else mask[index])
-        words = partial(_words, own, number if one_seed else 0) if blocks is None else [blocks[number]].__getitem__
+        words = partial(_words, own, number if one_seed else 0) if blocks is None else _only(blocks[number])
         rows.append(_through_stages(_Given(logits[index], row_bias), z, own, words))
     return rows
 
