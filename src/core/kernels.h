@@ -94,7 +94,7 @@ enum class SamplingFault : int64_t { none, nan, infinite, overflow, empty, few, 
 constexpr int64_t kSamplingFaults = 8;
 
 // One stage of sampling with its values for each row. What the stages do, and what ties, equal and floor settle, is
-// said in _dialects.py and in sampling.h.
+// said in _dialects.py and in stages.h.
 enum class Stage : int32_t {
   greedy,
   temperature,
