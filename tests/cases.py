@@ -81,6 +81,8 @@ SAMPLING: list[dict[str, Any]] = [
         "allowed": list(range(5000)),
     },
 ]
+HISTORY = np.tile(rng.integers(0, 5003, (7, 20)), 3)
+TOKENS = rng.integers(0, 5003, (7, 2))
 # a + b c, rounded once, is the number next to 1; rounded to float64 on the way, it is a tie, and goes the other way.
 ONCE_X = np.array([[s * (1 + 2.0**-23), s * t * (1 + 2.0**-15)] for s in (1, -1) for t in (1, -1)], np.float32)
 ONCE_W = np.array([[1], [(1 - 2.0**-15) * 2.0**-24]], np.float32)
@@ -161,6 +163,16 @@ def _sampling(dtype: str) -> Any:
     )
 
 
+def _around(dtype: str) -> Any:
+    """Penalties, several draws, log-probabilities, speculative sampling."""
+    logits = LOGITS[dtype]
+    penalized = hw.penalize(logits, HISTORY, repetition=1.3, frequency=0.1, dry_multiplier=0.8, dry_base=1.5)
+    without = hw.sample(logits[:5], num_samples=300, replacement=False, temperature=1.5, seed=3)
+    raw, processed = hw.logprobs(logits, TOKENS, top=9), hw.logprobs(logits, TOKENS, top=9, processed=True, top_p=0.9)
+    verified = hw.verify_draft(logits[[0, 1, 0]], logits[[1, 0]], TOKENS[0], temperature=2, seed=3)
+    return penalized, hw.sample(logits, num_samples=7, seed=3), without, *raw, *processed, verified.tokens
+
+
 KINDS: dict[str, Callable[[str], Any]] = {
     "attention": _whole,
     "weights": _weights,
@@ -172,6 +184,7 @@ KINDS: dict[str, Callable[[str], Any]] = {
     "linear": _linear,
     "small": _small,
     "sampling": _sampling,
+    "around": _around,
 }
 
 

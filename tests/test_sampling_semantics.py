@@ -5,6 +5,7 @@ Small numbers on purpose: a sentence should be checkable by eye. The other test 
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 import headway as hw
 from headway import reference
+from headway._dialects import DIALECTS
 
 NAN, INF = np.nan, np.inf
 LAST = 1 - 2.0**-53  # the largest number below 1
@@ -27,7 +29,10 @@ ROWS = (RNG.standard_normal((2, 3, 70)) * 2).astype(np.float32)
 
 
 def kept(logits: Any, **options: Any) -> list[int]:
-    return np.flatnonzero(np.asarray(hw.filter_logits(logits, **options), np.float64) > -INF).tolist()
+    """The ids that are left: the reference leaves the same, at these boundaries too."""
+    left = np.asarray(hw.filter_logits(logits, **options), np.float64)
+    assert np.array_equal(left, np.asarray(reference.filter_logits(logits, **options), np.float64))
+    return np.flatnonzero(left > -INF).tolist()
 
 
 def masses(logits: Any, **options: Any) -> list[float]:
@@ -38,7 +43,7 @@ def test_every_sentence_has_a_test() -> None:
     document = (Path(__file__).parent.parent / "docs" / "semantics.md").read_text()
     sentences = {int(n) for n in re.findall(r"^- \*\*S(\d+)\*\* ", document, re.MULTILINE)}
     tests = {int(m[1]) for name in globals() if (m := re.match(r"test_s(\d+)_", name))}
-    assert len(sentences) >= 26
+    assert len(sentences) >= 38
     assert sentences == set(range(1, len(sentences) + 1))
     assert tests == sentences
 
@@ -192,6 +197,13 @@ def test_s11_the_order_of_stages() -> None:
         2,
     ]  # with min_p first the whole is 0.9: 0.855 keeps [0, 1, 2] too
     assert kept(LOGS, top_p=0.75, min_p=0.6) == [0, 1]
+    assert kept(LOGS, top_k=2, epsilon_cutoff=0.43) == [0]  # 0.3 of 0.7; with epsilon first nothing reaches 0.43
+    assert kept(LOGS, top_n_sigma=1.0, top_p=0.57) == [0]  # sigma 0.5 leaves the first two; of these, 0.571 comes first
+    assert kept(LOGS, top_n_sigma=1.0) == [0, 1]
+    assert kept(LOGS, top_p=0.57) == [0, 1]
+    assert kept([*LOGS, -9.0], typical_p=0.2, epsilon_cutoff=0.9) == [1]
+    assert kept(LOGS, epsilon_cutoff=0.11, xtc_probability=1, xtc_threshold=0.19) == [2]  # with xtc first: [2, 3]
+    assert kept(LOGS, xtc_probability=1, xtc_threshold=0.19) == [2, 3]
 
 
 def test_s12_top_k() -> None:
@@ -245,12 +257,257 @@ def test_s16_filter_logits() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": 1.7, "top_k": 20}, {"top_p": 0.8}, {"temperature": 0.9, "top_k": 9, "top_p": 0.9, "min_p": 0.02}],
+    [
+        {"temperature": 1.7, "top_k": 20},
+        {"top_p": 0.8},
+        {"temperature": 0.9, "top_k": 9, "top_p": 0.9, "min_p": 0.02},
+        {"temperature": 1.5, "typical_p": 0.3},
+        {"temperature": 1.5, "xtc_probability": 1, "xtc_threshold": 0.02},
+    ],
 )
 def test_s17_filtering_first_is_the_same_draw(options: dict[str, Any]) -> None:
     left, temperature = hw.filter_logits(ROWS, **options), options.get("temperature", 1.0)
     assert np.array_equal(hw.sample(left, temperature=temperature, seed=8), hw.sample(ROWS, seed=8, **options))
     assert np.array_equal(hw.probabilities(left, temperature=temperature), hw.probabilities(ROWS, **options))
+
+
+# More filters -------------------------------------------------------------------------------------------------------
+
+
+def test_s27_top_n_sigma() -> None:
+    logits = [4.0, 3.0, 2.0, 1.0, 0.0, -INF]  # sigma is sqrt(2), whatever is banned
+    assert kept(logits, top_n_sigma=0.5) == [0]
+    assert kept(logits, top_n_sigma=1.0) == [0, 1]
+    assert kept(logits, top_n_sigma=1.5) == [0, 1, 2]
+    assert kept(logits, top_n_sigma=1.5, temperature=0.01) == kept(logits, top_n_sigma=1.5, temperature=50.0)
+    assert kept([2.0, 0.0], top_n_sigma=2.0) == [0, 1]  # sigma is 1: exactly 2 below stays
+    assert kept([2.0, 0.0], top_n_sigma=np.nextafter(2, 0)) == [0]
+    assert kept([1.0, 1.0, 1.0], top_n_sigma=1e-300) == [0, 1, 2]
+    assert kept(logits, top_n_sigma=INF) == [0, 1, 2, 3, 4]
+
+
+def test_s28_typical_p() -> None:
+    logits = np.log([0.5, 0.25, 0.125, 0.125])  # entropy 1.75 bits; surprise 1, 2, 3, 3
+    assert kept(logits, typical_p=1e-9) == [1]
+    assert kept(logits, typical_p=0.25) == [1]
+    assert kept(logits, typical_p=0.26) == [0, 1]
+    assert kept(logits, typical_p=0.76) == [0, 1, 2]  # equally far: the lower id
+    assert kept(logits, typical_p=0.9) == [0, 1, 2, 3]
+    assert kept(logits, typical_p=1.0) == [0, 1, 2, 3]
+    assert kept(FOUR, typical_p=0.5) == [0, 1]
+    assert kept(FOUR, typical_p=np.nextafter(0.5, 1)) == [0, 1, 2]
+    assert kept([1.0, 2.0, 2.0], typical_p=0.3, temperature=0) == [1]
+
+
+def test_s29_epsilon_cutoff() -> None:
+    assert kept(FOUR, epsilon_cutoff=0.25) == [0, 1, 2, 3]
+    assert kept(FOUR, epsilon_cutoff=np.nextafter(0.25, 1)) == [0]  # nothing reaches it: min_tokens_to_keep
+    assert kept(LOGS, epsilon_cutoff=0.15) == [0, 1, 2]
+    assert kept([0.0, -1000.0], epsilon_cutoff=0) == [0, 1]
+
+
+def test_s30_eta_cutoff() -> None:
+    flat = np.zeros(100, np.float32)  # exp(-entropy) is 0.01
+    flat[99] = -1.0
+    share = masses(flat)[99]
+    assert kept(flat, eta_cutoff=0.2) == list(range(99))  # sqrt(0.2) 0.01 = 0.0045
+    assert kept(flat, eta_cutoff=0.1) == list(range(100))  # 0.0032
+    assert 0.0032 < share < 0.0045
+    assert kept(LOGS, eta_cutoff=0.15) == kept(LOGS, epsilon_cutoff=math.sqrt(0.15) * math.exp(-1.2799))
+    assert kept([0.0, -9.0], eta_cutoff=1e-4) == [0, 1]  # 1.2e-4 of it: epsilon is the smaller
+    assert kept([0.0, -9.0], eta_cutoff=2e-4) == [0]
+    assert kept([0.0, -1000.0], eta_cutoff=0) == [0, 1]
+
+
+def test_s31_xtc() -> None:
+    on = {"xtc_probability": 1.0}
+    assert kept(np.log([0.5, 0.3, 0.15, 0.05]), **on) == [2, 3]  # the threshold is 0.1
+    assert kept(LOGS, xtc_threshold=0.15, **on) == [2, 3]
+    assert kept(LOGS, xtc_threshold=0.35, **on) == [0, 1, 2, 3]  # one alone stays
+    assert kept(FOUR, xtc_threshold=0.25, **on) == [3]  # exactly the threshold counts; the last of the order stays
+    assert kept(FOUR, xtc_threshold=np.nextafter(0.25, 1), **on) == [0, 1, 2, 3]
+    assert kept([0.0, -1.0, -1000.0], xtc_threshold=0.0, **on) == [1, 2]  # no mass: does not count
+    assert kept([0.0, -1.0, -1.0, -4.0], **on) == [2, 3]
+    assert kept(LOGS, xtc_probability=0, xtc_threshold=0.0) == [0, 1, 2, 3]
+
+
+def test_s32_xtc_takes_the_second_word() -> None:
+    logits = [1.0, 0.5, -3.0]
+    for seed in range(30):
+        for position in (0, 7):
+            words = np.random.Philox(key=[seed, 0], counter=(position - 1) % 2**256).random_raw(2)
+            coin = (int(words[1]) >> 11) / 2**53
+            for q, falls in [(coin, False), (np.nextafter(coin, 1), True)]:
+                where = {"xtc_probability": q, "seed": seed, "position": position}
+                assert kept(logits, **where) == ([1, 2] if falls else [0, 1, 2])
+                assert masses(logits, **where)[0] == 0 or not falls
+                assert hw.sample(logits, **where) > 0 or not falls
+    assert hw.sample([0.0, 0.0], uniform=0, xtc_probability=1) == 1
+    with pytest.raises(ValueError, match=r"^uniform: expected xtc_probability 0 or 1 beside it"):
+        hw.sample(FOUR, uniform=0.5, xtc_probability=0.5)
+
+
+def test_s33_min_tokens_to_keep() -> None:
+    logits = [3.0, 1.0, 2.0, 0.0, -INF]
+    for cruel in (
+        {"top_k": 1},
+        {"top_p": 1e-9},
+        {"min_p": 1.0},
+        {"epsilon_cutoff": 1.0},
+        {"eta_cutoff": 1.0},
+        {"top_n_sigma": 1e-9},
+    ):
+        assert kept(logits, **cruel) == [0], cruel
+        assert kept(logits, min_tokens_to_keep=2, **cruel) == [0, 2], cruel
+        assert kept(logits, min_tokens_to_keep=9, **cruel) == [0, 1, 2, 3], cruel
+    assert kept(logits, min_tokens_to_keep=2, typical_p=1e-9) == [0, 2]
+    assert kept([0.0] * 9, min_tokens_to_keep=2, typical_p=1e-9) == [0, 1]
+    assert kept(LOGS, xtc_probability=1, xtc_threshold=0.19, min_tokens_to_keep=2) == [2, 3]
+    assert kept(LOGS, xtc_probability=1, xtc_threshold=0.19, min_tokens_to_keep=3) == [0, 1, 2, 3]
+
+
+def test_s34_dynamic_temperature() -> None:
+    p = np.array([0.5, 0.25, 0.125, 0.125])  # entropy 1.75 of at most 2 bits
+    for exponent in (1.0, 2.5):
+        t = 0.4 + 1.2 * 0.875**exponent
+        options = {"dynamic_temperature_range": 0.6, "dynamic_temperature_exponent": exponent}
+        assert masses(np.log(p), **options) == pytest.approx((p ** (1 / t) / (p ** (1 / t)).sum()).tolist(), rel=1e-6)
+    low = masses(np.log(p), temperature=0.2, dynamic_temperature_range=0.5)  # from 0, not from -0.3
+    t = 0.7 * 0.875
+    assert low == pytest.approx((p ** (1 / t) / (p ** (1 / t)).sum()).tolist(), rel=1e-6)
+    assert masses([0.0, 0.0, -INF], dynamic_temperature_range=0.5) == [0.5, 0.5, 0]
+    assert masses([5.0, 0.0], temperature=0.3, dynamic_temperature_range=0) == masses([5.0, 0.0], temperature=0.3)
+    assert masses([800.0, 0.0, 0.0], temperature=0.5, dynamic_temperature_range=9) == [1, 0, 0]  # entropy 0: t is 0
+
+
+# Dialects -----------------------------------------------------------------------------------------------------------
+
+TIED = [2.0, 1.0, 1.0, 1.0, 0.0]  # shares 0.53, 0.195 three times, 0.07
+
+
+def test_s35_orders_and_borders() -> None:
+    assert {d: kept(TIED, dialect=d, top_k=2) for d in DIALECTS} == {
+        "hf": [0, 1, 2, 3],
+        "vllm": [0, 1, 2, 3],
+        "llama.cpp": [0, 1],
+        "flashinfer": [0, 1, 2, 3],
+        "sglang": [0, 1],
+        "mlx": [0, 1],
+    }
+    assert {d: kept(TIED, dialect=d, top_p=0.6) for d in DIALECTS} == {
+        "hf": [0, 3],
+        "vllm": [0, 3],
+        "llama.cpp": [0, 1],
+        "flashinfer": [0, 1, 2, 3],
+        "sglang": [0, 1],
+        "mlx": [0, 1, 2, 3],
+    }
+    assert {d: len(kept(FOUR, dialect=d, top_p=0.5)) for d in DIALECTS} == {
+        "hf": 2,
+        "vllm": 2,
+        "llama.cpp": 2,
+        "flashinfer": 4,
+        "sglang": 3,
+        "mlx": 4,
+    }
+    assert kept(FOUR, typical_p=0.5, dialect="llama.cpp") == [0, 1, 2]
+    cold = {"temperature": 0.5, "top_p": 0.8}
+    assert {d: kept([3.0, 2.0, 1.0], dialect=d, **cold) for d in ("hf", "llama.cpp", "mlx")} == {
+        "hf": [0],
+        "llama.cpp": [0, 1],
+        "mlx": [0, 1],
+    }
+    assert kept(LOGS, dialect="hf", top_k=2, top_p=0.5) == [0]
+    assert kept(LOGS, dialect="sglang", top_k=2, top_p=0.5) == [0, 1]
+    assert kept(LOGS, dialect="flashinfer", top_k=2, top_p=0.5) == [0]
+    assert kept(LOGS, dialect="flashinfer", nucleus="joint", top_k=2, top_p=0.5) == [0, 1]
+    assert kept(LOGS, dialect="vllm", min_p=0.5, top_p=0.42) == [0]  # min_p first: 0.44 of 0.9
+    assert kept(LOGS, dialect="hf", min_p=0.5, top_p=0.42) == [0, 1]
+    for dialect, option in [("vllm", "typical_p"), ("hf", "top_n_sigma"), ("sglang", "min_tokens_to_keep")]:
+        with pytest.raises(ValueError, match=rf"^{option}: expected none in dialect '{dialect}', which has no such"):
+            hw.sample(FOUR, dialect=dialect, **{option: 2 if option == "min_tokens_to_keep" else 0.5})
+    for other in ({"ties": "keep"}, {"nucleus": "joint"}):
+        with pytest.raises(ValueError, match=r"^(ties|nucleus): expected none beside dialect 'hf'"):
+            hw.sample(FOUR, dialect="hf", **other)
+    with pytest.raises(ValueError, match=r"^dialect: expected None or 'hf' or .*, got 'HF'"):
+        hw.sample(FOUR, dialect="HF")  # type: ignore[arg-type]
+
+
+def test_s36_what_else_differs() -> None:
+    logits = np.log([0.5, 0.25, 0.125, 0.125])
+    assert kept(logits, typical_p=0.76, dialect="hf") == [0, 1, 2, 3]
+    for option in ("epsilon_cutoff", "eta_cutoff"):
+        assert kept(TIED, dialect="hf", min_tokens_to_keep=2, **{option: 0.999}) == [0, 1, 2, 3]
+    three = {"min_tokens_to_keep": 3}
+    assert [
+        kept(LOGS, dialect="llama.cpp", **three, **o) for o in ({"top_k": 1}, {"top_n_sigma": 0.1}, {"top_p": 0.1})
+    ] == [
+        [0],
+        [0],
+        [0, 1, 2],
+    ]
+    assert [kept(LOGS, dialect="mlx", **three, **o) for o in ({"top_k": 1}, {"top_p": 0.1}, {"min_p": 0.9})] == [
+        [0],
+        [0],
+        [0, 1, 2],
+    ]
+    on = {"dialect": "mlx", "xtc_probability": 1.0}
+    assert kept(FOUR, xtc_threshold=0.25, **on) == [0, 1, 2, 3]  # not more than the threshold
+    assert kept(FOUR, xtc_threshold=0.2, **on) == [0, 1, 2, 3]  # all are the last
+    assert kept(TIED, xtc_threshold=0.15, **on) == [1, 2, 3, 4]
+    assert kept(TIED, xtc_threshold=0.15, dialect="llama.cpp", xtc_probability=1.0) == [3, 4]
+
+
+def test_s37_masses_are_measured_anew() -> None:
+    """xtc takes the best token away; measured against it, at so low a temperature nothing would be left."""
+    logits = [5.0, 4.0, 3.0, -9.0]
+    on = {"xtc_probability": 1.0, "xtc_threshold": 0.2, "dialect": "llama.cpp"}
+    assert masses(logits, temperature=1e-3, **on) == [0, 1, 0, 0]
+    assert masses(logits, temperature=0, **on) == [0, 1, 0, 0]
+    assert masses(logits, temperature=0, **{**on, "dialect": "mlx"}) == [1, 0, 0, 0]
+    assert hw.sample(logits, temperature=0, **on) == 1
+    assert hw.sample(logits, temperature=0, **{**on, "dialect": "mlx"}) == 0
+    q = np.exp([0, -1.0, -13.0])
+    assert masses(logits, **on)[1:] == pytest.approx((q / q.sum()).tolist(), rel=1e-6)
+
+
+def test_s38_what_numbers_mean() -> None:
+    everything = [0, 1, 2, 3, 4]
+    for dialect, options in [
+        ("hf", {"top_k": 0}),
+        ("hf", {"typical_p": 1.5}),
+        ("hf", {"epsilon_cutoff": 0, "eta_cutoff": 3}),
+        ("vllm", {"top_k": 0}),
+        ("vllm", {"top_k": -1}),
+        ("llama.cpp", {"top_k": -3, "top_n_sigma": -1.0, "min_p": -0.5, "xtc_probability": -1.0}),
+        ("llama.cpp", {"top_p": 1.5, "typical_p": 2.0, "min_tokens_to_keep": 0}),
+        ("sglang", {"top_k": -1}),
+        ("mlx", {"top_k": 0, "top_p": 0.0}),
+        ("mlx", {"top_k": -1, "top_p": 1.5, "xtc_probability": -1}),
+    ]:
+        assert kept(TIED, dialect=dialect, **options) == everything, (dialect, options)
+        rows = {name: [value, value] for name, value in options.items()}
+        assert kept([TIED, TIED], dialect=dialect, **rows) == list(range(10)), (dialect, options)
+    assert kept(TIED, dialect="hf", top_p=0) == [0]
+    assert kept(TIED, dialect="hf", top_p=0.0, min_tokens_to_keep=2) == [0, 3]
+    assert kept(TIED, dialect="llama.cpp", top_p=-1.0) == [0]
+    assert kept(TIED, dialect="llama.cpp", typical_p=0) == kept(TIED, typical_p=1e-9) == [1]
+    assert masses(TIED, dialect="vllm", temperature=1e-9) == masses(TIED, temperature=0.01)
+    assert masses(TIED, dialect="vllm", temperature=0) == masses(TIED, temperature=0)
+    assert masses([1.0, 1.0], dialect="sglang", temperature=1e-7) == [1, 0]
+    assert masses([1.0, 1.0], dialect="sglang", temperature=1e-6) == [0.5, 0.5]
+    assert masses(TIED, dialect="llama.cpp", temperature=-1) == [1, 0, 0, 0, 0]
+    for dialect, options, error in [
+        ("hf", {"temperature": 0}, "^temperature: .*got 0"),
+        ("hf", {"temperature": [1.0, 0.0]}, r"^temperature\[1\]: .*got 0.0"),
+        ("hf", {"top_k": -1}, "^top_k: .*got -1"),
+        ("vllm", {"top_p": 0}, "^top_p: .*got 0"),
+        ("mlx", {"min_p": -0.1}, "^min_p: .*got -0.1"),
+    ]:
+        with pytest.raises(ValueError, match=error):
+            hw.filter_logits([TIED, TIED], dialect=dialect, **options)
+    params = hw.SamplingParams(dialect="hf", top_k=0)
+    assert kept(TIED, params=params) == kept(TIED, params=params, top_k=0) == everything
 
 
 # The draw -----------------------------------------------------------------------------------------------------------

@@ -69,21 +69,57 @@ def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
 def exact(
     logits: np.ndarray,
     temperature: float = 1.0,
+    dynamic_temperature_range: float = 0.0,
+    top_n_sigma: float = math.inf,
     top_k: int | None = None,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    typical_p: float = 1.0,
+    epsilon_cutoff: float = 0.0,
+    eta_cutoff: float = 0.0,
+    xtc_probability: float = 0.0,
+    xtc_threshold: float = 0.1,
     nucleus: str = "after_top_k",
 ) -> np.ndarray:
-    p = softmax(logits, temperature)
-    order = sorted(range(len(p)), key=lambda i: (-float(logits[i]), i))
+    z = np.asarray(logits, np.float64)
+    if dynamic_temperature_range:
+        share = entropy(softmax(z, 1.0)) / math.log(z.size)
+        temperature += dynamic_temperature_range * (2 * share - 1)
+    p = softmax(z, temperature)
+    order = sorted(range(z.size), key=lambda i: (-z[i], i))
+    order = [i for i in order if z[i] >= z.max() - top_n_sigma * z.std()]
     kept = order[:top_k]
-    measured = kept if nucleus == "after_top_k" else order
-    total, before, nucleus_ids = sum(p[i] for i in measured), 0.0, []
-    for i in measured:
-        if before < top_p * total:
-            nucleus_ids.append(i)
-        before += p[i]
+    nucleus_ids = prefix(p, kept if nucleus == "after_top_k" else order, top_p)
     kept = [i for i in kept if i in set(nucleus_ids) and p[i] >= min_p * p.max()]
+    if typical_p < 1:
+        left = p[kept] / p[kept].sum()
+        nearest = np.argsort(np.abs(-np.log(left) - entropy(left)), kind="stable")
+        kept = sorted(prefix(p, np.array(kept)[nearest].tolist(), typical_p), key=order.index)
+    kept = [i for i in kept if p[i] >= epsilon_cutoff * p[kept].sum()]
+    left = p[kept] / p[kept].sum()
+    kept = [
+        i for i in kept if p[i] >= p[kept].sum() * min(eta_cutoff, math.sqrt(eta_cutoff) * math.exp(-entropy(left)))
+    ]
+    top = [i for i in kept if p[i] >= xtc_threshold * p[kept].sum()]
+    rest = [i for i in kept if i not in top[:-1]]
+    return (1 - xtc_probability) * normal(p, kept) + xtc_probability * normal(p, rest)
+
+
+def entropy(p: np.ndarray) -> float:
+    return float(-(p * np.log(p)).sum())
+
+
+def prefix(p: np.ndarray, order: list[int], share: float) -> list[int]:
+    """The tokens before which there is less than this share of the mass."""
+    total, before, out = sum(p[i] for i in order), 0.0, []
+    for i in order:
+        if before < share * total:
+            out.append(i)
+        before += p[i]
+    return out
+
+
+def normal(p: np.ndarray, kept: list[int]) -> np.ndarray:
     out = np.zeros_like(p)
     out[kept] = p[kept] / p[kept].sum()
     return out
@@ -105,6 +141,18 @@ CASES: list[tuple[str, np.ndarray, dict[str, Any], int]] = [
     ("min_p", FLAT, {"temperature": 1.2, "min_p": 0.15}, 200_000),
     ("all", FLAT, {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.05}, 200_000),
     ("joint", FLAT, {"temperature": 0.8, "top_k": 25, "top_p": 0.8, "nucleus": "joint"}, 200_000),
+    ("top_n_sigma", FLAT, {"temperature": 1.2, "top_n_sigma": 2.5}, 200_000),
+    ("typical_p", FLAT, {"temperature": 0.8, "typical_p": 0.7}, 200_000),
+    ("epsilon_cutoff", FLAT, {"temperature": 1.2, "epsilon_cutoff": 0.01}, 200_000),
+    ("eta_cutoff", FLAT, {"temperature": 1.2, "eta_cutoff": 0.05}, 200_000),
+    ("xtc", FLAT, {"temperature": 0.7, "xtc_probability": 0.5, "xtc_threshold": 0.05}, 200_000),
+    ("dynamic", FLAT, {"temperature": 0.8, "dynamic_temperature_range": 0.5}, 200_000),
+    (
+        "everything",
+        FLAT,
+        {"temperature": 0.9, "top_n_sigma": 3.5, "top_k": 50, "top_p": 0.95, "typical_p": 0.95},
+        200_000,
+    ),
     ("tied bfloat16", TIED, {"temperature": 0.9, "top_k": 100}, 200_000),
     ("long", LONG, {"temperature": 0.8}, 60_000),
 ]
@@ -146,6 +194,13 @@ def test_frequencies(
 
 def test_the_stated_distribution_is_the_exact_one() -> None:
     for name, logits, options, _ in CASES:
+        if name == "xtc":  # a distribution is that of one coin
+            one, other = (exact(logits, **{**options, "xtc_probability": q}) for q in (0.0, 1.0))
+            assert np.abs(one - other).max() > 0.02
+            for q, want in ((0.0, one), (1.0, other)):
+                got = hw.probabilities(logits.astype(np.float64), **{**options, "xtc_probability": q})
+                assert np.abs(got - want).max() < 2e-6
+            continue
         got = hw.probabilities(logits.astype(np.float64), **options)
         assert np.abs(got - exact(logits, **options)).max() < 2e-6, name
 

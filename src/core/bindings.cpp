@@ -4,12 +4,14 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cmath>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "threads.h"
@@ -262,50 +264,166 @@ template <class T> PerRow<T> per_row(const In& a, const char* name, int64_t rows
     throw std::invalid_argument(std::string(name) + ": expected one number, or one per row");
   return {static_cast<const T*>(a.data()), a.shape(0) == 1 ? 0 : a.stride(0)};
 }
-template <class T> T* rows_out(const std::optional<Out>& a, const char* name, int64_t size, size_t item) {
-  if (!a) return nullptr;
-  if (int64_t(a->size()) != size || a->itemsize() != item)
+template <class T> T* rows_out(const Out& a, const char* name, int64_t size, size_t item) {
+  if (int64_t(a.size()) != size || a.itemsize() != item)
     throw std::invalid_argument(std::string(name) + ": wrong shape or dtype");
-  return static_cast<T*>(a->data());
+  return static_cast<T*>(a.data());
+}
+template <class T> T* rows_out(const std::optional<Out>& a, const char* name, int64_t size, size_t item) {
+  return a ? rows_out<T>(*a, name, size, item) : nullptr;
 }
 
+using StepTuple = std::tuple<int, int, bool, bool, std::vector<In>>; // Step of kernels.h
+
+// What penalties change: made by penalize, read by the sampling functions.
+Edits edits_of(const Out& count, const Out& id, const Out& logit, int64_t rows) {
+  const int64_t places = int64_t(id.size());
+  if (int64_t(count.size()) != rows || places != int64_t(logit.size()) || (rows && places % rows) ||
+      count.itemsize() != 8 || id.itemsize() != 8 || logit.itemsize() != 8)
+    throw std::invalid_argument("edits: wrong shape or dtype");
+  return {static_cast<int64_t*>(count.data()), static_cast<int64_t*>(id.data()), static_cast<double*>(logit.data()),
+          rows ? places / rows : 0};
+}
+
+// What every sampling function shares: rows of logits and how to sample each. It keeps the arrays alive.
+struct Rows {
+  In logits;
+  std::optional<In> bias, allowed;
+  bool packed;
+  std::vector<StepTuple> steps;
+  In min_tokens;
+  std::optional<std::vector<Out>> edits;
+  std::optional<In> seed, position;
+  int64_t rows_per_stream;
+  std::optional<In> uniform;
+  Out status;
+  std::vector<Step> list{}; // of the task, which lives no longer
+
+  Sampling task(int64_t draws = 1) {
+    Sampling t{};
+    t.batch = batch_of(logits, 1);
+    t.V = int64_t(logits.shape(size_t(t.batch.axes)));
+    if (t.V < 1 || t.V > INT32_MAX) throw std::invalid_argument("logits: expected a vocabulary of 1 to 2^31 - 1");
+    const int64_t rows = t.batch.size();
+    t.logits = view(logits, "logits", t.batch, {t.V});
+    t.bias = view(bias, "bias", t.batch, {t.V});
+    if (bias && t.bias.dtype != DType::f32) throw std::invalid_argument("bias: expected float32");
+    if (edits) {
+      if (edits->size() != 3) throw std::invalid_argument("edits: expected three arrays");
+      t.edits = edits_of((*edits)[0], (*edits)[1], (*edits)[2], rows);
+    }
+    t.allowed = view(allowed, "allowed", t.batch, {packed ? (t.V + 31) / 32 * 4 : t.V});
+    if (allowed && t.allowed.dtype != DType::boolean) throw std::invalid_argument("allowed: expected uint8");
+    t.packed = packed;
+    list.clear();
+    for (const auto& [stage, ties, equal, floor, values] : steps) {
+      if (stage < 0 || stage >= int(Stage::count) || ties < 0 || ties >= int(Ties::count) || values.empty() ||
+          values.size() > size_t(kStepValues))
+        throw std::invalid_argument("steps: no such stage");
+      Step step{Stage(stage), Ties(ties), equal, floor, {}};
+      for (size_t i = 0; i < values.size(); ++i) step.value[i] = per_row<double>(values[i], "steps", rows);
+      list.push_back(step);
+    }
+    t.steps = list.data(), t.step_count = int64_t(list.size());
+    t.min_tokens = per_row<int64_t>(min_tokens, "min_tokens", rows);
+    if (seed) t.seed = per_row<uint64_t>(*seed, "seed", rows);
+    if (position) t.position = per_row<uint64_t>(*position, "position", rows);
+    t.rows_per_stream = rows_per_stream;
+    if (uniform) t.uniform = per_row<double>(*uniform, "uniform", rows * draws);
+    t.draws = draws;
+    t.status = rows_out<int64_t>(status, "status", rows, 8);
+    return t;
+  }
+  void check_source() const {
+    if (!uniform && !(seed && position)) throw std::invalid_argument("expected seed and position, or uniform");
+  }
+};
+
 // Whether all rows are fine; where not, their status says what is wrong.
-bool sample(const In& logits, const std::optional<In>& bias, const std::optional<In>& allowed, bool packed,
-            const In& temperature, const In& top_k, const In& top_p, const In& min_p, bool keep_ties, bool joint,
-            const std::optional<In>& seed, const std::optional<In>& position, bool streams,
-            const std::optional<In>& uniform, const std::optional<Out>& tokens, const std::optional<Out>& probabilities,
-            const std::optional<Out>& filtered, const Out& status) {
-  Sampling t{};
-  t.batch = batch_of(logits, 1);
-  t.V = int64_t(logits.shape(size_t(t.batch.axes)));
-  if (t.V < 1 || t.V > INT32_MAX) throw std::invalid_argument("logits: expected a vocabulary of 1 to 2^31 - 1");
-  const int64_t rows = t.batch.size();
-  t.logits = view(logits, "logits", t.batch, {t.V});
-  t.bias = view(bias, "bias", t.batch, {t.V});
-  if (bias && t.bias.dtype != DType::f32) throw std::invalid_argument("bias: expected float32");
-  t.allowed = view(allowed, "allowed", t.batch, {packed ? (t.V + 31) / 32 * 4 : t.V});
-  if (allowed && t.allowed.dtype != DType::boolean) throw std::invalid_argument("allowed: expected uint8");
-  t.packed = packed;
-  t.temperature = per_row<double>(temperature, "temperature", rows);
-  t.top_k = per_row<int64_t>(top_k, "top_k", rows);
-  t.top_p = per_row<double>(top_p, "top_p", rows);
-  t.min_p = per_row<double>(min_p, "min_p", rows);
-  t.keep_ties = keep_ties, t.joint = joint;
-  if (tokens && !uniform && !(seed && position))
-    throw std::invalid_argument("tokens: expected seed and position, or uniform");
-  if (seed) t.seed = per_row<uint64_t>(*seed, "seed", rows);
-  if (position) t.position = per_row<uint64_t>(*position, "position", rows);
-  t.streams = streams;
-  if (uniform) t.uniform = per_row<double>(*uniform, "uniform", rows);
-  const size_t item = t.logits.dtype == DType::f64 ? 8 : 4;
-  t.tokens = rows_out<int64_t>(tokens, "tokens", rows, 8);
-  t.probabilities = rows_out<void>(probabilities, "probabilities", rows * t.V, item);
-  t.filtered = rows_out<void>(filtered, "filtered", rows * t.V, logits.itemsize());
-  t.status = rows_out<int64_t>(status, "status", rows, 8);
-  run(kernels().sampling, t);
-  for (int64_t i = 0; i < rows; ++i)
+bool fine(const Sampling& t) {
+  for (int64_t i = 0; i < t.batch.size(); ++i)
     if (t.status[i]) return false;
   return true;
+}
+
+bool sample(Rows& rows, int64_t draws, bool replacement, const std::optional<Out>& tokens,
+            const std::optional<Out>& probabilities, const std::optional<Out>& filtered) {
+  if (draws < 1) throw std::invalid_argument("draws: expected 1 or more");
+  Sampling t = rows.task(draws);
+  t.replacement = replacement;
+  if (tokens) rows.check_source();
+  const int64_t n = t.batch.size();
+  const size_t item = t.logits.dtype == DType::f64 ? 8 : 4;
+  t.tokens = rows_out<int64_t>(tokens, "tokens", n * draws, 8);
+  t.probabilities = rows_out<void>(probabilities, "probabilities", n * t.V, item);
+  t.filtered = rows_out<void>(filtered, "filtered", n * t.V, rows.logits.itemsize());
+  run(kernels().sampling->sample, t);
+  return fine(t);
+}
+
+void penalize(const In& logits, const In& tokens, const std::optional<In>& breakers, const In& length, const In& window,
+              const In& repetition, const In& frequency, const In& presence, const In& dry_multiplier,
+              const In& dry_base, const In& dry_allowed_length, const Out& count, const Out& id, const Out& logit) {
+  Penalties t{};
+  t.batch = batch_of(logits, 1);
+  t.V = int64_t(logits.shape(size_t(t.batch.axes)));
+  t.logits = view(logits, "logits", t.batch, {t.V});
+  const int64_t rows = t.batch.size();
+  t.edits = edits_of(count, id, logit, rows);
+  if (tokens.size() != id.size() || tokens.itemsize() != 8) throw std::invalid_argument("tokens: wrong shape or dtype");
+  if (breakers && (breakers->size() != tokens.size() || breakers->itemsize() != 1))
+    throw std::invalid_argument("breakers: wrong shape or dtype");
+  t.tokens = static_cast<const int64_t*>(tokens.data());
+  t.breakers = breakers ? static_cast<const uint8_t*>(breakers->data()) : nullptr;
+  t.length = per_row<int64_t>(length, "length", rows);
+  t.window = per_row<int64_t>(window, "window", rows);
+  t.repetition = per_row<double>(repetition, "repetition", rows);
+  t.frequency = per_row<double>(frequency, "frequency", rows);
+  t.presence = per_row<double>(presence, "presence", rows);
+  t.dry_multiplier = per_row<double>(dry_multiplier, "dry_multiplier", rows);
+  t.dry_base = per_row<double>(dry_base, "dry_base", rows);
+  t.dry_allowed_length = per_row<int64_t>(dry_allowed_length, "dry_allowed_length", rows);
+  run(kernels().sampling->penalize, t);
+}
+
+bool rank(Rows& rows, const In& tokens, bool processed, const Out& ranks, const Out& logprob, const Out& top_id,
+          const Out& top_key, const Out& top_logprob) {
+  Ranking t{};
+  t.rows = rows.task();
+  const int64_t n = t.rows.batch.size();
+  if (tokens.ndim() != 2 || int64_t(tokens.shape(0)) != n || tokens.itemsize() != 8)
+    throw std::invalid_argument("tokens: wrong shape or dtype");
+  if (top_id.ndim() != 2) throw std::invalid_argument("top_id: wrong shape");
+  t.given = int64_t(tokens.shape(1)), t.top = int64_t(top_id.shape(1));
+  t.tokens = static_cast<const int64_t*>(tokens.data());
+  t.processed = processed;
+  t.rank = rows_out<int64_t>(ranks, "ranks", n * t.given, 8);
+  t.given_logprob = rows_out<double>(logprob, "logprob", n * t.given, 8);
+  t.top_id = rows_out<int64_t>(top_id, "top_id", n * t.top, 8);
+  t.top_key = rows_out<int64_t>(top_key, "top_key", n * t.top, 8);
+  t.top_logprob = rows_out<double>(top_logprob, "top_logprob", n * t.top, 8);
+  run(kernels().sampling->rank, t);
+  return fine(t.rows);
+}
+
+bool verify(Rows& target, Rows* draft, const In& tokens, const Out& status, const Out& accepted, const Out& next) {
+  Verification t{};
+  target.check_source();
+  t.target = target.task();
+  if (tokens.ndim() != 2 || tokens.itemsize() != 8) throw std::invalid_argument("tokens: wrong shape or dtype");
+  t.rows = int64_t(tokens.shape(0)), t.n = int64_t(tokens.shape(1));
+  if (t.target.batch.size() != t.rows * (t.n + 1)) throw std::invalid_argument("target: wrong number of rows");
+  if (draft) t.draft = draft->task();
+  if (draft && (t.draft.batch.size() != t.rows * t.n || t.draft.V != t.target.V))
+    throw std::invalid_argument("draft: wrong shape");
+  t.draft.status = rows_out<int64_t>(status, "status", t.rows * t.n, 8);
+  t.tokens = static_cast<const int64_t*>(tokens.data());
+  t.accepted = rows_out<int64_t>(accepted, "accepted", t.rows, 8);
+  t.next = rows_out<int64_t>(next, "next", t.rows, 8);
+  run(kernels().sampling->verify, t);
+  for (int64_t i = 0; i < t.rows * t.n; ++i)
+    if (t.draft.status[i]) return false;
+  return fine(t.target);
 }
 
 // Each row of x in the type of y, rounded to nearest even whatever the caller's modes are.
@@ -365,6 +483,10 @@ NB_MODULE(_native, m) {
   m.attr("CHUNK") = kChunk;
   m.attr("LANES") = kLanes;
   m.attr("SAMPLING_FAULTS") = kSamplingFaults;
+  // In the order of kernels.h, where a number stands for a name.
+  m.attr("SAMPLING_STAGES") = nb::make_tuple("greedy", "temperature", "top_n_sigma", "top_k", "top_p", "min_p",
+                                             "typical_p", "epsilon_cutoff", "eta_cutoff", "xtc_probability");
+  m.attr("SAMPLING_TIES") = nb::make_tuple("lowest_id", "highest_id", "keep");
   m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "mask"_a.none(), "bias"_a.none(), "sinks"_a.none(),
         "kv_lengths"_a.none(), "options"_a, "out"_a, "lse"_a.none());
   m.def("attention_weights", &attention_weights, "q"_a, "k"_a, "mask"_a.none(), "bias"_a.none(), "sinks"_a.none(),
@@ -379,9 +501,20 @@ NB_MODULE(_native, m) {
   m.def("rotary_frequencies", &rotary_frequencies, "base"_a, "frequencies"_a);
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "wide"_a, "y"_a);
   m.def("swiglu", &swiglu, "gate"_a, "up"_a, "wide"_a, "y"_a);
-  m.def("sample", &sample, "logits"_a, "bias"_a.none(), "allowed"_a.none(), "packed"_a, "temperature"_a, "top_k"_a,
-        "top_p"_a, "min_p"_a, "keep_ties"_a, "joint"_a, "seed"_a.none(), "position"_a.none(), "streams"_a,
-        "uniform"_a.none(), "tokens"_a.none(), "probabilities"_a.none(), "filtered"_a.none(), "status"_a);
+  nb::class_<Rows>(m, "Rows").def(nb::init<In, std::optional<In>, std::optional<In>, bool, std::vector<StepTuple>, In,
+                                           std::optional<std::vector<Out>>, std::optional<In>, std::optional<In>,
+                                           int64_t, std::optional<In>, Out>(),
+                                  nb::kw_only(), "logits"_a, "bias"_a.none(), "allowed"_a.none(), "packed"_a, "steps"_a,
+                                  "min_tokens"_a, "edits"_a.none(), "seed"_a.none(), "position"_a.none(),
+                                  "rows_per_stream"_a, "uniform"_a.none(), "status"_a);
+  m.def("sample", &sample, "rows"_a, "draws"_a, "replacement"_a, "tokens"_a.none(), "probabilities"_a.none(),
+        "filtered"_a.none());
+  m.def("penalize", &penalize, "logits"_a, "tokens"_a, "breakers"_a.none(), "length"_a, "window"_a, "repetition"_a,
+        "frequency"_a, "presence"_a, "dry_multiplier"_a, "dry_base"_a, "dry_allowed_length"_a, "count"_a, "id"_a,
+        "logit"_a);
+  m.def("rank", &rank, "rows"_a, "tokens"_a, "processed"_a, "ranks"_a, "logprob"_a, "top_id"_a, "top_key"_a,
+        "top_logprob"_a);
+  m.def("verify", &verify, "target"_a, "draft"_a.none(), "tokens"_a, "status"_a, "accepted"_a, "next"_a);
   m.def("convert", &convert_rows, "x"_a, "y"_a);
   m.def("round", &round_rows, "x"_a, "decimals"_a, "y"_a);
   m.def("isa", [] { return std::string(kernels().name); });

@@ -12,9 +12,7 @@
 
 namespace headway {
 
-// isa_sampling.cpp
-Plan HEADWAY_JOIN(plan_sampling_, HEADWAY_ISA)(const Sampling&, int64_t);
-void HEADWAY_JOIN(run_sampling_, HEADWAY_ISA)(const Sampling&, const Plan&, int64_t, Memory);
+extern const SamplingKernels HEADWAY_JOIN(sampling_kernels_, HEADWAY_ISA); // isa_sampling.cpp
 
 extern const Kernels HEADWAY_JOIN(kernels_, HEADWAY_ISA);
 const Kernels HEADWAY_JOIN(kernels_, HEADWAY_ISA) = {
@@ -28,7 +26,7 @@ const Kernels HEADWAY_JOIN(kernels_, HEADWAY_ISA) = {
     rotary_frequencies,
     {plan_row_wise, run_rms_norm},
     {plan_row_wise, run_swiglu},
-    {HEADWAY_JOIN(plan_sampling_, HEADWAY_ISA), HEADWAY_JOIN(run_sampling_, HEADWAY_ISA)},
+    &HEADWAY_JOIN(sampling_kernels_, HEADWAY_ISA),
 };
 
 } // namespace headway

@@ -90,27 +90,98 @@ template <class T> struct PerRow {
 };
 
 // What can be wrong with a row of logits. A status is 0, or token * kSamplingFaults + fault.
-enum class SamplingFault : int64_t { none, nan, infinite, overflow, empty };
+enum class SamplingFault : int64_t { none, nan, infinite, overflow, empty, few, undrawn };
 constexpr int64_t kSamplingFaults = 8;
+
+// One stage of sampling with its values for each row. What the stages do, and what ties, equal and floor settle, is
+// said in _dialects.py and in stages.h.
+enum class Stage : int32_t {
+  greedy,
+  temperature,
+  top_n_sigma,
+  top_k,
+  top_p,
+  min_p,
+  typical_p,
+  epsilon_cutoff,
+  eta_cutoff,
+  xtc,
+  count
+};
+enum class Ties : int32_t { lowest_id, highest_id, keep, count };
+constexpr int kStepValues = 3;
+struct Step {
+  Stage stage;
+  Ties ties;
+  bool equal, floor;
+  PerRow<double> value[kStepValues]; // temperature: and range, exponent; xtc: probability, threshold
+};
+
+// Logits that penalties change, for each row the first `count` of `capacity` places: which, and what they become.
+struct Edits {
+  int64_t* count = nullptr; // (rows); absent: none are changed
+  int64_t* id;              // (rows, capacity)
+  double* logit;            // (rows, capacity): numbers of the logits' own type
+  int64_t capacity;
+};
 
 struct Sampling {
   Batch batch; // a row each
   int64_t V;
   View logits;  // (V)
   View bias;    // (V): float32, or absent
+  Edits edits;  // take the place of the logits before all else
   View allowed; // (V): boolean; packed: bytes, token 0 in the lowest bit of the first; or absent
   bool packed;
-  PerRow<double> temperature, top_p, min_p; // off: 1, 1, 0
-  PerRow<int64_t> top_k;                    // off: V or more
-  bool keep_ties, joint;
+  const Step* steps; // in their order
+  int64_t step_count;
+  PerRow<int64_t> min_tokens; // what a stage that heeds it leaves at least
   PerRow<uint64_t> seed, position;
-  bool streams;           // row i draws from stream i of its seed, not from stream 0
-  PerRow<double> uniform; // instead of seed and position, or absent
-  // Each of these may be absent. (rows), and (rows, V) contiguous: float64 for float64 logits, else float32; the
+  int64_t rows_per_stream; // row i draws from stream i / rows_per_stream of its seed; 0: from stream 0
+  PerRow<double> uniform;  // (rows, draws) instead of seed and position; all absent where nothing is left to chance
+  int64_t draws;           // for each row
+  bool replacement;
+  // Each of these may be absent. (rows, draws), and (rows, V) contiguous: float64 for float64 logits, else float32; the
   // logits'.
   int64_t* tokens;
   void *probabilities, *filtered;
   int64_t* status; // (rows)
+};
+
+// Which tokens of a history occur, how often, what they repeat; and the logits that they get for it.
+struct Penalties {
+  Batch batch; // a row each
+  int64_t V;
+  View logits;             // (V)
+  const int64_t* tokens;   // (rows, capacity): from 0 to V - 1, the oldest first; capacity is that of the edits
+  const uint8_t* breakers; // (rows, capacity): whether repetition ends at this token; or absent
+  PerRow<int64_t> length, window, dry_allowed_length;
+  PerRow<double> repetition, frequency, presence, dry_multiplier, dry_base; // off: 1, 0, 0, 0
+  Edits edits;                                                              // filled
+};
+
+// Where tokens stand in the distributions of these rows.
+struct Ranking {
+  Sampling rows; // without outputs, but with status
+  int64_t given; // tokens that are asked for in each row
+  const int64_t* tokens;
+  int64_t top;    // how many of the best are asked for
+  bool processed; // logarithms of the shares of what is left; else of the softmax of the logits
+  // (rows, given): the place in the order, from 1; and the logarithm, -inf for what was removed.
+  int64_t* rank;
+  double* given_logprob;
+  // (rows, top), in the order of ids, with keys that rise with logit + bias; where fewer are left, -1, 0 and -inf.
+  int64_t *top_id, *top_key;
+  double* top_logprob;
+};
+
+// Speculative decoding of n tokens a row.
+struct Verification {
+  Sampling target; // n + 1 rows for each row of this; without outputs, but with status
+  Sampling draft;  // n rows for each; logits absent: the draft has no choice
+  int64_t rows, n;
+  const int64_t* tokens;    // (rows, n)
+  int64_t *accepted, *next; // (rows)
 };
 
 // How a kernel cuts its task, and the memory that it needs. Units may run in any order on any thread. The cut may
@@ -134,6 +205,14 @@ template <class Task> struct Kernel {
   void (*run)(const Task&, const Plan&, int64_t unit, Memory);
 };
 
+// Apart, because nothing may fuse in them: isa_sampling.cpp.
+struct SamplingKernels {
+  Kernel<Sampling> sample;
+  Kernel<Penalties> penalize;
+  Kernel<Ranking> rank;
+  Kernel<Verification> verify;
+};
+
 struct Kernels {
   const char* name;
   Kernel<Attention> attention, attention_weights, attention_nodes, attention_merge;
@@ -141,7 +220,7 @@ struct Kernels {
   Kernel<Rotary> rotary;
   void (*rotary_frequencies)(double base, int64_t half, double* out);
   Kernel<RowWise> rms_norm, swiglu;
-  Kernel<Sampling> sampling;
+  const SamplingKernels* sampling;
 };
 
 // dispatch.cpp: the tables that this machine can run, best first, and the one chosen at the first call: the best, or

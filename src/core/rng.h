@@ -1,7 +1,7 @@
-// Philox4x64-10, a counter-based generator (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3"): block
-// `position` of a stream is a function of (seed, stream, position) and of nothing drawn before it, so rows and threads
-// need no order. The same numbers as numpy.random.Philox(key=[seed, stream], counter=position - 1): NumPy counts up
-// first.
+// Philox4x64-10, a counter-based generator (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3"): the
+// block of a position and a draw is a function of (seed, stream, position, draw) and of nothing drawn before it, so
+// rows and threads need no order. For draw 0 the same numbers as numpy.random.Philox(key=[seed, stream],
+// counter=position - 1): NumPy counts up first.
 #pragma once
 #include <cstdint>
 
@@ -16,9 +16,9 @@ struct RandomBlock {
   uint64_t word[4];
 };
 
-inline RandomBlock philox(uint64_t seed, uint64_t stream, uint64_t position) {
+inline RandomBlock philox(uint64_t seed, uint64_t stream, uint64_t position, uint64_t draw = 0) {
   constexpr uint64_t a = 0xD2E7470EE14C6C93, b = 0xCA5A826395121157;
-  RandomBlock block{{position, 0, 0, 0}};
+  RandomBlock block{{position, draw, 0, 0}};
   uint64_t* x = block.word;
   for (int round = 0; round < 10; ++round) {
     const uint64_t high0 = high_product(a, x[0]), low0 = a * x[0];

@@ -153,7 +153,19 @@ _OPTIONAL_INPUTS = (
     "kv_lengths",
 )
 _ATTENTION_OPTIONS = ("num_heads", "num_kv_heads", "causal", "window", "scale", "softcap", "decimals")
-_SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "ties", "nucleus")
+_SAMPLING_NUMBERS = {  # and what they are: the help of each
+    "dynamic_temperature_range": "let the temperature go so far up and down with the entropy",
+    "dynamic_temperature_exponent": "how it depends on the entropy as a share of the largest",
+    "top_n_sigma": "keep logits up to N standard deviations below the best",
+    "typical_p": "keep the tokens whose surprise is nearest to the entropy, up to the mass P",
+    "epsilon_cutoff": "keep tokens of at least this probability",
+    "eta_cutoff": "the same, with a bound that falls with the entropy",
+    "xtc_probability": "with this probability remove all but the last of the tokens above the threshold",
+    "xtc_threshold": "the probability from which xtc counts a token",
+    "min_tokens_to_keep": "leave at least N tokens",
+}
+_SAMPLING_DEFAULTS = {"dynamic_temperature_exponent": "1", "xtc_threshold": "0.1", "min_tokens_to_keep": "1"}
+_SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "ties", "nucleus", "dialect", *_SAMPLING_NUMBERS)
 
 
 def _read(name: str) -> Any:
@@ -211,7 +223,8 @@ def _seed(arguments: argparse.Namespace) -> int:
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in _SAMPLING_OPTIONS}
+    given = {name: getattr(arguments, name) for name in _SAMPLING_OPTIONS}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _complain(error: Exception) -> None:
@@ -352,6 +365,19 @@ def _add_sampling(parser: argparse.ArgumentParser, *, temperature: float, top_p:
     parser.add_argument(
         "--min-p", type=float, metavar="P", help="keep tokens of P times the highest mass (default: off)"
     )
+    for name, text in _SAMPLING_NUMBERS.items():
+        whole = name == "min_tokens_to_keep"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=int if whole else float,
+            metavar="N" if whole or name == "top_n_sigma" else "X",
+            help=f"{text} (default: {_SAMPLING_DEFAULTS.get(name, 'off')})",
+        )
+    parser.add_argument(
+        "--dialect",
+        choices=["hf", "vllm", "llama.cpp", "flashinfer", "sglang", "mlx"],
+        help="follow this library's order, ties and boundaries (default: headway's own)",
+    )
     parser.add_argument(
         "--ties",
         choices=["lowest_id", "keep"],
@@ -399,6 +425,7 @@ Draw a token id from logits, or one from each row of logits, a line each.
 examples:
   headway sample logits.npy --temperature 0.8 --top-k 50 --top-p 0.9 --seed 1
   echo "[2.0, 1.0, -Infinity, 0.5]" | headway sample - --seed 1
+  headway sample logits.npy --dialect llama.cpp --top-k 40 --xtc-probability 0.5 --seed 1
 """
 
 _ATTEND = """\

@@ -110,23 +110,39 @@ void sampling(Digest& digest, const Kernels& table) {
   auto logits = numbers<float>(V * rows, 7, 4.0);
   std::vector<int64_t> tokens(static_cast<size_t>(rows)), status(static_cast<size_t>(rows));
   std::vector<float> probabilities(static_cast<size_t>(rows * V));
-  std::vector<double> temperature, top_p, min_p;
-  std::vector<int64_t> top_k;
+  std::vector<double> temperature, range, top_k, p, small;
+  std::vector<int64_t> least(static_cast<size_t>(rows), 1);
   std::vector<uint64_t> seed, position;
   for (int64_t i = 0; i < rows; ++i) {
-    temperature.push_back(0.25 * double(i % 5)), top_p.push_back(1.0 - 0.03 * double(i)),
-        min_p.push_back(0.001 * double(i % 3));
-    top_k.push_back(i % 4 ? 40 * i : V), seed.push_back(uint64_t(i) << 40), position.push_back(uint64_t(i));
+    temperature.push_back(0.25 * double(i % 5)), range.push_back(0.1 * double(i % 3));
+    top_k.push_back(double(i % 4 ? 40 * i : V)), p.push_back(1.0 - 0.03 * double(i)),
+        small.push_back(0.001 * double(i % 3));
+    seed.push_back(uint64_t(i) << 40), position.push_back(uint64_t(i));
   }
+  const double exponent = 0.7, sigmas = 3, threshold = 0.01;
+  const PerRow<double> share{p.data(), 1}, little{small.data(), 1};
+  const Step steps[] = {
+      {Stage::temperature, Ties::lowest_id, false, true, {{temperature.data(), 1}, {range.data(), 1}, {&exponent, 0}}},
+      {Stage::top_n_sigma, Ties::lowest_id, false, true, {{&sigmas, 0}}},
+      {Stage::top_k, Ties::lowest_id, false, true, {{top_k.data(), 1}}},
+      {Stage::top_p, Ties::highest_id, true, true, {share}},
+      {Stage::min_p, Ties::lowest_id, false, true, {little}},
+      {Stage::typical_p, Ties::lowest_id, false, true, {share}},
+      {Stage::epsilon_cutoff, Ties::lowest_id, false, true, {little}},
+      {Stage::eta_cutoff, Ties::lowest_id, false, true, {little}},
+      {Stage::xtc, Ties::lowest_id, true, true, {share, {&threshold, 0}}},
+  };
   Sampling t{};
   t.batch.axes = 1, t.batch.shape[0] = rows;
   t.V = V;
   t.logits = view(logits.data(), DType::f32, 1, 1);
   t.logits.batch[0] = V;
-  t.temperature = {temperature.data(), 1}, t.top_p = {top_p.data(), 1}, t.min_p = {min_p.data(), 1};
-  t.top_k = {top_k.data(), 1}, t.seed = {seed.data(), 1}, t.position = {position.data(), 1};
+  t.steps = steps, t.step_count = sizeof steps / sizeof *steps;
+  t.min_tokens = {least.data(), 1};
+  t.seed = {seed.data(), 1}, t.position = {position.data(), 1};
   t.tokens = tokens.data(), t.probabilities = probabilities.data(), t.status = status.data();
-  execute(table.sampling, t);
+  t.draws = 1;
+  execute(table.sampling->sample, t);
   digest.add(tokens), digest.add(probabilities), digest.add(status);
 }
 

@@ -1,0 +1,94 @@
+// Where tokens stand: the place of given ones in the order, the best, and the logarithms of their probabilities.
+#pragma once
+#include "sampling.h"
+
+namespace headway {
+namespace {
+
+inline int64_t count_above(const float* z, int64_t n, float bound) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < n; ++i) found += z[i] > bound;
+  return found;
+}
+inline int64_t count_from(const float* z, int64_t n, float bound) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < n; ++i) found += z[i] >= bound;
+  return found;
+}
+
+// The first place whose token has this id or a higher one.
+inline int64_t place_of(const Tokens& tokens, int64_t id) {
+  if (!tokens.id) return id;
+  int64_t low = 0, high = tokens.n;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (tokens.id[middle] < id)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+inline bool holds(const Tokens& tokens, int64_t place, int64_t id) {
+  return place < tokens.n && tokens.at(place) == id && tokens.z[place] > kNever;
+}
+
+// Logarithms of probabilities: of shares of the whole, or of exp(z - best) over the sum of those, which the masses'
+// sum is times 2^s.
+struct Logarithms {
+  bool processed;
+  double total, best, sum;
+  Logarithms(const Row& row, bool of_shares)
+      : processed(of_shares), total(double(row.tokens.total)), best(row.scale.top),
+        sum(natural_log(total / double(int64_t(1) << row.scale.s))) {}
+  double operator()(float z, int64_t weight) const {
+    if (z == kNever || (processed && weight == 0)) return double(kNever);
+    return processed ? natural_log(double(weight) / total) : (double(z) - best) - sum;
+  }
+};
+
+inline Plan plan_ranking(const Ranking& task, int64_t threads) {
+  Plan plan = plan_sampling(task.rows, threads);
+  plan.work += rough_product(plan.units, task.rows.V, task.given);
+  return plan;
+}
+
+HEADWAY_FLATTEN inline void run_ranking(const Ranking& task, const Plan&, int64_t index, Memory memory) {
+  const Workspace space(Arena{static_cast<char*>(memory.own)}, task.rows.V);
+  Row row{task.rows, index, space};
+  if (!begin(row)) return;
+  filter(row);
+  weigh(row.tokens, row);
+  const Logarithms logarithm(row, task.processed);
+  for (int64_t g = index * task.given; g < (index + 1) * task.given; ++g) {
+    const Tokens& tokens = row.tokens;
+    const int64_t id = task.tokens[g], place = place_of(tokens, id);
+    const bool left = holds(tokens, place, id);
+    const float z = left ? tokens.z[place] : kNever;
+    task.given_logprob[g] = logarithm(z, left ? tokens.weight[place] : 0);
+    // What was removed comes after all that is left, by id.
+    task.rank[g] =
+        1 + (left ? count_from(tokens.z, place, z) : id) + count_above(tokens.z + place, tokens.n - place, z);
+  }
+  if (!task.top) return;
+  row.floor = 1;
+  keep_first(row, task.top, Ties::lowest_id);
+  int64_t to = index * task.top;
+  for (int64_t i = 0; i < row.tokens.n; ++i) {
+    if (row.tokens.z[i] == kNever) continue;
+    const float z = row.tokens.z[i];
+    uint32_t key[16];
+    keys(Vec<float>(z)).store(key);
+    task.top_id[to] = row.tokens.at(i);
+    task.top_key[to] = key[0];
+    task.top_logprob[to++] = logarithm(z, row.tokens.weight[i]);
+  }
+  for (; to < (index + 1) * task.top; ++to) {
+    task.top_id[to] = -1;
+    task.top_key[to] = 0;
+    task.top_logprob[to] = double(kNever);
+  }
+}
+
+} // namespace
+} // namespace headway

@@ -1,0 +1,252 @@
+// What of a row stays. Nothing is sorted: what top_k and top_p keep is a prefix of the order "logit descending, id
+// ascending", so that a radix selection finds its end, by counts or by masses, in time linear in V on any input, equal
+// logits included. The maxima of blocks of 64 logits, a by-product of finding the row's maximum, let most rows skip
+// most blocks.
+#pragma once
+#include "weights.h"
+
+namespace headway {
+namespace {
+
+// Tokens stay that lie above `value`, and `ties` of those equal to it, after the first `skip` of them.
+struct Boundary {
+  float value;
+  int64_t skip, ties;
+};
+
+// Floats to unsigned integers in the same order. Adding 0 makes -0 a +0.
+inline Vec<uint32_t> keys(Vec<float> z) {
+  const Vec<int32_t> u = bits<int32_t>(z + Vec<float>(0.0f));
+  return bits<uint32_t>(u ^ ((u >> 31) | Vec<int32_t>(INT32_MIN)));
+}
+inline float value_of(uint32_t key) {
+  const uint32_t u = key & 0x80000000 ? key ^ 0x80000000 : ~key;
+  float z;
+  memcpy(&z, &u, 4);
+  return z;
+}
+
+// The smallest number up to `top` for which `holds`, which a larger one does too.
+template <class Holds> float lowest(float top, Holds holds) {
+  uint32_t below, enough, key[16];
+  keys(Vec<float>(kNever)).store(key);
+  below = key[0];
+  keys(Vec<float>(top)).store(key);
+  enough = key[0];
+  while (enough - below > 1) {
+    const uint32_t middle = below + (enough - below) / 2;
+    (holds(value_of(middle)) ? enough : below) = middle;
+  }
+  return value_of(enough);
+}
+
+// A bound below which no logit has this weight, for skipping: exp rounds by less than 1e-7, so it may be out of order
+// with its argument by that much, and 2^-20 of slack is plenty.
+HEADWAY_FLATTEN inline float lowest_of_weight(const Scale& scale, int64_t weight) {
+  weight -= (weight >> 20) + 2;
+  return lowest(scale.top, [&](float z) {
+    int64_t w[16];
+    weights(Vec<float>(z), scale).store(w);
+    return w[0] >= weight;
+  });
+}
+
+// Where a token's share of `target` comes from: itself, or its weight.
+struct ByCount {
+  int64_t operator()(int64_t) const { return 1; }
+};
+struct ByMass {
+  const int64_t* weight;
+  int64_t operator()(int64_t i) const { return weight[i]; }
+};
+
+// The end of the shortest prefix, best first, whose sum reaches the target (1 <= target <= the sum of all): a radix
+// selection. Each round takes as digit what its keys differ in first, so that keys close together take one round.
+template <class Mass>
+HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Mass mass, int64_t target, Ties rule,
+                                       const Workspace& space) {
+  uint32_t key[kBlock], lowest = ~uint32_t(0), highest = 0;
+  const auto load_keys = [&](int64_t b) {
+    for (int64_t v = 0; v < kBlock; v += 16) keys(Vec<float>::load(tokens.block(b) + v)).store(key + v);
+    const int64_t n = least(kBlock, tokens.n - b * kBlock);
+    for (int64_t i = n; i < kBlock; ++i) key[i] = key[0]; // what fills the last block widens no range
+    return n;
+  };
+  const auto widen_range = [&](uint32_t k) {
+    lowest = k < lowest ? k : lowest;
+    highest = k > highest ? k : highest;
+  };
+  {
+    Vec<uint32_t> low = lowest, high = highest;
+    for (int64_t b = 0; b < tokens.blocks(); ++b) {
+      load_keys(b);
+      for (int64_t v = 0; v < kBlock; v += 16) {
+        const Vec<uint32_t> k = Vec<uint32_t>::load(key + v);
+        low = select(k < low, k, low), high = select(k > high, k, high);
+      }
+    }
+    low.store(key);
+    for (int i = 0; i < 16; ++i) widen_range(key[i]);
+    high.store(key);
+    for (int i = 0; i < 16; ++i) widen_range(key[i]);
+  }
+  int64_t left = tokens.n; // those that share all digits so far with the one where the sum crosses, in id order
+  bool listed = false;     // in space.key and space.mass
+  while (lowest < highest) {
+    const int differ = 32 - __builtin_clz(highest - lowest), bits = left < 2048 ? 8 : 11;
+    const int shift = differ > bits ? differ - bits : 0, copies = left < 2048 ? 1 : int(kCopies);
+    const uint32_t base = lowest;
+    for (int c = 0; c < copies; ++c)
+      for (int64_t i = 0; i < int64_t(1) << bits; ++i) space.histogram[c * kCopySize + i] = 0;
+    const auto add = [&](uint32_t k, int64_t i, int64_t m) {
+      space.histogram[(i & (copies - 1)) * kCopySize + ((k - base) >> shift)] += m;
+    };
+    if (listed) {
+      for (int64_t i = 0; i < left; ++i) add(space.key[i], i, space.mass[i]);
+    } else {
+      for (int64_t b = 0; b < tokens.blocks(); ++b) {
+        const int64_t n = load_keys(b);
+        for (int64_t i = 0; i < n; ++i) add(key[i], i, mass(b * kBlock + i));
+      }
+    }
+    uint32_t digit = uint32_t(1) << bits;
+    for (int64_t here = 0; digit-- > 0; target -= here) {
+      here = 0;
+      for (int c = 0; c < copies; ++c) here += space.histogram[c * kCopySize + digit];
+      if (here >= target) break;
+    }
+    const int64_t many = left;
+    left = 0;
+    lowest = ~uint32_t(0), highest = 0;
+    const auto take = [&](uint32_t k, int64_t m) {
+      space.key[left] = k;
+      space.mass[left++] = m;
+      widen_range(k);
+    };
+    if (listed) {
+      for (int64_t i = 0; i < many; ++i)
+        if ((space.key[i] - base) >> shift == digit) take(space.key[i], space.mass[i]);
+    } else {
+      const Vec<uint32_t> from = base, crossing = digit;
+      for (int64_t b = 0; b < tokens.blocks(); ++b) {
+        const int64_t n = load_keys(b);
+        uint64_t found = block_bits(key, [&](Vec<uint32_t> k) { return (k - from) >> shift == crossing; });
+        if (n < kBlock) found &= (uint64_t(1) << n) - 1;
+        while (found) {
+          const int64_t i = take_lowest(found);
+          take(key[i], mass(b * kBlock + i));
+        }
+      }
+      listed = true;
+    }
+  }
+  int64_t ties = 0;
+  while (ties < left && target > 0) target -= listed ? space.mass[ties++] : mass(ties++);
+  if (rule == Ties::keep) ties = left;
+  return {value_of(lowest), rule == Ties::highest_id ? left - ties : 0, ties};
+}
+
+inline float kth_largest(const float* z, int64_t n, int64_t k, const Workspace& space) { // z: padded to whole blocks
+  Tokens numbers;
+  numbers.n = n;
+  numbers.z = z;
+  numbers.last = z + (numbers.blocks() - 1) * kBlock;
+  return select_prefix(numbers, ByCount{}, k, Ties::keep, space).value;
+}
+
+// What stays ------------------------------------------------------------------------------------------------------
+
+// Above a boundary, block by block in order. block_max, where there is one, tells what to pass over.
+struct Inside {
+  const Tokens& tokens;
+  const float* block_max;
+  Boundary end;
+  uint64_t operator()(int64_t b) {
+    if (block_max && (block_max[b] < end.value || block_max[b] == kNever)) return 0;
+    const Vec<float> value = end.value;
+    const float* z = tokens.block(b);
+    const uint64_t over = block_bits(z, [&](Vec<float> x) { return x > value; });
+    if (end.value == kNever) return over; // what is banned is never kept, nor what fills the last block
+    uint64_t ties = block_bits(z, [&](Vec<float> x) { return x == value; });
+    const int64_t here = __builtin_popcountll(ties), skip = least(end.skip, here), take = least(end.ties, here - skip);
+    end.skip -= skip, end.ties -= take;
+    if (take == 0) return over;
+    for (int64_t i = 0; i < skip; ++i) ties &= ties - 1;
+    for (int64_t i = skip + take; i < here; ++i) ties ^= uint64_t(1) << (63 - __builtin_clzll(ties));
+    return over | ties;
+  }
+};
+
+// Marks the tokens that `find(b)` has a bit for in block b, and counts them.
+template <class Find> HEADWAY_FLATTEN int64_t choose(const Tokens& tokens, const Workspace& space, Find find) {
+  int64_t n = 0;
+  for (int64_t b = 0; b < tokens.blocks(); ++b) n += __builtin_popcountll(space.chosen[b] = find(b));
+  return n;
+}
+inline int64_t choose_inside(const Tokens& tokens, const Workspace& space, Boundary end) {
+  return choose(tokens, space, Inside{tokens, tokens.id ? nullptr : space.block_max, end});
+}
+
+// The list of the chosen tokens; in place where the tokens are a list already.
+HEADWAY_FLATTEN inline Tokens list_chosen(const Tokens& tokens, const Workspace& space) {
+  Tokens kept;
+  for (int64_t b = 0; b < tokens.blocks(); ++b) {
+    const float* z = tokens.block(b);
+    for (uint64_t found = space.chosen[b]; found; ++kept.n) {
+      const int64_t i = take_lowest(found);
+      space.list_z[kept.n] = z[i];
+      space.list_id[kept.n] = int32_t(tokens.at(b * kBlock + i));
+      if (tokens.weight) kept.total += space.list_weight[kept.n] = tokens.weight[b * kBlock + i];
+    }
+  }
+  kept.z = space.list_z;
+  kept.id = space.list_id;
+  kept.last = space.list_z + (kept.blocks() - 1) * kBlock;
+  if (tokens.weight) kept.weight = space.list_weight;
+  for (int64_t i = kept.n; i < kept.blocks() * kBlock; ++i) {
+    space.list_z[i] = kNever;
+    if (tokens.weight) space.list_weight[i] = 0;
+  }
+  return kept;
+}
+
+// The whole row with all but the chosen banned, in memory of its own.
+HEADWAY_FLATTEN inline Tokens ban_others(const Tokens& tokens, const Workspace& space) {
+  const Vec<int32_t> lane = lane_powers();
+  Tokens kept = tokens;
+  kept.z = space.z;
+  kept.last = space.z + (kept.blocks() - 1) * kBlock;
+  Vec<int64_t> removed = int64_t(0);
+  for (int64_t b = 0; b < tokens.blocks(); ++b) {
+    const uint64_t chosen = space.chosen[b];
+    const float* z = tokens.block(b);
+    if (chosen == ~uint64_t(0)) {
+      memmove(space.z + b * kBlock, z, kBlock * sizeof(float));
+      continue;
+    }
+    Vec<float> most = kNever;
+    for (int64_t v = 0; v < kBlock; v += 16) {
+      const Mask<float> in = (Vec<int32_t>(int32_t(chosen >> v & 0xffff)) & lane) != Vec<int32_t>(0);
+      const Vec<float> x = select(in, Vec<float>::load(z + v), Vec<float>(kNever));
+      x.store(space.z + b * kBlock + v);
+      most = larger(x, most);
+      if (!tokens.weight) continue;
+      int64_t* weight = tokens.weight + b * kBlock + v;
+      const Vec<int64_t> w = Vec<int64_t>::load(weight), stays = select(convert<int64_t>(in), w, Vec<int64_t>(0));
+      removed = removed + (w - stays);
+      stays.store(weight);
+    }
+    space.block_max[b] = maximum(most);
+  }
+  kept.total -= sum(removed);
+  return kept;
+}
+
+// Few tokens are walked as a list, many as a row with gaps.
+inline bool are_few(const Tokens& tokens, int64_t count) { return tokens.id || count < tokens.n / 8; }
+inline Tokens keep_chosen(const Tokens& tokens, int64_t count, const Workspace& space) {
+  return are_few(tokens, count) ? list_chosen(tokens, space) : ban_others(tokens, space);
+}
+
+} // namespace
+} // namespace headway

@@ -1,0 +1,325 @@
+// The stages of sampling: what each removes from a row.
+#pragma once
+#include "rng.h"
+#include "selection.h"
+
+namespace headway {
+namespace {
+
+// The row's random numbers: the first word of each draw's block draws, the second of the first is xtc's coin.
+inline RandomBlock random_block(const Sampling& task, int64_t index, int64_t draw = 0) {
+  if (!task.seed.data) return {}; // nothing but the draw is left to chance, which then has its numbers from the caller
+  const uint64_t stream = task.rows_per_stream ? uint64_t(index / task.rows_per_stream) : 0;
+  return philox(task.seed[index], stream, task.position[index], uint64_t(draw));
+}
+inline uint64_t random_word(const Sampling& task, int64_t index, int64_t draw = 0) {
+  if (task.uniform.data) return uint64_t(task.uniform[index * task.draws + draw] * 0x1p+64);
+  return random_block(task, index, draw).word[0];
+}
+
+struct Row {
+  const Sampling& task;
+  int64_t index;
+  const Workspace& space;
+  int64_t floor = 1; // what the stage leaves at least, if there are so many
+  Scale scale{};
+  Tokens tokens{}; // those still in
+};
+
+inline void weigh(Tokens& tokens, const Row& row) {
+  weigh(tokens, row.scale, tokens.id ? row.space.list_weight : row.space.weight);
+}
+
+// Sums over what is not banned. A lane adds the tokens whose id leaves the lane's number modulo 16, in order: a fixed
+// order, whatever was removed, for a term of 0 changes no sum.
+struct Sums {
+  double first, second;
+  int64_t count;
+};
+// term(v, lane values of first, of second) for 16 tokens from the v-th on; what is banned counts as 0.
+template <class Term> HEADWAY_FLATTEN Sums sums(const Tokens& tokens, Term term) {
+  Vec<double> first = 0.0, second = 0.0;
+  Vec<int32_t> present = int32_t(0);
+  double lane[2][16] = {};
+  for (int64_t b = 0; b < tokens.blocks(); ++b)
+    for (int64_t v = 0; v < kBlock; v += 16) {
+      const Vec<float> z = Vec<float>::load(tokens.block(b) + v);
+      const Mask<float> in = z != Vec<float>(kNever);
+      present = present - in;
+      Vec<double> a, c;
+      term(b * kBlock + v, z, a, c);
+      const Vec<int64_t> wide = convert<int64_t>(in);
+      a = select(wide, a, Vec<double>(0.0)), c = select(wide, c, Vec<double>(0.0));
+      if (!tokens.id) {
+        first = first + a, second = second + c;
+        continue;
+      }
+      double one[2][16];
+      a.store(one[0]), c.store(one[1]);
+      for (int64_t i = 0; i < least(16, tokens.n - b * kBlock - v); ++i)
+        for (int j = 0; j < 2; ++j) lane[j][tokens.at(b * kBlock + v + i) & 15] += one[j][i];
+    }
+  if (tokens.id) first = Vec<double>::load(lane[0]), second = Vec<double>::load(lane[1]);
+  return {sum(first), sum(second), sum(present)};
+}
+
+// The total mass, and the mean of x under the masses: a token's surprise less the entropy is this mean less its x.
+struct Moments {
+  int64_t total;
+  double mean;
+  int64_t count;
+};
+inline Moments moments(Row& row) {
+  if (row.scale.one_hot >= 0) weigh(row.tokens, row);
+  const Tokens& tokens = row.tokens;
+  Vec<int64_t> total = int64_t(0);
+  const Sums all = sums(tokens, [&](int64_t v, Vec<float> z, Vec<double>& first, Vec<double>& second) {
+    const Vec<float> x = exponents(z, row.scale);
+    const Vec<int64_t> w = tokens.weight ? Vec<int64_t>::load(tokens.weight + v) : weights_at(x, row.scale);
+    total = total + w;
+    // A weight below 2^52 as a double: its bits are the fraction of one in [2^52, 2^53).
+    const Vec<double> wide = bits<double>(w + bits<int64_t>(Vec<double>(0x1p+52))) - Vec<double>(0x1p+52);
+    first = wide * widen(x);
+    second = 0.0;
+  });
+  const int64_t mass = sum(total);
+  return {mass, all.first / double(mass), all.count};
+}
+
+inline float best_logit(const Row& row) {
+  const bool list = row.tokens.id;
+  const int64_t n = list ? row.tokens.n : row.tokens.blocks(); // both lists are filled up with kNever
+  Vec<float> top = kNever;
+  for (int64_t v = 0; v < n; v += 16)
+    top = larger(Vec<float>::load((list ? row.tokens.z : row.space.block_max) + v), top);
+  return maximum(top);
+}
+
+// The first `n` tokens of the order, or the floor if that is more.
+inline void keep_first(Row& row, int64_t n, Ties ties) {
+  Tokens& tokens = row.tokens;
+  n = most(n, row.floor);
+  if (n >= tokens.n) return;
+  // n blocks have a maximum of at least the n-th largest maximum, so n tokens do. Fewer blocks have more than that, so
+  // few tokens do: either they suffice, or the boundary is that maximum.
+  if (!tokens.id && n < tokens.blocks() / 2) {
+    const float bound = kth_largest(row.space.block_max, tokens.blocks(), n, row.space);
+    const int64_t equal = choose_inside(tokens, row.space, {bound, 0, tokens.n});
+    const int64_t over = choose_inside(tokens, row.space, {bound, 0, 0});
+    if (over < n) {
+      const int64_t need = ties == Ties::keep ? equal - over : least(n, equal) - over;
+      const int64_t skip = ties == Ties::highest_id ? equal - over - need : 0;
+      const int64_t count = choose_inside(tokens, row.space, {bound, skip, need});
+      tokens = keep_chosen(tokens, count, row.space);
+      return;
+    }
+    tokens = keep_chosen(tokens, over, row.space);
+  }
+  const int64_t count = choose_inside(tokens, row.space, select_prefix(tokens, ByCount{}, n, ties, row.space));
+  tokens = keep_chosen(tokens, count, row.space);
+}
+
+// The chosen among `few` tokens that hold all of them, or the first of the order where the floor is higher.
+inline void keep(Row& row, const Tokens& few, int64_t count, Ties ties) {
+  if (count < row.floor) return keep_first(row, row.floor, ties);
+  row.tokens = keep_chosen(few, count, row.space);
+}
+
+// The tokens that reach a bound, where that is a short list; else all.
+inline Tokens reaching(const Row& row, float bound) {
+  if (row.tokens.id) return row.tokens;
+  const int64_t count = choose_inside(row.tokens, row.space, {bound, 0, row.tokens.n});
+  return are_few(row.tokens, count) ? list_chosen(row.tokens, row.space) : row.tokens;
+}
+
+// What has at least this weight; where that is too few, the first of the order.
+inline void keep_heavy(Row& row, int64_t weight, Ties ties) {
+  Tokens few = row.scale.one_hot < 0 ? reaching(row, lowest_of_weight(row.scale, weight)) : row.tokens;
+  weigh(few, row);
+  const int64_t count = choose(few, row.space, [&](int64_t b) {
+    const Vec<int64_t> least_weight = weight;
+    const uint64_t banned = block_bits(few.block(b), [](Vec<float> z) { return z == Vec<float>(kNever); });
+    return block_bits(few.weight + b * kBlock, [&](Vec<int64_t> w) { return w >= least_weight; }) & ~banned;
+  });
+  keep(row, few, count, ties);
+}
+
+// After a stage that may take the best token: where it did, masses are measured anew, with 2^s for the best one left.
+inline void measure_anew(Row& row) {
+  const float best = best_logit(row);
+  if (best == row.scale.top) return;
+  row.scale.top = best;
+  row.tokens.weight = nullptr;
+}
+
+// Measures masses at a temperature; the best of those left has 2^s.
+inline void measure(Row& row, double temperature) {
+  Tokens& tokens = row.tokens;
+  Scale& scale = row.scale;
+  tokens.weight = nullptr;
+  scale.top = best_logit(row);
+  scale.inverse = inverse_temperature(temperature);
+  scale.one_hot = -1;
+  for (int64_t b = 0; temperature == 0 && scale.one_hot < 0; ++b) {
+    if (!tokens.id && row.space.block_max[b] != scale.top) continue;
+    const Vec<float> top = scale.top;
+    uint64_t found = block_bits(tokens.block(b), [&](Vec<float> z) { return z == top; });
+    if (found) scale.one_hot = tokens.at(b * kBlock + take_lowest(found));
+  }
+}
+
+inline void greedy(Row& row, const Step& step) {
+  if (step.value[0][row.index] == 0) measure(row, 0);
+}
+
+// With a range, the temperature rises with the entropy at temperature 1, as a share of the largest that so many tokens
+// can have.
+inline void temperature(Row& row, const Step& step) {
+  double t = step.value[0][row.index];
+  const double range = step.value[1].data ? step.value[1][row.index] : 0;
+  if (range > 0) {
+    const double low = t > range ? t - range : 0, largest = 0x1.fffffffffffffp+1023;
+    const double high = t + range < largest ? t + range : largest;
+    measure(row, 1);
+    const Moments at_1 = moments(row);
+    double entropy = natural_log(double(at_1.total) * power_of_two(-row.scale.s)) - at_1.mean;
+    entropy = at_1.count > 1 ? entropy / natural_log(double(at_1.count)) : 0;
+    entropy = entropy > 0 ? entropy < 1 ? entropy : 1 : 0;
+    t = low + (high - low) * (entropy < 0x1p-1022 ? 0 : exponential(step.value[2][row.index] * natural_log(entropy)));
+  }
+  measure(row, t);
+}
+
+inline void top_n_sigma(Row& row, const Step& step) {
+  const double n = step.value[0][row.index], top = double(best_logit(row));
+  if (n == __builtin_inf()) return;
+  const Sums all = sums(row.tokens, [&](int64_t, Vec<float> z, Vec<double>& first, Vec<double>& second) {
+    first = widen(z) - Vec<double>(top);
+    second = first * first;
+  });
+  const double mean = all.first / double(all.count), variance = all.second / double(all.count) - mean * mean;
+  const double below = n * (variance > 0 ? __builtin_sqrt(variance) : 0);
+  const float bound = lowest(float(top), [&](float z) { return double(z) - top >= -below; });
+  keep(row, row.tokens, choose_inside(row.tokens, row.space, {bound, 0, row.tokens.n}), step.ties);
+}
+
+inline void top_k(Row& row, const Step& step) {
+  const double k = step.value[0][row.index];
+  if (k < double(row.tokens.n)) keep_first(row, int64_t(k), step.ties);
+}
+
+HEADWAY_FLATTEN inline int64_t mass_reaching(const Row& row, float bound) {
+  const Vec<float> value = bound;
+  Vec<int64_t> mass = int64_t(0);
+  for (int64_t b = 0; b < row.tokens.blocks(); ++b)
+    for (int64_t v = 0; v < kBlock && row.space.block_max[b] >= bound; v += 16) {
+      const Mask<float> in = Vec<float>::load(row.tokens.block(b) + v) >= value;
+      mass = mass + (convert<int64_t>(in) & Vec<int64_t>::load(row.tokens.weight + b * kBlock + v));
+    }
+  return sum(mass);
+}
+
+inline void top_p(Row& row, const Step& step) {
+  const double p = step.value[0][row.index];
+  if (p == 1.0) return;
+  weigh(row.tokens, row);
+  const int64_t target = share(p, row.tokens.total, !step.equal), blocks = row.tokens.blocks();
+  if (target == 0) return keep_first(row, row.floor, step.ties);
+  // On most rows a few tokens hold the mass: try those that reach the k-th largest block maximum, for growing k.
+  Tokens few = row.tokens;
+  for (int64_t k = 8; !few.id && k < blocks / 2; k *= 8) {
+    const float bound = kth_largest(row.space.block_max, blocks, k, row.space);
+    if (mass_reaching(row, bound) < target) continue;
+    few = reaching(row, bound);
+    break;
+  }
+  const Boundary end = select_prefix(few, ByMass{few.weight}, target, step.ties, row.space);
+  keep(row, few, choose_inside(few, row.space, end), step.ties);
+}
+
+inline void min_p(Row& row, const Step& step) {
+  const double p = step.value[0][row.index];
+  if (p == 0.0) return;
+  keep_heavy(row, share(p, int64_t(1) << row.scale.s), step.ties);
+}
+
+inline void typical_p(Row& row, const Step& step) {
+  const double p = step.value[0][row.index];
+  if (p == 1.0) return;
+  weigh(row.tokens, row);
+  const Vec<float> mean = float(moments(row).mean), zero = 0.0f;
+  float* distance = row.space.distance; // negative, so that the nearest are the best
+  for (int64_t b = 0; b < row.tokens.blocks(); ++b)
+    for (int64_t v = 0; v < kBlock; v += 16) {
+      const Vec<float> z = Vec<float>::load(row.tokens.block(b) + v), apart = exponents(z, row.scale) - mean;
+      select(z == Vec<float>(kNever), z, select(apart > zero, zero - apart, apart)).store(distance + b * kBlock + v);
+    }
+  Tokens by_distance = row.tokens;
+  by_distance.z = distance;
+  by_distance.last = distance + (by_distance.blocks() - 1) * kBlock;
+  const auto choose_near = [&](Boundary end) {
+    return choose(by_distance, row.space, Inside{by_distance, nullptr, end});
+  };
+  const int64_t target = share(p, row.tokens.total, !step.equal), floor = least(row.floor, row.tokens.n);
+  int64_t count = 0;
+  if (target > 0)
+    count = choose_near(select_prefix(by_distance, ByMass{row.tokens.weight}, target, step.ties, row.space));
+  if (count < floor) count = choose_near(select_prefix(by_distance, ByCount{}, floor, Ties::lowest_id, row.space));
+  row.tokens = keep_chosen(row.tokens, count, row.space);
+  measure_anew(row);
+}
+
+inline void epsilon_cutoff(Row& row, const Step& step) {
+  const double epsilon = step.value[0][row.index];
+  if (epsilon > 0) keep_heavy(row, share(epsilon, moments(row).total), step.ties);
+}
+
+// exp(-entropy) of the total is the mass that a token at the mean of x would have.
+inline void eta_cutoff(Row& row, const Step& step) {
+  const double epsilon = step.value[0][row.index];
+  if (epsilon == 0.0) return;
+  const Moments all = moments(row);
+  int64_t middle[16];
+  weights_at(Vec<float>(float(all.mean)), row.scale).store(middle);
+  keep_heavy(row, least(share(epsilon, all.total), share(__builtin_sqrt(epsilon), middle[0])), step.ties);
+}
+
+// Of the tokens that reach the threshold all but the last of the order go (Ties::keep: all but its equals).
+inline void xtc(Row& row, const Step& step) {
+  const uint64_t coin = random_block(row.task, row.index).word[1];
+  if (double(coin >> 11) * 0x1p-53 >= step.value[0][row.index]) return;
+  weigh(row.tokens, row);
+  const Tokens& tokens = row.tokens;
+  const int64_t weight = most(1, share(step.value[1][row.index], tokens.total, step.equal));
+  const Vec<int64_t> least_weight = weight;
+  const int64_t top = choose(tokens, row.space, [&](int64_t b) {
+    return block_bits(tokens.weight + b * kBlock, [&](Vec<int64_t> w) { return w >= least_weight; });
+  });
+  if (top < 2) return;
+  int64_t last = 0;
+  float last_z = __builtin_inff();
+  for (int64_t b = 0; b < tokens.blocks(); ++b)
+    for (uint64_t found = row.space.chosen[b]; found;) {
+      const int64_t i = take_lowest(found);
+      if (tokens.block(b)[i] <= last_z) last = b * kBlock + i, last_z = tokens.block(b)[i];
+    }
+  const int64_t count = choose(tokens, row.space, [&](int64_t b) {
+    const float* z = tokens.block(b);
+    const Vec<float> value = last_z;
+    uint64_t stays = ~row.space.chosen[b];
+    if (step.ties == Ties::keep) stays |= block_bits(z, [&](Vec<float> x) { return x == value; });
+    if (b == last / kBlock) stays |= uint64_t(1) << last % kBlock;
+    return stays & ~block_bits(z, [](Vec<float> x) { return x == Vec<float>(kNever); });
+  });
+  if (count < row.floor) return;
+  row.tokens = keep_chosen(tokens, count, row.space);
+  measure_anew(row);
+}
+
+using RunStage = void (*)(Row&, const Step&);
+constexpr RunStage kStages[] = {greedy, temperature, top_n_sigma,    top_k,      top_p,
+                                min_p,  typical_p,   epsilon_cutoff, eta_cutoff, xtc};
+static_assert(sizeof kStages / sizeof *kStages == size_t(Stage::count));
+
+} // namespace
+} // namespace headway

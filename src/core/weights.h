@@ -1,0 +1,216 @@
+// A row as tokens with masses: weights = round(2^s exp((z - max z) / T)), by float32 operations that are each rounded
+// on their own (no fused ones: NumPy must be able to follow). Everything after is exact integer arithmetic, so lanes
+// and the order of a sum cannot matter. reference/sampling.py says the same thing in one page.
+#pragma once
+#include "rows.h"
+
+namespace headway {
+namespace {
+
+// The functions with the loops over the vocabulary: GCC 12 would call, not inline, their single steps.
+#define HEADWAY_FLATTEN __attribute__((flatten))
+
+constexpr int64_t kBlock = 64; // tokens that share a maximum
+constexpr float kNever = -__builtin_inff();
+
+// The lanes of a mask as bits, lane 0 lowest.
+template <class T> uint64_t lane_bits(Vec<T> mask) {
+  if constexpr (sizeof(T) == 8) return lane_bits(convert<int32_t>(mask));
+#if defined(__AVX512F__)
+  return uint64_t(_mm512_movepi32_mask((__m512i)mask.part[0]));
+#elif defined(__AVX2__)
+  return uint64_t(uint32_t(_mm256_movemask_ps((__m256)mask.part[0]))) |
+         uint64_t(uint32_t(_mm256_movemask_ps((__m256)mask.part[1]))) << 8;
+#else
+  uint64_t found = 0;
+  T lane[16];
+  mask.store(lane);
+  for (int i = 0; i < 16; ++i) found |= uint64_t(lane[i] & 1) << i;
+  return found;
+#endif
+}
+inline Vec<int32_t> lane_powers() { // 1, 2, 4, ...
+  int32_t power[16];
+  for (int i = 0; i < 16; ++i) power[i] = 1 << i;
+  return Vec<int32_t>::load(power);
+}
+// One bit for each token of a block.
+template <class T, class Test> uint64_t block_bits(const T* block, Test test) {
+  uint64_t found = 0;
+  for (int64_t v = 0; v < kBlock; v += 16) found |= lane_bits(test(Vec<T>::load(block + v))) << v;
+  return found;
+}
+inline int64_t take_lowest(uint64_t& found) {
+  const int64_t i = __builtin_ctzll(found);
+  found &= found - 1;
+  return i;
+}
+
+// Tokens in id order. Arrays reach to the end of the last block: logits of -inf and weights of 0 fill it up.
+struct Tokens {
+  int64_t n = 0;
+  const float* z = nullptr;
+  const float* last = nullptr; // the last block: z's own end, or a padded copy of it
+  const int32_t* id = nullptr; // nullptr: token i is i
+  int64_t* weight = nullptr;   // nullptr: not weighed yet
+  int64_t total = 0;
+  int64_t blocks() const { return (n + kBlock - 1) / kBlock; }
+  const float* block(int64_t b) const { return b + 1 < blocks() ? z + b * kBlock : last; }
+  int64_t at(int64_t i) const { return id ? id[i] : i; }
+};
+
+// Four copies of the radix histogram, a cache line out of step: equal digits in a row would wait for each other's sums.
+constexpr int64_t kCopies = 4, kCopySize = (1 << 11) + 8;
+
+struct Workspace {
+  float *z, *last, *block_max, *list_z, *distance;
+  int32_t* list_id;
+  int64_t *weight, *list_weight, *mass, *histogram;
+  uint32_t* key;
+  uint64_t* chosen; // a bit for each token, by blocks
+
+  Workspace(Arena arena, int64_t V, int64_t* bytes = nullptr) {
+    const int64_t n = round_up(V, kBlock), blocks = round_up(n / kBlock, kBlock);
+    z = arena.take<float>(n);
+    last = arena.take<float>(kBlock);
+    block_max = arena.take<float>(blocks);
+    list_z = arena.take<float>(n);
+    distance = arena.take<float>(n);
+    list_id = arena.take<int32_t>(n);
+    weight = arena.take<int64_t>(n);
+    list_weight = arena.take<int64_t>(n);
+    mass = arena.take<int64_t>(n);
+    key = arena.take<uint32_t>(n);
+    chosen = arena.take<uint64_t>(blocks);
+    histogram = arena.take<int64_t>(kCopies * kCopySize);
+    if (bytes) *bytes = arena.used;
+  }
+};
+
+// Elementary functions, for the few numbers that need them -------------------------------------------------------
+
+// The same operations in the same order as reference/sampling.py's _log and _exp, and nothing fused.
+inline double power_of_two(int64_t n) { // n > -1023
+  const int64_t u = (n + 1023) << 52;
+  double p;
+  memcpy(&p, &u, 8);
+  return p;
+}
+inline double natural_log(double v) { // of a normal number, within three units in the last place
+  int64_t u;
+  memcpy(&u, &v, 8);
+  int64_t e = (u >> 52) - 1023;
+  double m = v;
+  u = (u & 0xfffffffffffff) | int64_t(1023) << 52;
+  memcpy(&m, &u, 8);
+  if (m >= 2 * 0x1.6a09e667f3bcdp-1) m = m / 2, ++e;
+  const double s = (m - 1) / (m + 1);
+  double series = 1.0 / 21;
+  for (int k = 19; k > 0; k -= 2) series = series * (s * s) + 1.0 / k;
+  return 2 * s * series + double(e) * 0x1.62e42fefa39efp-1;
+}
+inline double exponential(double y) { // of y <= 0
+  if (y < -700) return 0;
+  const double round = 0x1.8p+52, n = (y * 0x1.71547652b82fep+0 + round) - round;
+  const double r = (y - n * 0x1.62e42fefp-1) - n * 0x1.473de6af278edp-34;
+  double series = 1;
+  for (int k = 14; k > 0; --k) series = 1 + series * r / k;
+  return series * power_of_two(int64_t(n));
+}
+
+// Weights --------------------------------------------------------------------------------------------------------
+
+struct Scale {
+  float top;       // the row's maximum
+  float inverse;   // 1 / T: finite, and 0 rather than subnormal
+  int32_t s;       // the largest weight is 2^s, and V of them stay below 2^62
+  int64_t one_hot; // temperature 0: the token that has all the mass; else -1
+};
+
+inline int32_t scale_bits(int64_t V) {
+  int32_t log2_up = 0;
+  while ((int64_t(1) << log2_up) < V) ++log2_up;
+  return int32_t(least(44, 62 - log2_up));
+}
+
+inline float inverse_temperature(double t) {
+  const double inverse = 1.0 / t, largest = 0x1.fffffep+127;
+  return inverse < 0x1p-126 ? 0.0f : float(inverse > largest ? largest : inverse);
+}
+
+// The same operations in the same order as reference/sampling.py's _exponents and _weights.
+
+// x = (z - top) / T, from -40, where the weight is 0 already and where banned tokens are, to 0.
+inline Vec<float> exponents(Vec<float> z, const Scale& scale) {
+  using F = Vec<float>;
+  const F d = larger(z - F(scale.top), F(-0x1.fffffep+127f));
+  const F x = larger(d * F(scale.inverse), F(-40.0f));
+  return select(z == F(kNever), F(-40.0f), x); // not left to d: with a huge T a banned token's x would be 0
+}
+
+// round(2^s exp(x)). exp(r) = 1 + r + r^2 Q(r) on |r| <= ln(2) / 2; Q is a near-minimax fit
+// made by tools/polynomials.py. The relative error is below 1e-7.
+inline Vec<int64_t> weights_at(Vec<float> x, const Scale& scale) {
+  using F = Vec<float>;
+  const F round = 0x1.8p+23f; // x + round - round is the integer nearest to x
+  const F shifted = x * F(0x1.715476p+0f) + round;
+  const F n = shifted - round;
+  const F r = (x - n * F(0x1.62ep-1f)) - n * F(0x1.0bfbe8p-15f); // the first product is exact
+  F q = 0x1.6d10fcp-10f;
+  q = q * r + F(0x1.120b62p-7f);
+  q = q * r + F(0x1.55551ap-5f);
+  q = q * r + F(0x1.5554dep-3f);
+  q = q * r + F(0.5f);
+  const F y = (r * r * q + r) + F(1.0f);
+  // Times 2^(n + s) by adding to the exponent: the low bits of `shifted` are n in two's complement.
+  const F w = bits<float>(bits<int32_t>(y) + ((bits<int32_t>(shifted) + Vec<int32_t>(scale.s)) << 23));
+  // From 2^52 on the doubles are whole numbers: adding 2^52 rounds to nearest even and leaves the integer in the low
+  // bits.
+  const Vec<double> whole = widen(w) + Vec<double>(0x1p+52);
+  return bits<int64_t>(whole) - bits<int64_t>(Vec<double>(0x1p+52));
+}
+inline Vec<int64_t> weights(Vec<float> z, const Scale& scale) { return weights_at(exponents(z, scale), scale); }
+
+HEADWAY_FLATTEN inline Vec<int64_t> block_weights(const float* z, const Scale& scale, Vec<int64_t> (&w)[kBlock / 16]) {
+  Vec<int64_t> sum = int64_t(0);
+  for (int64_t v = 0; v < kBlock / 16; ++v) {
+    w[v] = weights(Vec<float>::load(z + 16 * v), scale);
+    sum = sum + w[v];
+  }
+  return sum;
+}
+
+inline void weigh(Tokens& tokens, const Scale& scale, int64_t* out) {
+  if (tokens.weight) return;
+  tokens.weight = out;
+  if (scale.one_hot >= 0) {
+    for (int64_t i = 0; i < tokens.blocks() * kBlock; ++i) out[i] = 0;
+    for (int64_t i = 0; i < tokens.n; ++i)
+      if (tokens.at(i) == scale.one_hot) out[i] = int64_t(1) << scale.s;
+    tokens.total = int64_t(1) << scale.s; // the best token outlives every stage
+    return;
+  }
+  Vec<int64_t> total = int64_t(0);
+  for (int64_t b = 0; b < tokens.blocks(); ++b) {
+    Vec<int64_t> w[kBlock / 16];
+    total = total + block_weights(tokens.block(b), scale, w);
+    memcpy(out + b * kBlock, w, sizeof w);
+  }
+  tokens.total = sum(total);
+}
+
+// The smallest whole number >= p * total, exactly, for 0 <= p <= 1; > p * total where `equal` is false. p is m 2^-e,
+// and the product with m fits 128 bits.
+inline int64_t share(double p, int64_t total, bool equal = true) {
+  uint64_t u;
+  memcpy(&u, &p, 8);
+  const int exponent = int(u >> 52); // the sign bit is clear
+  const uint64_t m = (u & 0xfffffffffffff) | (exponent ? uint64_t(1) << 52 : 0);
+  const int e = 1075 - (exponent ? exponent : 1);
+  const Wide product = Wide(m) * uint64_t(total);
+  if (e > 127) return product != 0 || !equal;
+  return int64_t(product >> e) + ((product & ((Wide(1) << e) - 1)) != 0 || !equal);
+}
+
+} // namespace
+} // namespace headway

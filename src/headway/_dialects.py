@@ -1,0 +1,185 @@
+"""In which order sampling's stages run, here and in other libraries. A dialect is data: the tables below are all of it.
+
+The kernel and `headway.reference` both follow these tables; docs/semantics.md says the same in words. What is said
+about the other libraries was read from their sources; tests/test_dialects.py compares with those that are installed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+INF = math.inf
+
+
+class Step(NamedTuple):
+    """One stage, named after the option that switches it on, and how it settles what is on its boundary.
+
+    ties: where a count or a mass cuts through tokens with equal logits (typical_p: with equal distances): the lowest
+        ids are in, the highest, or all of them.
+    equal: whether a token exactly on the boundary is in: for top_p and typical_p one before which there is exactly
+        the mass p, for xtc one that has exactly the mass of the threshold.
+    floor: whether min_tokens_to_keep is heeded.
+    """
+
+    option: str
+    ties: Literal["lowest_id", "highest_id", "keep"] = "lowest_id"
+    equal: bool = False
+    floor: bool = True
+
+
+class Reading(NamedTuple):
+    """Numbers from low to high mean `means`; None: the library refuses them. The first reading that fits counts."""
+
+    low: float
+    high: float
+    means: float | None
+
+
+class Dialect(NamedTuple):
+    """The stages in order, and what numbers mean that mean something else, or nothing, in headway.
+
+    A stage that is not listed does not exist in that library, nor does one of OPTIONAL that is not in `also`.
+    """
+
+    steps: tuple[Step, ...]
+    readings: Mapping[str, tuple[Reading, ...]] = {}
+    also: tuple[str, ...] = ()
+
+    def lacks(self) -> set[str]:
+        """Name the filters that the dialect does not have."""
+        return FILTERS - {step.option for step in self.steps} - set(self.also)
+
+
+OPTIONAL = ("dynamic_temperature_range", "min_tokens_to_keep")
+
+# The numbers that switch an option off for a row.
+OFF = {
+    "temperature": 1.0,
+    "dynamic_temperature_range": 0.0,
+    "top_n_sigma": INF,
+    "top_k": INF,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "xtc_probability": 0.0,
+}
+FILTERS = {*OFF, *OPTIONAL}
+
+
+def _from_0_down(option: str) -> tuple[Reading, ...]:
+    return (Reading(-INF, 0, OFF[option]),)
+
+
+_XTC = Step("xtc_probability", equal=True)
+_NATIVE = (
+    Step("temperature"),
+    Step("top_n_sigma"),
+    Step("top_k"),
+    Step("top_p"),
+    Step("min_p"),
+    Step("typical_p"),
+    Step("epsilon_cutoff"),
+    Step("eta_cutoff"),
+    _XTC,
+)
+
+# headway's own. top_k and top_p keep prefixes of one order, so measuring p over all tokens is taking top_p first.
+NUCLEUS = {
+    "after_top_k": Dialect(_NATIVE, also=OPTIONAL),
+    "joint": Dialect((*_NATIVE[:2], _NATIVE[3], _NATIVE[2], *_NATIVE[4:]), also=OPTIONAL),
+}
+
+DIALECTS = {
+    # transformers 5: generation/logits_process.py and _get_logits_processor. top_p sorts upwards, so of equal logits
+    # the lower ids go first, if the sort is stable: torch's need not be. The other filters compare values.
+    "hf": Dialect(
+        (
+            Step("temperature"),
+            Step("top_k", "keep"),
+            Step("top_p", "highest_id"),
+            Step("min_p"),
+            Step("typical_p", "keep"),
+            Step("epsilon_cutoff", "keep"),
+            Step("eta_cutoff", "keep"),
+        ),
+        {
+            "temperature": (Reading(0, 0, None),),
+            "top_k": (Reading(0, 0, INF),),
+            "top_p": (Reading(0, 0, 0),),
+            "typical_p": (Reading(1, INF, 1),),
+            "epsilon_cutoff": (Reading(-INF, 0, 0), Reading(1, INF, 0)),
+            "eta_cutoff": (Reading(-INF, 0, 0), Reading(1, INF, 0)),
+        },
+        also=("min_tokens_to_keep",),
+    ),
+    # vLLM: v1/sample, the path in plain torch.
+    "vllm": Dialect(
+        (Step("temperature"), Step("min_p"), Step("top_k", "keep"), Step("top_p", "highest_id")),
+        {
+            "temperature": (Reading(0, 0, 0), Reading(0, math.nextafter(0.01, 0), 0.01)),
+            "top_k": (Reading(-1, 0, INF),),
+        },
+    ),
+    # llama.cpp: src/llama-sampling.cpp, in the default order of common/sampling.cpp.
+    "llama.cpp": Dialect(
+        (
+            Step("top_n_sigma", floor=False),
+            Step("top_k", floor=False),
+            Step("typical_p", equal=True),
+            Step("top_p"),
+            Step("min_p"),
+            _XTC,
+            Step("temperature"),
+        ),
+        {
+            "temperature": (Reading(-INF, 0, 0),),
+            "dynamic_temperature_range": (Reading(-INF, 0, 0),),
+            "top_n_sigma": _from_0_down("top_n_sigma"),
+            "top_k": _from_0_down("top_k"),
+            "typical_p": (Reading(-INF, 0, 0), Reading(1, INF, 1)),
+            "top_p": (Reading(-INF, 0, 0), Reading(1, INF, 1)),
+            "min_p": _from_0_down("min_p"),
+            "xtc_probability": (*_from_0_down("xtc_probability"), Reading(1, INF, 1)),
+            "min_tokens_to_keep": (Reading(0, 0, 1),),
+        },
+        also=OPTIONAL,
+    ),
+    # FlashInfer: sampling.py with filter_apply_order="top_k_first". Its rejection loops compare with a pivot's value.
+    "flashinfer": Dialect((Step("temperature"), Step("top_k", "keep"), Step("top_p", "keep"), Step("min_p"))),
+    # SGLang: srt/layers/sampler.py, the path in plain torch: p is measured over all tokens.
+    "sglang": Dialect(
+        (Step("temperature"), Step("top_p", equal=True), Step("top_k"), Step("min_p")),
+        {"temperature": (Reading(0, math.nextafter(1e-6, 0), 0),), "top_k": (Reading(-1, -1, INF),)},
+    ),
+    # mlx-lm 0.32: sample_utils.py, make_sampler. Temperature 0 skips all filters; top_p cuts at a value.
+    "mlx": Dialect(
+        (
+            Step("greedy"),
+            Step("top_p", "keep", floor=False),
+            Step("min_p"),
+            Step("xtc_probability", "keep", floor=False),
+            Step("top_k", floor=False),
+            Step("temperature"),
+        ),
+        {
+            "top_p": (Reading(-INF, 0, 1), Reading(1, INF, 1)),
+            "top_k": _from_0_down("top_k"),
+            "xtc_probability": _from_0_down("xtc_probability"),
+        },
+        also=("min_tokens_to_keep",),
+    ),
+}
+
+# FlashInfer's filter_apply_order="joint".
+FLASHINFER_JOINT = Dialect((Step("temperature"), Step("top_p", "keep"), Step("top_k", "keep"), Step("min_p")))
+
+
+def rules(dialect: str | None, nucleus: str) -> Dialect:
+    """Return the table for a call."""
+    if dialect is None:
+        return NUCLEUS[nucleus]
+    return FLASHINFER_JOINT if (dialect, nucleus) == ("flashinfer", "joint") else DIALECTS[dialect]

@@ -1,0 +1,286 @@
+"""The options of sampling: what each may be, and the form in which the kernel takes it.
+
+A check takes the option's name, its value, and what numbers mean in the dialect; it returns None for an option that is
+off, else an array or a string.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _arrays
+from ._dialects import DIALECTS, Reading, rules
+
+Array = NDArray[Any]
+Settings = dict[str, Any]  # checked options, as the kernels want them
+
+_LARGEST: dict[Any, int] = {np.int64: 2**63 - 1, np.uint64: 2**64 - 1}
+
+
+class Sparse(NamedTuple):
+    ids: Array
+    values: Array
+
+
+@dataclass(frozen=True)
+class Reals:
+    """What a real-valued option may be."""
+
+    expected: str
+    cure: str
+    holds: Callable[[Any], Any]
+    optional: bool = True  # None switches it off
+
+    def __call__(self, name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array | None:
+        if value is None and self.optional:
+            return None
+        if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool)):
+            for reading in readings:
+                if reading.low <= value <= reading.high and reading.means is not None:
+                    return np.array(reading.means, np.float64)
+            if not self.holds(value) or (value > sys.float_info.max and value != math.inf) or _refused(value, readings):
+                raise ValueError(f"{name}: expected {self.expected}, got {value!r}; {self.cure}")
+            return np.array(value, np.float64)
+        if value is None or isinstance(value, (str, bool, np.bool_, complex)):
+            raise TypeError(f"{name}: expected {self.expected}, or an array of them, got {shown(value)}")
+        array = _arrays.unwrap(value, name).astype("float64")
+        holds, out = self.holds(array), array
+        for reading in reversed(readings):
+            fits = (array >= reading.low) & (array <= reading.high)
+            holds = np.where(fits, reading.means is not None, holds)
+            out = np.where(fits, np.float64(reading.means or 0), out)
+        if not holds.all():
+            index, bad = _first(array, ~holds)
+            raise ValueError(f"{name}{_place(index)}: expected {self.expected}, got {bad!r}; {self.cure}")
+        return out
+
+
+@dataclass(frozen=True)
+class Integers:
+    """What a whole-numbered option may be, and the kernel's type for it."""
+
+    expected: str
+    cure: str
+    least: int
+    dtype: type[np.integer[Any]]
+    clip: bool = False  # a larger number than the type holds means no more than its largest
+
+    def __call__(self, name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array | None:
+        if value is None:
+            return None
+        if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+            return np.array(self.one(name, value, (), readings), self.dtype)
+        if isinstance(value, (str, bool)) or str(getattr(value, "dtype", "")).endswith("bfloat16"):
+            raise ValueError(f"{name}: expected {self.expected}, got {shown(value)}; {self.cure}")
+        # Lists as objects, so that no number above 2^63 becomes a float on the way.
+        array = np.array(value, object) if isinstance(value, (list, tuple)) else _arrays.plain(value, name)
+        whole = array.dtype.kind in "iu" and array.size
+        if whole and array.min() >= self.least and int(array.max()) <= _LARGEST[self.dtype]:
+            return array.astype(self.dtype)
+        out = np.empty(array.shape, self.dtype)
+        for index, item in np.ndenumerate(array):
+            out[index] = self.one(name, item, index, readings)
+        return out
+
+    def one(self, name: str, value: Any, index: tuple[int, ...], readings: tuple[Reading, ...] = ()) -> int:
+        largest = _LARGEST[self.dtype]
+        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if whole:
+            for reading in readings:
+                if reading.low <= value <= reading.high and reading.means is not None:
+                    return largest if reading.means == math.inf else int(reading.means)
+        if not whole or value < self.least or (value > largest and not self.clip):
+            raise ValueError(f"{name}{_place(index)}: expected {self.expected}, got {shown(value)}; {self.cure}")
+        return min(int(value), largest)
+
+
+def _refused(value: float, readings: tuple[Reading, ...]) -> bool:
+    return any(reading.low <= value <= reading.high for reading in readings)
+
+
+def _choice(*choices: str | None) -> Callable[[str, Any, tuple[Reading, ...]], str | None]:
+    def check(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> str | None:
+        if (value is not None and not isinstance(value, str)) or value not in choices:
+            raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
+        return value
+
+    return check
+
+
+def _allowed(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array | None:
+    """None, or an array whose dtype says what it is: bool a mask, uint32 a packed one, int64 ids."""
+    if value is None:
+        return None
+    if isinstance(value, (set, frozenset)):
+        value = list(value)
+    array = _arrays.plain(value, name) if not isinstance(value, (str, Mapping)) else np.array(None)
+    if isinstance(value, (list, tuple)) and not array.size:
+        array = array.astype(np.int64)
+    if array.dtype == np.int32:
+        return array.view(np.uint32)
+    if array.dtype in (np.bool_, np.uint32):
+        return array
+    if array.dtype == np.int64 and array.ndim == 1:
+        return array
+    raise TypeError(
+        f"{name}: expected a bool mask (..., V), a packed int32 mask (..., ceil(V / 32)), or a flat list of ids, got "
+        f"{shown(value)}"
+    )
+
+
+def _logit_bias(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array | Sparse | None:
+    if value is None:
+        return None
+    ids: Array | None = None
+    if isinstance(value, Mapping):
+        keys = Integers("token ids as keys", "use a dict {id: bias}", 0, np.int64)
+        ids = np.array([keys.one(name, token, ()) for token in value], np.int64)
+        value = list(value.values())
+    with np.errstate(over="ignore"):
+        array = _arrays.unwrap(value, name).astype("float32")
+    if array.size and not array.max() < np.inf:  # NaN too
+        index, bad = _first(array, ~(array < np.inf))
+        place = _place(index) if ids is None else f"[{ids[index]}]"
+        raise ValueError(f"{name}{place}: expected a finite number within float32, or -inf, got {bad}")
+    return array if ids is None else Sparse(ids, array)
+
+
+_OR_NONE = "use None to switch it off"
+_SHARE = Reals("a number in [0, 1]", _OR_NONE, lambda p: (p >= 0) & (p <= 1))
+_SHARE_ABOVE_0 = Reals("a number in (0, 1]", _OR_NONE, lambda p: (p > 0) & (p <= 1))
+
+CHECKS: dict[str, Callable[[str, Any, tuple[Reading, ...]], Any]] = {
+    "temperature": Reals("a finite number >= 0", "0 is argmax", lambda t: (t >= 0) & (t < np.inf), optional=False),
+    "dynamic_temperature_range": Reals("a finite number >= 0", _OR_NONE, lambda r: (r >= 0) & (r < np.inf)),
+    "dynamic_temperature_exponent": Reals(
+        "a finite number > 0", "1 is linear", lambda e: (e > 0) & (e < np.inf), optional=False
+    ),
+    "top_n_sigma": Reals("a number > 0", "use None or infinity to switch it off", lambda n: n > 0),
+    "top_k": Integers("an integer >= 1", _OR_NONE, 1, np.int64, clip=True),
+    "top_p": _SHARE_ABOVE_0,
+    "min_p": _SHARE,
+    "typical_p": _SHARE_ABOVE_0,
+    "epsilon_cutoff": _SHARE,
+    "eta_cutoff": _SHARE,
+    "xtc_probability": _SHARE,
+    "xtc_threshold": Reals("a number in [0, 1]", "0.1 is usual", lambda p: (p >= 0) & (p <= 1), optional=False),
+    "min_tokens_to_keep": Integers("an integer >= 1", "1 is the least", 1, np.int64, clip=True),
+    "allowed": _allowed,
+    "logit_bias": _logit_bias,
+    "ties": _choice("lowest_id", "keep"),
+    "nucleus": _choice("after_top_k", "joint"),
+    "dialect": _choice(None, *DIALECTS),
+    "seed": Integers("an integer from 0 to 2^64 - 1", "use None for fresh entropy", 0, np.uint64),
+    "position": Integers("an integer from 0 to 2^64 - 1", "use the number of the step", 0, np.uint64),
+    "uniform": Reals("a number in [0, 1)", "use seed instead", lambda u: (u >= 0) & (u < 1)),
+}
+
+
+def checked(options: Mapping[str, Any], dialect: str | None = None) -> Settings:
+    """Check options one by one; the dialect that is among them, or the one given, says what numbers mean."""
+    name = CHECKS["dialect"]("dialect", options.get("dialect", dialect), ())
+    readings: Mapping[str, tuple[Reading, ...]] = DIALECTS[name].readings if name else {}
+    settings = {}
+    for name, value in options.items():
+        check = CHECKS.get(name)
+        if check is None:
+            raise TypeError(f"{name}: no such option; expected one of {', '.join(CHECKS)}")
+        settings[name] = check(name, value, readings.get(name, ()))
+    return settings
+
+
+def check_together(settings: Settings) -> None:
+    """Check what options say about each other."""
+    if settings["uniform"] is not None:
+        for name in ("seed", "position"):
+            if settings[name] is not None:
+                raise ValueError(f"uniform: expected no {name} beside it, got both; leave one of them out")
+        coin = settings["xtc_probability"]
+        if coin is not None and ((coin > 0) & (coin < 1)).any():
+            raise ValueError(
+                "uniform: expected xtc_probability 0 or 1 beside it, got another: its coin needs a random number of "
+                "its own; use seed"
+            )
+    dialect = settings["dialect"]
+    if dialect is None:
+        return
+    for name in sorted(rules(dialect, settings["nucleus"]).lacks()):
+        if settings[name] is not None and name != "temperature" and (settings[name] != _LEAST.get(name)).any():
+            raise ValueError(f"{name}: expected none in dialect {dialect!r}, which has no such filter; leave it out")
+    for name, own in (("ties", "lowest_id"), ("nucleus", "after_top_k")):
+        if settings[name] != own and (name, dialect) != ("nucleus", "flashinfer"):
+            raise ValueError(
+                f"{name}: expected none beside dialect {dialect!r}, which decides it; leave one of them out"
+            )
+
+
+_LEAST = {"min_tokens_to_keep": 1}  # what says nothing in any dialect
+
+
+def broadcast(name: str, array: Array, shape: tuple[int, ...]) -> Array:
+    if array.shape == shape:
+        return array
+    try:
+        return np.broadcast_to(array, shape)
+    except ValueError:
+        raise ValueError(f"{name}: expected a shape that broadcasts to {shape}, got {array.shape}") from None
+
+
+def flat(array: Array) -> Array:
+    """Return (..., n) as (rows, n)."""
+    return array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
+
+
+def in_row(row: int, lead: tuple[int, ...]) -> str:
+    """Return where in the leading axes a row stands, as an error message says it."""
+    if not lead:
+        return ""
+    index = tuple(map(int, np.unravel_index(row, lead)))
+    return f" in row {index[0] if len(index) == 1 else index}"
+
+
+def frozen(value: Any, name: str) -> Any:
+    """Return a copy that its owner cannot change: of lists, dicts and arrays; numbers and strings are themselves."""
+    if value is None or isinstance(value, (str, int, float, np.generic)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(frozen(item, name) for item in value)
+    if isinstance(value, (set, frozenset)):
+        return frozenset(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    array = _arrays.plain(value, name).copy()
+    array.flags.writeable = False
+    return array
+
+
+def identity(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.shape, value.dtype.str, value.tobytes()
+    if isinstance(value, tuple):
+        return tuple(map(identity, value))
+    return frozenset(value.items()) if isinstance(value, dict) else value
+
+
+def _first(array: Array, wrong: Array) -> tuple[tuple[int, ...], Any]:
+    index = tuple(map(int, np.argwhere(wrong)[0]))
+    return index, array[index].item()
+
+
+def _place(index: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, index))}]" if index else ""
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error message shows it: a number or a string itself, of all else the kind."""
+    if value is None or isinstance(value, (str, bool, int, float, np.generic)):
+        return repr(value)
+    dtype = getattr(value, "dtype", None)
+    return type(value).__name__ if dtype is None else f"{type(value).__name__} of {dtype}"

@@ -1,0 +1,214 @@
+"""Penalties: lower logits for tokens that occurred before, and for those that would repeat what was said.
+
+The kernel in `src/core/penalties.h` finds the new logits of the tokens of a history, in time linear in the history;
+`penalize` writes them into a copy of the logits, `Sampler` hands them on to the draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import _arrays, _check, _native
+from ._options import Array, Integers, Reals, broadcast, in_row
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["penalize"]
+
+_LARGEST = float(np.finfo(np.float32).max)
+Edits = list[Array]  # how many logits of each row change; (rows, capacity): which, and what they become
+
+
+class Penalties(TypedDict, total=False):
+    """The options of `penalize`."""
+
+    repetition: ArrayLike | None
+    frequency: ArrayLike | None
+    presence: ArrayLike | None
+    window: ArrayLike | None
+    dry_multiplier: ArrayLike | None
+    dry_base: ArrayLike | None
+    dry_allowed_length: ArrayLike | None
+    dry_breakers: ArrayLike
+
+
+def _within_float32(x: Any) -> Any:
+    return (x >= -_LARGEST) & (x <= _LARGEST)
+
+
+CHECKS: dict[str, Callable[[str, Any], Array | None]] = {
+    "repetition": Reals("a finite number > 0", "1 switches it off", lambda x: (x > 0) & (x < math.inf)),
+    "frequency": Reals("a number within float32", "0 switches it off", _within_float32),
+    "presence": Reals("a number within float32", "0 switches it off", _within_float32),
+    "window": Integers("an integer >= 1", "use None for the whole history", 1, np.int64, clip=True),
+    "dry_multiplier": Reals("a finite number >= 0", "0 switches it off", lambda x: (x >= 0) & (x < math.inf)),
+    "dry_base": Reals("a finite number >= 1", "1.75 is usual", lambda x: (x >= 1) & (x < math.inf)),
+    "dry_allowed_length": Integers("an integer >= 1", "2 is usual", 1, np.int64, clip=True),
+}
+# What None means.
+DEFAULTS: dict[str, Array] = {
+    "repetition": np.array(1.0),
+    "frequency": np.array(0.0),
+    "presence": np.array(0.0),
+    "window": np.array(2**63 - 1),
+    "dry_multiplier": np.array(0.0),
+    "dry_base": np.array(1.75),
+    "dry_allowed_length": np.array(2),
+}
+
+
+def penalize(
+    logits: ArrayLike,
+    token_ids: Any,
+    *,
+    lengths: ArrayLike | None = None,
+    **penalties: Unpack[Penalties],
+) -> Any:
+    """Lower the logits of tokens that occurred before. Give the result to `sample`.
+
+    logits (..., V) -> (..., V), the same kind of array and dtype. token_ids are the tokens of each row so far, the
+    oldest first: a list for logits (V,), lists of any lengths, nested as the leading axes are, for (..., V); or an
+    array (..., n) of which the first `lengths` (...) of each row count. In this order:
+
+    repetition: over 0. The logit of a token that occurred is divided by it if positive, else multiplied (Keskar et
+        al., 2019, arXiv:1909.05858). 1 is off.
+    frequency, presence: the first, times the number of occurrences, and the second are subtracted from the logit of
+        a token that occurred, as in OpenAI's interface. 0 is off; negative numbers encourage.
+    dry_multiplier: at least 0. Where the history ends with `n` tokens that it holds earlier too, the token that came
+        after them there would make the repetition longer: dry_multiplier * dry_base^(n - dry_allowed_length) is
+        subtracted from its logit, for the longest n that is at least dry_allowed_length ("DRY", by p-e-w, 2024:
+        github.com/oobabooga/text-generation-webui/pull/5677). 0 is off.
+    dry_base, dry_allowed_length: at least 1; 1.75 and 2 unless given.
+    dry_breakers: ids of tokens that no repetition goes across, and that DRY does not penalize.
+    window: how many tokens, the last ones, all of this is about; None is all of them.
+
+    Each but dry_breakers may be an array with one value per row. -inf stays -inf, and a finite logit stays finite.
+    Work and memory are linear in the history, and in the vocabulary only for the copy.
+
+    Raises ValueError and TypeError that name the argument, the row, what was expected and what came.
+
+    >>> import headway as hw
+    >>> hw.penalize([2.0, 1.0, -1.0, 0.0], [0, 2, 0], repetition=2.0)
+    array([ 1.,  1., -2.,  0.])
+    >>> hw.penalize([[2.0, 1.0], [2.0, 1.0]], [[0, 0, 1], [1]], frequency=0.5, presence=[0.0, 1.0])
+    array([[ 1. ,  0.5],
+           [ 2. , -0.5]])
+    >>> hw.penalize([0.0] * 5, [1, 2, 3, 4, 1, 2, 3], dry_multiplier=0.8)  # 1 2 3 was followed by 4
+    array([ 0. ,  0. ,  0. ,  0. , -1.4])
+    """
+    operand = _arrays.unwrap(logits, "logits")
+    data = operand.data
+    if data.ndim == 0:
+        raise ValueError("logits: expected an array (V,) or (..., V), got a single number")
+    lead, vocabulary = data.shape[:-1], data.shape[-1]
+    settings = checked(penalties)
+    tokens, length = _histories(token_ids, lengths, lead, vocabulary)
+    breakers = breaker_ids(penalties.get("dry_breakers", ()), vocabulary)
+    breaks = np.isin(tokens, breakers).view(np.uint8) if breakers.size else None
+    rows = {
+        name: np.ascontiguousarray(value if not value.ndim else broadcast(name, value, lead)).reshape(-1)
+        for name, value in settings.items()
+    }
+    out = np.array(data, order="C", copy=True)
+    if out.size:
+        flat = out.reshape(-1, vocabulary)
+        count, ids, values = edits(flat, tokens, breaks, length, rows)
+        changed = np.arange(ids.shape[-1]) < count[:, None]
+        new = _arrays.Operand(values[changed], "float64", _arrays.as_bits).astype(operand.dtype)
+        flat[changed.nonzero()[0], ids[changed]] = new
+    return operand.wrap(out, operand.dtype)
+
+
+def checked(penalties: Mapping[str, Any]) -> dict[str, Array]:
+    """Return every penalty but the breakers as a checked array, of one value or of one per row."""
+    for name in penalties:
+        if name not in CHECKS and name != "dry_breakers":
+            raise TypeError(f"{name}: no such penalty; expected one of {', '.join([*CHECKS, 'dry_breakers'])}")
+    given = {name: CHECKS[name](name, value) for name, value in penalties.items() if name in CHECKS}
+    return DEFAULTS | {name: value for name, value in given.items() if value is not None}
+
+
+def breaker_ids(breakers: ArrayLike, vocabulary: int) -> Array:
+    """Return dry_breakers as an array of ids."""
+    if isinstance(breakers, (set, frozenset)):
+        breakers = sorted(breakers)
+    return _check.integers(breakers, "dry_breakers", 0, vocabulary - 1).reshape(-1)
+
+
+def edits(data: Array, tokens: Array, breaks: Array | None, length: Array, settings: Mapping[str, Array]) -> Edits:
+    """Return what penalties change in rows of logits: data (rows, V), tokens (rows, capacity), the rest (rows,)."""
+    changes: Edits = [
+        np.empty(len(tokens), np.int64),
+        np.empty(tokens.shape, np.int64),
+        np.empty(tokens.shape, np.float64),
+    ]
+    names = ("window", "repetition", "frequency", "presence", "dry_multiplier", "dry_base", "dry_allowed_length")
+    _native.penalize(data, tokens, breaks, length, *(settings[name] for name in names), *changes)
+    return changes
+
+
+def _histories(
+    token_ids: Any, lengths: ArrayLike | None, lead: tuple[int, ...], vocabulary: int
+) -> tuple[Array, Array]:
+    """Return the histories as a padded array (rows, capacity), and how many of each row count."""
+    if isinstance(token_ids, (list, tuple)):
+        rows = [_ids(row, where) for row, where in _rows(token_ids, lead, ())]
+        held = np.array([row.size for row in rows], np.int64)
+        tokens = np.zeros((len(rows), held.max(initial=0)), np.int64)
+        for row, to in zip(rows, tokens, strict=True):
+            to[: row.size] = row
+    else:
+        array = _arrays.plain(token_ids, "token_ids")
+        if array.ndim != len(lead) + 1 or array.shape[:-1] != lead:
+            shape = f"({', '.join([*map(str, lead), 'n'])})"
+            raise ValueError(f"token_ids: expected an array of shape {shape}, got shape {array.shape}")
+        tokens = np.ascontiguousarray(_ids(array.reshape(-1), ()).reshape(math.prod(lead), array.shape[-1]))
+        held = np.full(len(tokens), tokens.shape[-1], np.int64)
+    length = held
+    if lengths is not None:
+        length = _check.integers(lengths, "lengths", 0, 2**63 - 1)
+        length = np.ascontiguousarray(broadcast("lengths", length, lead)).reshape(-1)
+        if (length > held).any():
+            n = int((length > held).nonzero()[0][0])
+            raise ValueError(
+                f"lengths: expected at most the {held[n]} tokens of token_ids{in_row(n, lead)}, got {length[n]}"
+            )
+    wrong = ((tokens < 0) | (tokens >= vocabulary)) & (np.arange(tokens.shape[-1]) < length[:, None])
+    if wrong.any():
+        n, at = map(int, np.argwhere(wrong)[0])
+        raise ValueError(
+            f"token_ids: expected ids from 0 to {vocabulary - 1}, got {tokens[n, at]} at {at}{in_row(n, lead)}; "
+            f"say how many count with lengths where rows are padded"
+        )
+    return tokens, length
+
+
+def _rows(token_ids: Any, lead: tuple[int, ...], where: tuple[int, ...]) -> Iterator[tuple[Any, tuple[int, ...]]]:
+    if len(where) == len(lead):
+        yield token_ids, where
+        return
+    if not isinstance(token_ids, Sequence) or len(token_ids) != lead[len(where)]:
+        found = len(token_ids) if isinstance(token_ids, Sequence) else type(token_ids).__name__
+        raise ValueError(
+            f"token_ids{''.join(f'[{i}]' for i in where)}: expected {lead[len(where)]} lists, one for each row of the "
+            f"logits, got {found}"
+        )
+    for i, part in enumerate(token_ids):
+        yield from _rows(part, lead, (*where, i))
+
+
+def _ids(row: Any, where: tuple[int, ...]) -> Array:
+    name = f"token_ids{''.join(f'[{i}]' for i in where)}"
+    array = _arrays.plain(row, name)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise TypeError(
+            f"{name}: expected a list of token ids, got {array.ndim} axes of {array.dtype}; a row of the logits has a "
+            f"list of its own"
+        )
+    return array.astype(np.int64, copy=False)

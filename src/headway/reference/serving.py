@@ -1,0 +1,278 @@
+"""Around the draw, in plain NumPy and whole numbers: penalties, log-probabilities, speculative sampling, a sampler."""
+
+from __future__ import annotations
+
+import secrets
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .sampling import _draw, _floats, _masses, _rows, filter_logits, philox, sample, weights
+
+AnyArray = NDArray[Any]
+
+# Penalties --------------------------------------------------------------------------------------------------------
+
+_LARGEST = {name: float(np.finfo(name).max) for name in ("float64", "float32", "float16")}
+
+
+def penalize(logits: Any, token_ids: Any, *, lengths: Any = None, dry_breakers: Any = (), **options: Any) -> AnyArray:
+    """Lower logits (..., V) for the tokens of each row's history, and for those that would go on repeating it.
+
+    >>> penalize([2.0, 1.0, -1.0, 0.0], [0, 2, 0], repetition=2.0)
+    array([ 1.,  1., -2.,  0.])
+    """
+    array = _floats(logits)
+    lead = array.shape[:-1]
+    length = None if lengths is None else np.broadcast_to(np.asarray(lengths), lead)
+    per_row: dict[str, Any] = {
+        name: np.broadcast_to(np.asarray(value, object), lead) for name, value in options.items()
+    }
+    out = np.array(array)
+    for index in np.ndindex(lead):
+        history = token_ids
+        for i in index:
+            history = history[i]
+        history = [int(token) for token in history][: None if length is None else int(length[index])]
+        own = {name: values[index] for name, values in per_row.items()}
+        _penalize_row(out[index], history, {int(token) for token in dry_breakers}, **own)
+    return out
+
+
+def _penalize_row(
+    z: AnyArray,
+    history: list[int],
+    breakers: set[int],
+    *,
+    repetition: float = 1.0,
+    frequency: float = 0.0,
+    presence: float = 0.0,
+    window: int | None = None,
+    dry_multiplier: float = 0.0,
+    dry_base: float = 1.75,
+    dry_allowed_length: int = 2,
+) -> None:
+    if window is not None:
+        history = history[-int(window) :]
+    repeated = _repeats(history, breakers)
+    largest = _LARGEST.get(z.dtype.name, float.fromhex("0x1.fep+127"))  # else bfloat16's
+    with np.errstate(over="ignore", invalid="ignore"):
+        for token in set(history):
+            given = np.float64(z[token])
+            new = given / np.float64(repetition) if given > 0 else given * np.float64(repetition)
+            new = new - np.float64(history.count(token)) * np.float64(frequency) - np.float64(presence)
+            length = repeated.get(token, 0)
+            if dry_multiplier > 0 and length >= dry_allowed_length:
+                penalty = np.float64(dry_multiplier)
+                for _ in range(length - int(dry_allowed_length)):
+                    penalty = penalty * np.float64(dry_base)
+                new = new - min(penalty, _LARGEST["float64"])
+            z[token] = min(max(new, -largest), largest) if np.isfinite(given) else new
+
+
+def _repeats(history: list[int], breakers: set[int]) -> dict[int, int]:
+    """For each token: the longest end of the history that it followed before, breakers in neither."""
+    found: dict[int, int] = {}
+    for at in range(1, len(history)):
+        n = 0
+        while n < at and history[at - 1 - n] == history[-1 - n] and history[-1 - n] not in breakers:
+            n += 1
+        if n and history[at] not in breakers:
+            found[history[at]] = max(n, found.get(history[at], 0))
+    return found
+
+
+# Log-probabilities ------------------------------------------------------------------------------------------------
+
+
+class Logprobs(NamedTuple):
+    """Of given tokens, and of the best."""
+
+    logprobs: Any
+    ranks: Any
+    top_tokens: Any
+    top_logprobs: Any
+
+
+def logprobs(
+    logits: Any,
+    tokens: Any = None,
+    params: Any = None,
+    *,
+    top: int | None = None,
+    processed: bool = False,
+    **options: Any,
+) -> Logprobs:
+    """Ln p of tokens (...) or (..., n), their places in the order, and the best tokens, for logits (..., V).
+
+    ln p is z - max z - ln(total / 2^s) for the logits as given, and ln(weight / total) for what `sample` draws from.
+
+    >>> found = logprobs([1.0, 3.0, 2.0], 2, top=2)
+    >>> round(found.logprobs, 4), found.ranks, found.top_tokens
+    (-1.4076, 2, array([1, 2]))
+    """
+    array = _floats(logits)
+    lead, _V = array.shape[:-1], array.shape[-1]
+    if options.get("seed", getattr(params, "seed", None)) is None:
+        options["seed"] = secrets.randbits(64)  # one coin of xtc for both of these
+    z = filter_logits(array.astype(np.float32), params, **options)
+    w = weights(array, params, **options)
+    total = w.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        if processed:
+            ln_p = np.log(w.astype(np.float64) / total)
+        else:
+            wide = z.astype(np.float64)
+            ln_p = wide - wide.max(-1, keepdims=True) - np.log(total / w.max(-1, keepdims=True))
+    with np.errstate(over="ignore"):
+        ln_p = ln_p.astype(np.float64 if array.dtype == np.float64 else np.float32)
+    order = np.argsort(-z, axis=-1, kind="stable")
+    place = np.argsort(order, axis=-1) + 1
+    of_tokens: Any = None
+    ranks: Any = None
+    if tokens is not None:
+        ids = np.asarray(tokens, np.int64)
+        flat = ids.reshape(*lead, -1)
+        of_tokens = np.take_along_axis(ln_p, flat, -1).reshape(ids.shape)
+        ranks = np.take_along_axis(place, flat, -1).reshape(ids.shape)
+        if not ids.ndim:
+            of_tokens, ranks = float(of_tokens), int(ranks)
+    best = best_ln_p = None
+    if top is not None:
+        removed = np.take_along_axis(z, order, -1)[..., :top] == -np.inf
+        best = np.where(removed, -1, order[..., :top])
+        best_ln_p = np.where(removed, -np.inf, np.take_along_axis(ln_p, order, -1)[..., :top]).astype(ln_p.dtype)
+    return Logprobs(of_tokens, ranks, best, best_ln_p)
+
+
+# Speculative sampling ---------------------------------------------------------------------------------------------
+
+
+class Verified(NamedTuple):
+    """How many drafted tokens were accepted, the token that follows, and both, padded by -1."""
+
+    accepted: Any
+    next_token: Any
+    tokens: Any
+
+
+def acceptance(p: AnyArray, q: AnyArray, token: int) -> Fraction:
+    """min(1, (p / P) / (q / Q)): the chance to accept a token drawn from masses q, where those of the target are p."""
+    P, Q = int(p.sum()), int(q.sum())
+    return min(Fraction(1), Fraction(int(p[token]) * Q, int(q[token]) * P))
+
+
+def residual(p: AnyArray, q: AnyArray) -> list[int]:
+    """max(0, p Q - q P): the masses of the token that replaces one that is not accepted."""
+    P, Q = int(p.sum()), int(q.sum())
+    return [max(0, int(a) * Q - int(b) * P) for a, b in zip(p, q, strict=True)]
+
+
+def verify_row(p: AnyArray, q: AnyArray, draft: list[int], words: list[tuple[int, int, int, int]]) -> tuple[int, int]:
+    """How many tokens are accepted, and the next: masses p (n + 1, V) and q (n, V), and a block of words a place."""
+    for i, token in enumerate(draft):
+        if q[i][token] == 0:
+            raise ValueError("draft_tokens: not drawn from draft_logits")
+        chance = acceptance(p[i], q[i], token)
+        # As in a draw: a place among q P, of which the first p Q accept.
+        whole = int(q[i][token]) * int(p[i].sum())
+        if (words[i][2] * whole >> 64) < chance * whole:
+            continue
+        left = residual(p[i], q[i])
+        target = words[i][3] * sum(left) >> 64
+        for candidate, mass in enumerate(left):
+            if target < mass:
+                return i, candidate
+            target -= mass
+    return len(draft), _draw(p[len(draft)], words[len(draft)][0])
+
+
+def verify_draft(
+    target_logits: Any,
+    draft_logits: Any,
+    draft_tokens: Any,
+    params: Any = None,
+    *,
+    draft_params: Any = None,
+    seed: Any,
+    position: Any = 0,
+    **options: Any,
+) -> Verified:
+    """Speculative sampling of Leviathan et al. (2023, arXiv:2211.17192) and Chen et al. (2023, arXiv:2302.01318).
+
+    target_logits (..., n + 1, V), draft_logits (..., n, V) or None, draft_tokens (..., n); options (...).
+
+    >>> verify_draft([[0.0, 2.0, 1.0], [3.0, 1.0, 0.0], [1.0, 2.0, 5.0]], None, [1, 2], seed=0, temperature=0)
+    Verified(accepted=1, next_token=0, tokens=array([ 1,  0, -1]))
+    """
+    target, tokens = _floats(target_logits), np.asarray(draft_tokens, np.int64)
+    lead, n, V = target.shape[:-2], target.shape[-2] - 1, target.shape[-1]
+    seeds, positions = (np.broadcast_to(np.asarray(x, object), lead) for x in (seed, position))
+    per_place = {name: np.asarray(x)[..., None] if np.ndim(x) else x for name, x in options.items()}
+    blocks = [
+        [
+            philox(int(seeds[index]), 0 if np.ndim(seed) else stream, (int(positions[index]) + i) % 2**64)
+            for i in range(n + 1)
+        ]
+        for stream, index in enumerate(np.ndindex(lead))
+    ]
+    p = _masses(target, _rows(target, params, per_place, [block for row in blocks for block in row]))
+    if draft_logits is None:
+        q = (np.arange(V) == tokens[..., None]).astype(np.int64)
+    else:
+        drafted, own = _floats(draft_logits), (params, per_place) if draft_params is None else (draft_params, {})
+        q = _masses(drafted, _rows(drafted, *own, [block for row in blocks for block in row[:n]]))
+    accepted, following = np.zeros(lead, np.int64), np.zeros(lead, np.int64)
+    chain = np.full((*lead, n + 1), -1, np.int64)
+    for row, index in zip(blocks, np.ndindex(lead), strict=True):
+        draft = tokens[index].tolist()
+        accepted[index], following[index] = count, token = verify_row(p[index], q[index], draft, row)
+        chain[index][: count + 1] = [*draft[:count], token]
+    return Verified(int(accepted), int(following), chain) if not lead else Verified(accepted, following, chain)
+
+
+# A sampler for serving loops --------------------------------------------------------------------------------------
+
+
+class Sampler:
+    """Rows that come and go: each is penalized and sampled on its own.
+
+    >>> sampler = Sampler(3)
+    >>> row = sampler.admit(None, [2], seed=1, repetition=2.0)
+    >>> sampler.step([[0.0, 1.0, 9.0]])
+    array([2])
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        self.admitted = 0
+        self.rows: dict[int, dict[str, Any]] = {}
+
+    def admit(self, params: Any = None, prompt_tokens: Any = (), *, seed: Any = None, **penalties: Any) -> int:
+        """Add a row behind the others."""
+        if seed is None:
+            seed = getattr(params, "seed", None)
+        self.rows[self.admitted] = {
+            "history": [int(token) for token in prompt_tokens],
+            "params": params,
+            "penalties": penalties,
+            "seed": secrets.randbits(64) if seed is None else seed,
+            "position": int(getattr(params, "position", None) or 0),
+        }
+        self.admitted += 1
+        return self.admitted - 1
+
+    def step(self, logits: Any) -> AnyArray:
+        """One token for each row of logits (rows, V)."""
+        tokens = []
+        for z, row in zip(_floats(logits), self.rows.values(), strict=True):
+            penalized = penalize(z, row["history"], **row["penalties"])
+            tokens.append(sample(penalized, row["params"], seed=row["seed"], position=row["position"]))
+            row["history"].append(tokens[-1])
+            row["position"] = (row["position"] + 1) % 2**64
+        return np.array(tokens, np.int64)
+
+    def retire(self, handle: int) -> None:
+        """Remove a row."""
+        del self.rows[handle]

@@ -1,0 +1,229 @@
+"""A sampler for serving loops: rows come and go, and none disturbs another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import _arrays, _check, _native
+from ._dialects import OFF
+from ._options import Array, Settings
+from .penalties import Edits, Penalties, breaker_ids, checked, edits
+from .sampling import SamplingParams, _Run
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Sampler"]
+
+_WORDS = ("ties", "nucleus", "dialect")  # the settings that cannot be one per row
+
+
+class _Row(NamedTuple):
+    """What does not change while a row is active."""
+
+    handle: int
+    settings: Settings  # each a single number or a word; allowed and logit_bias (V,) or None
+    penalties: dict[str, Array]
+    breakers: Array
+
+    def kind(self) -> tuple[str | None, ...]:
+        """Return what rows must share to be sampled by one call."""
+        return tuple(self.settings[name] for name in _WORDS)
+
+
+class _Group(NamedTuple):
+    """Rows that one call samples, and their settings, one of each row."""
+
+    rows: Array | slice
+    settings: Settings
+
+
+class Sampler:
+    """What a serving loop keeps for each request beside its logits: parameters, seed, position and history.
+
+    vocabulary is the number of tokens, V. A row's tokens are a function of its own logits, params, penalties, seed and
+    prompt, and of nothing else. Its draw j has the bits of
+
+        sample(penalize(logits, history, **penalties), params, seed=seed, position=params.position + j)
+
+    where history is its prompt and what it has drawn so far.
+
+    >>> import headway as hw
+    >>> sampler = hw.Sampler(4)
+    >>> a = sampler.admit(hw.SamplingParams(temperature=0.8), [3, 3], seed=7, repetition=1.3)
+    >>> b = sampler.admit(hw.SamplingParams(temperature=0))
+    >>> sampler.step([[0.0, 1.0, 2.0, 3.0], [0.0, 5.0, 2.0, 3.0]])  # a row for each of sampler.handles
+    array([3, 1])
+    >>> sampler.retire(a)
+    >>> sampler.step([[0.0, 5.0, 2.0, 6.0]])
+    array([3])
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = _check.integer(vocabulary, "vocabulary", 1, 2**31 - 1)
+        self._admitted = 0
+        self._rows: list[_Row] = []
+        # For each row: the tokens seen so far and which are breakers, with room to grow; how many; the next position.
+        self._tokens: Array = np.zeros((0, 64), np.int64)
+        self._breaks: Array = np.zeros((0, 64), np.uint8)
+        self._length: Array = np.zeros(0, np.int64)
+        self._position: Array = np.zeros(0, np.uint64)
+        self._penalties: dict[str, Array] = {}
+        self._groups: list[_Group] = []
+
+    @property
+    def handles(self) -> list[int]:
+        """The active rows, in the order in which `step` takes their logits: the longest active first."""
+        return [row.handle for row in self._rows]
+
+    def admit(
+        self,
+        params: SamplingParams | None = None,
+        prompt_tokens: ArrayLike = (),
+        *,
+        seed: int | None = None,
+        **penalties: Unpack[Penalties],
+    ) -> int:
+        """Add a row behind the others and return its handle.
+
+        params hold as long as the row is active: single numbers, and allowed and logit_bias of one row. Their seed is
+        the row's unless `seed` is given; where there is none it is fresh entropy. Their position is that of the first
+        draw. The penalties are those of `penalize`, over the prompt and what the row draws.
+
+        Raises ValueError and TypeError that name the argument.
+        """
+        alone = _Run(np.zeros(self.vocabulary, np.float32), params, {} if seed is None else {"seed": seed})
+        if alone.settings["uniform"] is not None:
+            raise ValueError("uniform: expected seed and position, which make each step differ; leave it out of params")
+        for name, value in alone.settings.items():
+            if isinstance(value, np.ndarray) and value.ndim and name not in ("allowed", "logit_bias"):
+                raise ValueError(f"{name}: expected one value for the row, got shape {value.shape}")
+        own = checked(penalties)
+        for name, value in own.items():
+            if value.ndim:
+                raise ValueError(f"{name}: expected one value for the row, got shape {value.shape}")
+        breakers = breaker_ids(penalties.get("dry_breakers", ()), self.vocabulary)
+        prompt = _check.integers(prompt_tokens, "prompt_tokens", 0, self.vocabulary - 1)
+        if prompt.ndim != 1:
+            raise ValueError(f"prompt_tokens: expected a list of token ids, got shape {prompt.shape}")
+
+        source = alone.source()
+        allowed, packed = alone.allowed()
+        if allowed is not None and packed:
+            allowed = np.unpackbits(allowed, count=self.vocabulary, bitorder="little")
+        row = _Row(
+            self._admitted,
+            alone.settings
+            | {"seed": source["seed"][0], "position": source["position"][0]}
+            | {"allowed": None if allowed is None else allowed.view(np.bool_), "logit_bias": alone.bias()},
+            own,
+            breakers,
+        )
+        self._make_room(prompt.size)
+        self._tokens, self._breaks = np.pad(self._tokens, ((0, 1), (0, 0))), np.pad(self._breaks, ((0, 1), (0, 0)))
+        self._tokens[-1, : prompt.size] = prompt
+        self._breaks[-1, : prompt.size] = np.isin(prompt, breakers)
+        self._length = np.append(self._length, prompt.size)
+        self._position = np.append(self._position, source["position"])
+        self._admitted += 1
+        self._regroup([*self._rows, row])
+        return row.handle
+
+    def retire(self, handle: int) -> None:
+        """Remove a row: those after it move up by one."""
+        if handle not in self.handles:
+            raise ValueError(f"handle: expected one of the active rows, {self.handles}, got {handle!r}")
+        at = self.handles.index(handle)
+        self._tokens, self._breaks = np.delete(self._tokens, at, axis=0), np.delete(self._breaks, at, axis=0)
+        self._length, self._position = np.delete(self._length, at), np.delete(self._position, at)
+        self._regroup(self._rows[:at] + self._rows[at + 1 :])
+
+    def step(self, logits: ArrayLike) -> Any:
+        """Draw one token for each active row.
+
+        logits (rows, V), in the order of `handles` -> int64 (rows,), the same kind of array. Where a row has an error,
+        no row draws.
+        """
+        operand = _arrays.unwrap(logits, "logits")
+        rows = len(self._rows)
+        if operand.data.shape != (rows, self.vocabulary):
+            raise ValueError(
+                f"logits: expected shape {(rows, self.vocabulary)}, a row for each active one, got {operand.data.shape}"
+            )
+        changes = self._changes(operand.data)
+        tokens = np.empty(rows, np.int64)
+        for group in self._groups:
+            run = _Run(operand._replace(data=operand.data[group.rows]), None, {})
+            run.settings = group.settings | {"position": self._position[group.rows]}
+            drawn, status = np.empty(run.rows, np.int64), np.zeros(rows, np.int64)
+            own = None if changes is None else [change[group.rows] for change in changes]
+            faults = np.empty(run.rows, np.int64)
+            if not _native.sample(run.native(faults, own, **run.source()), 1, True, drawn, None, None):
+                status[group.rows] = faults
+                run.lead = (rows,)
+                run.fail(status)
+            tokens[group.rows] = drawn
+        self._append(tokens)
+        return operand.wrap(tokens.copy(), "int64")
+
+    def _changes(self, data: Array) -> Edits | None:
+        """Return the logits that penalties change."""
+        length = np.where(self._penalties["on"], self._length, 0) if self._rows else self._length
+        if not length.any():
+            return None
+        breaks = self._breaks if any(row.breakers.size for row in self._rows) else None
+        return edits(data, self._tokens, breaks, length, self._penalties)
+
+    def _append(self, tokens: Array) -> None:
+        self._make_room(1)
+        each = np.arange(len(tokens))
+        self._tokens[each, self._length] = tokens
+        for i, row in enumerate(self._rows):
+            if row.breakers.size:
+                self._breaks[i, self._length[i]] = tokens[i] in row.breakers
+        self._length += 1
+        self._position += np.uint64(1)
+
+    def _make_room(self, more: int) -> None:
+        """Double what every row has room for until there is room for so many more tokens in any."""
+        room = self._tokens.shape[-1]
+        need = int(self._length.max(initial=0)) + more
+        while room < need:
+            room *= 2
+        grown = ((0, 0), (0, room - self._tokens.shape[-1]))
+        if room > self._tokens.shape[-1]:
+            self._tokens, self._breaks = np.pad(self._tokens, grown), np.pad(self._breaks, grown)
+
+    def _regroup(self, rows: list[_Row]) -> None:
+        """Batch the settings of the active rows, so that a step has nothing to do with them."""
+        self._rows = rows
+        self._penalties = {name: np.array([row.penalties[name] for row in rows]) for name in checked({})}
+        on = ("frequency", "presence", "dry_multiplier")
+        self._penalties["on"] = np.array(
+            [row.penalties["repetition"] != 1 or any(row.penalties[name] != 0 for name in on) for row in rows], bool
+        )
+        kinds = [row.kind() for row in rows]
+        self._groups = []
+        for kind in dict.fromkeys(kinds):
+            members = [i for i, other in enumerate(kinds) if other == kind]
+            everyone = len(members) == len(rows)
+            self._groups.append(_Group(slice(None) if everyone else np.array(members), self._batched(members)))
+
+    def _batched(self, members: list[int]) -> Settings:
+        off: Settings = OFF | {
+            "allowed": np.full(self.vocabulary, True),
+            "logit_bias": np.zeros(self.vocabulary, np.float32),
+        }
+        batched: Settings = {}
+        for name, first in self._rows[members[0]].settings.items():
+            values = [self._rows[i].settings[name] for i in members]
+            if name in _WORDS:
+                batched[name] = first
+            elif all(value is None for value in values):
+                batched[name] = None
+            else:
+                batched[name] = np.array([off[name] if value is None else value for value in values])
+        return batched

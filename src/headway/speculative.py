@@ -1,0 +1,170 @@
+"""Speculative sampling: tokens that a cheap model drafted, accepted or replaced so that the distribution is exact."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import _arrays, _native
+from ._options import Array, in_row
+from .sampling import Options, SamplingParams, _Run, _shows_options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Verified", "verify_draft"]
+
+
+class Verified(NamedTuple):
+    """What `verify_draft` decided, for each row.
+
+    accepted: how many of the drafted tokens, from the first on, were accepted.
+    next_token: the token that comes after them.
+    tokens: (..., n + 1), the accepted tokens, then the next one, then -1.
+    """
+
+    accepted: Any
+    next_token: Any
+    tokens: Any
+
+
+@_shows_options
+def verify_draft(
+    target_logits: ArrayLike,
+    draft_logits: ArrayLike | None,
+    draft_tokens: ArrayLike,
+    params: SamplingParams | None = None,
+    *,
+    draft_params: SamplingParams | None = None,
+    **options: Unpack[Options],
+) -> Verified:
+    """Accept drafted tokens or replace them, so that what comes out is distributed as if the target drew each token.
+
+    target_logits (..., n + 1, V): what the target says after 0, 1, ... n of the drafted tokens; draft_logits
+    (..., n, V): what the draft tokens were drawn from, None where the draft has no choice (a lookup, a greedy model);
+    draft_tokens (..., n). Ints come back for a lone row, else arrays of the kind of target_logits.
+
+    Token i is accepted with probability min(1, p / q), p and q its probabilities in the target and the draft; the
+    first that is not is replaced by one drawn from max(0, p - q), and after n accepted tokens one more is drawn from
+    the target (Leviathan et al., 2023, arXiv:2211.17192; Chen et al., 2023, arXiv:2302.01318). All in whole numbers.
+
+    The options of `sample` apply to the target and the draft alike, or draft_params to the draft. seed and position
+    are those of the row: token i is decided at position + i. The draft may be drawn with the same seed and positions.
+    Numbers may be one per row (...); allowed and logit_bias one for each place, (..., n + 1, V). uniform is an error.
+
+    Raises what `sample` raises, and ValueError for a drafted token that its distribution cannot draw. What follows a
+    token that is not accepted is not looked at.
+
+    >>> import headway as hw
+    >>> target = [[0.0, 2.0, 1.0], [3.0, 1.0, 0.0], [1.0, 2.0, 5.0]]
+    >>> hw.verify_draft(target, None, [1, 2], temperature=0)  # 1 is what the target says, 2 is not
+    Verified(accepted=1, next_token=0, tokens=array([ 1,  0, -1]))
+    """
+    run = _Run(target_logits, params, options, "target_logits")
+    if run.data.ndim < 2 or run.lead[-1] < 1:
+        raise ValueError(f"target_logits: expected an array (..., n + 1, V), got shape {run.data.shape}")
+    if run.settings["uniform"] is not None:
+        raise ValueError("uniform: expected seed and position, which give as many words as it takes; leave it out")
+    lead, n = run.lead[:-1], run.lead[-1] - 1
+    tokens = _draft_tokens(draft_tokens, lead, n, run.vocabulary)
+    rows = len(tokens)
+    source = _source(run, lead, n + 1)
+    draft, draft_rows = None, None
+    if draft_logits is None:
+        if draft_params is not None:
+            raise ValueError("draft_params: expected draft_logits to apply them to, got None; leave one of them out")
+    else:
+        own = draft_params is not None
+        draft = _Run(draft_logits, draft_params if own else params, {} if own else options, "draft_logits")
+        if draft.data.shape != (*lead, n, run.vocabulary):
+            raise ValueError(
+                f"draft_logits: expected shape {(*lead, n, run.vocabulary)} beside target_logits of {run.data.shape}, "
+                f"got {draft.data.shape}"
+            )
+        _per_place(draft, n)
+    _per_place(run, n + 1)
+
+    status, draft_status = np.zeros(rows * (n + 1), np.int64), np.zeros(rows * n, np.int64)
+    accepted, next_token = np.empty(rows, np.int64), np.empty(rows, np.int64)
+    if draft is not None and rows * n:
+        draft_rows = draft.native(draft_status, **_of_draft(source, n))
+    if rows and not _native.verify(
+        run.native(status, **source), draft_rows, tokens, draft_status, accepted, next_token
+    ):
+        if not draft_status.any():
+            run.fail(status)
+        _fail(draft, draft_status, (*lead, n))
+    chain = np.full((rows, n + 1), -1, np.int64)
+    chain[:, :n] = np.where(np.arange(n) < accepted[:, None], tokens, -1)
+    np.put_along_axis(chain, accepted[:, None], next_token[:, None], -1)
+    if not lead:
+        return Verified(int(accepted[0]), int(next_token[0]), run.operand.wrap(chain[0], "int64"))
+    arrays = accepted.reshape(lead), next_token.reshape(lead), chain.reshape(*lead, n + 1)
+    return Verified(*(run.operand.wrap(a, "int64") for a in arrays))
+
+
+def _per_place(run: _Run, places: int) -> None:
+    """Give options of one value per row an axis for the places of the chain."""
+    for name, value in run.settings.items():
+        if name in ("allowed", "logit_bias"):
+            # One for each place of the target serves the draft too, which has one place less.
+            if isinstance(value, np.ndarray) and value.ndim > 1 and value.shape[-2] == places + 1:
+                run.settings[name] = value[..., :places, :]
+        elif isinstance(value, np.ndarray) and value.ndim:
+            run.settings[name] = value[..., None]
+
+
+def _source(run: _Run, lead: tuple[int, ...], places: int) -> dict[str, Any]:
+    """Return the seed and the position of each place."""
+    own = _Run.__new__(_Run)
+    own.lead, own.settings = lead, run.settings
+    source = own.source()
+    rows = math.prod(lead)
+    position = np.broadcast_to(source["position"], rows)[:, None] + np.arange(places, dtype=np.uint64)
+    seed = source["seed"] if source["rows_per_stream"] else np.repeat(source["seed"], places)
+    return {
+        "seed": seed,
+        "position": np.ascontiguousarray(position).reshape(-1),
+        "rows_per_stream": places * source["rows_per_stream"],
+    }
+
+
+def _of_draft(source: dict[str, Any], n: int) -> dict[str, Any]:
+    """Return the source without the last place of each row."""
+    each = {
+        name: source[name].reshape(-1, n + 1)[:, :n].reshape(-1)
+        for name in ("seed", "position")
+        if source[name].size > 1
+    }
+    return source | each | {"rows_per_stream": source["rows_per_stream"] and n}
+
+
+def _draft_tokens(tokens: ArrayLike, lead: tuple[int, ...], n: int, vocabulary: int) -> Array:
+    ids = _arrays.plain(tokens, "draft_tokens")
+    if ids.shape != (*lead, n):
+        raise ValueError(
+            f"draft_tokens: expected shape {(*lead, n)}, one place less than target_logits has, got {ids.shape}"
+        )
+    if ids.size and ids.dtype.kind not in "iu":
+        raise TypeError(f"draft_tokens: expected token ids, got {ids.dtype}")
+    wrong = (ids < 0) | (ids >= vocabulary)
+    if wrong.any():
+        at = int(np.flatnonzero(wrong)[0])
+        where = in_row(at, ids.shape)
+        raise ValueError(f"draft_tokens: expected ids from 0 to {vocabulary - 1}, got {ids.flat[at]}{where}")
+    return np.ascontiguousarray(ids, np.int64).reshape(math.prod(lead), n)
+
+
+def _fail(draft: _Run | None, status: Array, shape: tuple[int, ...]) -> None:
+    """Raise what is wrong with the first drafted token that has a fault."""
+    at = int(status.nonzero()[0][0])
+    token, fault = divmod(int(status[at]), _native.SAMPLING_FAULTS)
+    if draft is not None and fault != 6:
+        draft.fail(status)
+    raise ValueError(
+        f"draft_tokens: expected tokens that the draft can draw, got {token}{in_row(at, shape)}, which has no "
+        f"probability there; give the options that it was drawn with as draft_params"
+    )

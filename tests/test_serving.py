@@ -1,0 +1,500 @@
+"""What stands around the draw: native against the reference in bits, laws, frequencies, speed of growth, bad input."""
+
+from __future__ import annotations
+
+import time
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import DTYPES, laid_out, same_bits
+from test_sampling import make_logits, make_options
+from test_sampling_statistics import chi_square, power
+
+import headway as hw
+from headway import reference
+from headway._dialects import rules
+
+KINDS = ["normal", "few values", "extremes", "subnormal", "bans", "zeros of both signs"]
+
+
+def draw_logits(data: st.DataObject, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    kind, dtype = data.draw(st.sampled_from(KINDS)), data.draw(st.sampled_from(list(DTYPES)))
+    return make_logits(kind, dtype, shape, rng)
+
+
+# Penalties ----------------------------------------------------------------------------------------------------------
+
+PENALTIES: dict[str, st.SearchStrategy[Any]] = {
+    "repetition": st.sampled_from([1.0, 1.3, 0.5, 1e300, 1e-300]),
+    "frequency": st.sampled_from([0.0, 0.7, -2.0, 3e38]),
+    "presence": st.sampled_from([0.0, 0.3, -0.1, -3e38]),
+    "window": st.sampled_from([1, 2, 7, 30, None]),
+    "dry_multiplier": st.sampled_from([0.0, 0.8, 1e30]),
+    "dry_base": st.sampled_from([1.0, 1.75, 1e200]),
+    "dry_allowed_length": st.sampled_from([1, 2, 5]),
+}
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_penalties_equal_the_reference(data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    rows, V = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 2, 3, 5, 40]))
+    logits = draw_logits(data, (rows, V), rng)
+    options: dict[str, Any] = {}
+    for name, values in PENALTIES.items():
+        if data.draw(st.booleans()):
+            options[name] = data.draw(values)
+            if data.draw(st.booleans()) and name != "window":
+                options[name] = [data.draw(values) for _ in range(rows)]
+    if data.draw(st.booleans()):
+        options["dry_breakers"] = rng.integers(0, V, 2).tolist()
+    # Few different tokens, so that sequences repeat; and whole repetitions.
+    lengths = rng.integers(0, 30, rows)
+    history = [np.tile(rng.integers(0, V, int(n)), int(rng.integers(1, 4))).tolist() for n in lengths]
+    want = reference.penalize(logits, history, **options)
+    layout = data.draw(st.sampled_from(["contiguous", "reversed", "last axis apart"]))
+    assert same_bits(hw.penalize(laid_out(logits, layout), history, **options), want)
+    n = np.array([len(row) for row in history])
+    padded = np.full((rows, n.max() + 2), -1, np.int32)
+    for row, to in zip(history, padded, strict=True):
+        to[: len(row)] = row
+    assert same_bits(hw.penalize(logits, padded, lengths=n, **options), want)
+
+
+@given(
+    st.lists(st.integers(0, 2), max_size=40),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.sets(st.integers(0, 2), max_size=1),
+)
+@settings(max_examples=500)
+def test_the_lengths_of_repetitions(part: list[int], times: int, allowed: int, breakers: set[int]) -> None:
+    """With a base of 2 and logits of 0, float64 shows each length."""
+    options: dict[str, Any] = {
+        "dry_multiplier": 1,
+        "dry_base": 2,
+        "dry_allowed_length": allowed,
+        "dry_breakers": breakers,
+    }
+    assert same_bits(
+        hw.penalize([0.0] * 3, part * times, **options), reference.penalize([0.0] * 3, part * times, **options)
+    )
+
+
+@pytest.mark.parametrize("history", [[3] * 200_000, [1, 2] * 100_000, list(range(1000)) * 200])
+def test_penalties_take_time_linear_in_the_history(history: list[int]) -> None:
+    """Twenty times the history takes some twenty times as long; comparing all pairs would take four hundred."""
+
+    def seconds(tokens: np.ndarray) -> float:
+        took = []
+        for _ in range(5):
+            start = time.perf_counter()
+            hw.penalize(logits, tokens, dry_multiplier=1)
+            took.append(time.perf_counter() - start)
+        return min(took)
+
+    logits, whole = np.zeros(1000, np.float32), np.array(history)
+    assert seconds(whole) < 100 * seconds(whole[:10_000])
+
+
+BAD_PENALTIES = [
+    ({"token_ids": [0, 9]}, ValueError, r"^token_ids: expected ids from 0 to 3, got 9 at 1;"),
+    ({"token_ids": [[0]], "logits": [[0.0] * 4] * 2}, ValueError, r"^token_ids: expected 2 lists.*got 1"),
+    ({"token_ids": [[0], [-1]], "logits": [[0.0] * 4] * 2}, ValueError, r"got -1 at 0 in row 1;"),
+    ({"token_ids": [0.5]}, TypeError, r"^token_ids: expected a list of token ids"),
+    ({"token_ids": [[0]]}, TypeError, r"^token_ids: expected a list of token ids, got 2 axes"),
+    ({"token_ids": [[0], 1], "logits": [[0.0] * 4] * 2}, TypeError, r"^token_ids\[1\]: expected a list of token ids"),
+    ({"token_ids": np.zeros((3, 2), int)}, ValueError, r"^token_ids: expected an array of shape \(n\), got"),
+    ({"lengths": 3}, ValueError, r"^lengths: expected at most the 2 tokens of token_ids, got 3"),
+    ({"lengths": -1}, ValueError, r"^lengths: expected integers from 0"),
+    ({"lengths": [1, 2]}, ValueError, r"^lengths: expected a shape that broadcasts"),
+    ({"repetition": "a"}, TypeError, r"^repetition: expected"),
+    ({"repetition": [1.0, 2.0]}, ValueError, r"^repetition: expected a shape that broadcasts to \(\)"),
+    ({"frequency": np.inf}, ValueError, r"^frequency: expected a number within float32"),
+    ({"presence": [[0.0, np.nan]]}, ValueError, r"^presence\[0, 1\]: expected a number within float32, got nan"),
+    ({"window": 0}, ValueError, r"^window: expected an integer >= 1, got 0; use None"),
+    ({"dry_multiplier": -1}, ValueError, r"^dry_multiplier: expected a finite number >= 0"),
+    ({"dry_base": 0.9}, ValueError, r"^dry_base: expected a finite number >= 1"),
+    ({"dry_allowed_length": 0}, ValueError, r"^dry_allowed_length: expected an integer >= 1"),
+    ({"dry_breakers": [4]}, ValueError, r"^dry_breakers: expected integers from 0 to 3, got 4"),
+    ({"frequncy": 1}, TypeError, r"^frequncy: no such penalty; expected one of repetition"),
+    ({"logits": 1.0}, ValueError, r"^logits: expected an array"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD_PENALTIES, ids=[b[2][:40] for b in BAD_PENALTIES])
+def test_bad_penalties(call: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        hw.penalize(**{"logits": [0.0] * 4, "token_ids": [0, 1], **call})
+
+
+# Several draws ------------------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_several_draws_equal_the_reference(data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    rows, V, n = (
+        data.draw(st.integers(1, 3)),
+        data.draw(st.sampled_from([1, 5, 64, 65, 300])),
+        data.draw(st.integers(1, 7)),
+    )
+    logits = draw_logits(data, (rows, V), rng)
+    options = make_options(data.draw, V, rows, rng)
+    replacement = data.draw(st.booleans())
+    if data.draw(st.booleans()):
+        del options["seed"], options["position"]
+        options["uniform"] = rng.random((rows, n))
+        if "xtc_probability" in options:
+            options["xtc_probability"] = np.round(options["xtc_probability"])  # its coin has no number of its own
+    try:
+        left = (reference.weights(logits, **{**options, "uniform": None}) > 0).sum(-1)
+    except ValueError:  # the bias bans what was left
+        return
+    if not replacement and (left < n).any():
+        with pytest.raises(
+            ValueError, match=rf"^num_samples: expected at most {left[left < n][0]} without replacement"
+        ):
+            hw.sample(logits, num_samples=n, replacement=False, **options)
+        return
+    got = hw.sample(logits, num_samples=n, replacement=replacement, **options)
+    assert same_bits(got, reference.sample(logits, num_samples=n, replacement=replacement, **options))
+
+
+def test_draws_are_independent_and_cost_no_scan_each() -> None:
+    """All pairs of the first two of 200,000 draws, with and without replacement, beside their exact probabilities."""
+    p = np.array([0.4, 0.3, 0.2, 0.1])
+    logits = np.broadcast_to(np.log(p).astype(np.float32), (200_000, 4))
+    pairs = {True: np.outer(p, p), False: np.outer(p, p) / (1 - p)[:, None] * (1 - np.eye(4))}
+    for replacement, exact in pairs.items():
+        drawn = hw.sample(logits, num_samples=2, replacement=replacement, seed=5)
+        counts = np.bincount(drawn[:, 0] * 4 + drawn[:, 1], minlength=16)
+        possible = exact.ravel() > 0
+        assert counts[~possible].sum() == 0
+        statistic, limit = chi_square(counts[possible], exact.ravel()[possible])
+        assert statistic < limit
+        other = (pairs[True] * (1 - np.eye(4)) / (1 - (p**2).sum())).ravel()  # pairs that differ, of independent draws
+        if not replacement:
+            assert power(200_000, exact.ravel()[possible], other[possible]) > 0.999
+            statistic, limit = chi_square(counts[possible], other[possible])
+            assert statistic > limit
+
+
+# Log-probabilities --------------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_logprobs_equal_the_reference(data: st.DataObject) -> None:
+    """Ids and ranks exactly; logarithms, for which the reference has NumPy's, within four units of the last place."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    rows, V = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 5, 64, 65, 300, 3000]))
+    logits = draw_logits(data, (rows, V), rng)
+    tokens = rng.integers(0, V, (rows, 4))
+    top = data.draw(st.integers(1, min(V, 70)))
+    processed = data.draw(st.booleans())
+    options = make_options(data.draw, V, rows, rng) if processed else {}
+    try:
+        want = reference.logprobs(logits, tokens, top=top, processed=processed, **options)
+    except ValueError:  # the bias bans what was left
+        return
+    layout = data.draw(st.sampled_from(["contiguous", "reversed", "last axis apart"]))
+    got = hw.logprobs(laid_out(logits, layout), tokens, top=top, processed=processed, **options)
+    assert same_bits(got.ranks, want.ranks)
+    assert same_bits(got.top_tokens, want.top_tokens)
+    for a, b in ((got.logprobs, want.logprobs), (got.top_logprobs, want.top_logprobs)):
+        assert a.dtype == b.dtype
+        assert np.array_equal(np.isneginf(a), np.isneginf(b))
+        there = ~np.isneginf(b)
+        assert (np.abs(a[there] - b[there]) <= 4 * np.spacing(np.abs(b[there]).astype(b.dtype))).all()
+
+
+def test_log_softmax_is_as_exact_as_float32_logits_allow() -> None:
+    for scale in (0.1, 3.0, 30.0):
+        logits = (np.random.default_rng(2).standard_normal((4, 50_000)) * scale).astype(np.float32)
+        wide = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+        exact = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+        got = hw.logprobs(logits.astype(np.float64), np.broadcast_to(np.arange(50_000), logits.shape)).logprobs
+        assert np.abs(got - exact).max() < 1.2e-7
+
+
+BAD_LOGPROBS = [
+    ({"tokens": 5}, ValueError, r"^tokens: expected ids from 0 to 4, got 5$"),
+    ({"tokens": [-1, 0]}, ValueError, r"^tokens: expected ids from 0 to 4, got -1$"),
+    ({"tokens": [0, 7], "logits": [[0.0] * 5] * 2}, ValueError, r"^tokens: expected ids from 0 to 4, got 7 in row 1$"),
+    ({"tokens": [[[0]]]}, ValueError, r"^tokens: expected one id for each row, of shape \(\), or n in \(n\), got"),
+    ({"tokens": [0.5]}, TypeError, r"^tokens: expected token ids, got float64"),
+    ({"top": 0}, ValueError, r"^top: expected an integer from 1 to 5, got 0"),
+    ({"top": 1, "processed": 1}, TypeError, r"^processed: expected True or False, got 1"),
+    ({"top": 1, "top_k": 3}, ValueError, r"^top_k: expected none for the logits as they are"),
+    ({"top": 1, "logits": [0.0, np.nan]}, ValueError, r"^logits: expected numbers, got NaN at token 1"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD_LOGPROBS, ids=[b[2][:40] for b in BAD_LOGPROBS])
+def test_bad_logprobs(call: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        hw.logprobs(**{"logits": [0.0] * 5, **call})
+
+
+# Speculative sampling -----------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_speculative_sampling_equals_the_reference(data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    rows, n, V = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 4)), data.draw(st.sampled_from([2, 5, 64, 200]))
+    target = draw_logits(data, (rows, n + 1, V), rng)
+    draft = (target[:, :n].astype(np.float64).clip(-50, 50) + rng.standard_normal((rows, n, V))).astype(np.float32)
+    options = {
+        name: value
+        for name, value in make_options(data.draw, V, rows, rng).items()
+        if name not in ("logit_bias", "position", "seed")
+    }
+    one_seed = data.draw(st.booleans())
+    source = {
+        "seed": 2**63 + 5 if one_seed else rng.integers(0, 2**63, rows),
+        "position": data.draw(st.sampled_from([0, 7, 2**64 - 2])),
+    }
+    tokens = np.zeros((rows, n), int)
+    for i in range(n):  # xtc's coin is that of the place
+        place = {"seed": source["seed"], "position": (source["position"] + i) % 2**64}
+        tokens[:, i] = hw.sample(draft[:, i], **place, **options)
+    if data.draw(st.integers(0, 3)) == 0:
+        draft = None
+    want = reference.verify_draft(target, draft, tokens, **source, **options)
+    got = hw.verify_draft(target, draft, tokens, **source, **options)
+    assert same_bits(tuple(got), tuple(want))
+
+
+def test_speculative_sampling_is_exact() -> None:
+    """Small distributions in whole numbers: accepting and replacing give the target's own, as fractions."""
+    rng = np.random.default_rng(4)
+    for _ in range(300):
+        V = int(rng.integers(2, 6))
+        p, q = (rng.choice([0, 1, 2, 3, 1000, 2**44], V).astype(np.int64) for _ in range(2))
+        if not p.any() or not q.any():
+            continue
+        P, Q = int(p.sum()), int(q.sum())
+        out = [Fraction(0)] * V
+        left = reference.serving.residual(p, q)
+        rejected = Fraction(0)
+        for token in range(V):
+            if q[token]:
+                chance = reference.serving.acceptance(p, q, token)
+                out[token] += Fraction(int(q[token]), Q) * chance
+                rejected += Fraction(int(q[token]), Q) * (1 - chance)
+        if rejected:
+            out = [x + rejected * Fraction(r, sum(left)) for x, r in zip(out, left, strict=True)]
+        assert out == [Fraction(int(x), P) for x in p]
+
+
+@pytest.mark.parametrize("drafted", ["drafted", "no choice"])
+def test_speculative_sampling_has_the_target_s_frequencies(drafted: str) -> None:
+    """Pairs of tokens of 200,000 rows, whose second distribution depends on the first token.
+
+    The draft is drawn with the same seed and positions. Power above 0.999 against the draft's own distribution and
+    against one in which a replaced token is drawn from the target (not from what the draft lacks).
+    """
+    rows, V = 200_000, 4
+    rng = np.random.default_rng(6)
+    target, draft = rng.standard_normal((2, V)), rng.standard_normal((2, V))
+    after = rng.standard_normal((V, V)), rng.standard_normal((V, V))  # logits after each first token
+
+    def softmax(z: np.ndarray) -> np.ndarray:
+        return np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+
+    def logits(first: np.ndarray, then: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        return np.stack([np.broadcast_to(first, (rows, V)), then[tokens]], 1).astype(np.float32)
+
+    if drafted == "drafted":
+        first = hw.sample(np.broadcast_to(draft[0].astype(np.float32), (rows, V)), seed=8)
+        proposals = logits(draft[0], after[1], first)[:, :1]
+    else:
+        first, proposals = np.full(rows, 2), None
+    got = hw.verify_draft(logits(target[0], after[0], first), proposals, first[:, None], seed=8)
+    one = got.tokens[:, 0]
+    p, q = softmax(target[0]), softmax(draft[0]) if drafted == "drafted" else np.eye(V)[2]
+    counts = np.bincount(one, minlength=V)
+    statistic, limit = chi_square(counts, p)
+    assert statistic < limit
+    careless = np.minimum(p, q) + np.maximum(0, q - p).sum() * p
+    for wrong in (q, careless) if drafted == "drafted" else (careless,):
+        assert power(rows, wrong, p) > 0.999
+        statistic, limit = chi_square(counts, wrong)
+        assert statistic > limit
+    pairs = got.tokens[got.accepted == 1]  # the second token, after all were accepted
+    exact = softmax(after[0])
+    for token in range(V):
+        seen = np.bincount(pairs[pairs[:, 0] == token, 1], minlength=V)
+        if seen.sum():
+            statistic, limit = chi_square(seen, exact[token])
+            assert statistic < limit
+
+
+BAD_DRAFTS = [
+    ({"target_logits": [0.0] * 5}, ValueError, r"^target_logits: expected an array \(\.\.\., n \+ 1, V\), got shape"),
+    ({"draft_tokens": [0]}, ValueError, r"^draft_tokens: expected shape \(2,\), one place less"),
+    ({"draft_tokens": [0, 5]}, ValueError, r"^draft_tokens: expected ids from 0 to 4, got 5 in row 1"),
+    ({"draft_tokens": [0.0, 1.0]}, TypeError, r"^draft_tokens: expected token ids, got float64"),
+    ({"draft_logits": np.zeros((2, 4))}, ValueError, r"^draft_logits: expected shape \(2, 5\) beside"),
+    ({"draft_params": hw.SamplingParams()}, ValueError, r"^draft_params: expected draft_logits"),
+    ({"draft_logits": np.full((2, 5), np.nan)}, ValueError, r"^draft_logits: expected numbers, got NaN at token 0"),
+    ({"seed": [1, 2]}, ValueError, r"^seed: expected one integer, or one per row in an array of shape \(\)"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD_DRAFTS, ids=[b[2][:40] for b in BAD_DRAFTS])
+def test_bad_drafts(call: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        hw.verify_draft(**{"target_logits": np.zeros((3, 5)), "draft_logits": None, "draft_tokens": [0, 1], **call})
+
+
+# A sampler for serving loops ----------------------------------------------------------------------------------------
+
+
+FILTERS: dict[str, list[Any]] = {
+    "dynamic_temperature_range": [None, 0.5],
+    "top_n_sigma": [None, 1.5],
+    "top_k": [None, 3],
+    "top_p": [None, 0.8],
+    "min_p": [None, 0.1],
+    "typical_p": [None, 0.7],
+    "epsilon_cutoff": [None, 0.02],
+    "xtc_probability": [None, 0.5],
+    "min_tokens_to_keep": [1, 2],
+}
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_a_sampler_equals_row_by_row_sampling(data: st.DataObject) -> None:
+    """Rows come, go and draw in any order; each draws what it draws alone, and what the reference's sampler draws."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    V = data.draw(st.sampled_from([4, 70]))
+    sampler, other = hw.Sampler(V), reference.Sampler(V)
+    alone: dict[int, hw.Sampler] = {}
+    for _ in range(data.draw(st.integers(1, 25))):
+        action = data.draw(st.sampled_from(["admit", "step", "step", "retire"]))
+        if action == "admit":
+            dialect = data.draw(st.sampled_from([None, None, "hf", "llama.cpp", "mlx"]))
+            filters = {name: data.draw(st.sampled_from(values)) for name, values in FILTERS.items()}
+            if dialect is None:
+                filters["ties"] = data.draw(st.sampled_from(["lowest_id", "keep"]))
+                filters["nucleus"] = data.draw(st.sampled_from(["after_top_k", "joint"]))
+            params = hw.SamplingParams(
+                temperature=data.draw(st.sampled_from([0.7, 1.5] if dialect == "hf" else [0.0, 0.7, 1.5])),
+                dialect=dialect,
+                **{name: value for name, value in filters.items() if name not in rules(dialect, "after_top_k").lacks()},
+                position=data.draw(st.sampled_from([None, 11])),
+                logit_bias=data.draw(st.sampled_from([None, {1: 2.0}])),
+                allowed=data.draw(
+                    st.sampled_from([None, [0, 2, 3], np.arange(V) > 0, np.full(-(-V // 32), -2, np.int32)])
+                ),
+            )
+            call: dict[str, Any] = {
+                "prompt_tokens": rng.integers(0, V, int(rng.integers(0, 90))),
+                "seed": int(rng.integers(99)),
+            }
+            if data.draw(st.booleans()):
+                call |= {"repetition": 1.3, "frequency": 0.1, "window": data.draw(st.sampled_from([None, 5]))}
+            if data.draw(st.booleans()):
+                call |= {"dry_multiplier": 0.8, "dry_allowed_length": 1, "dry_breakers": [0]}
+            handle = sampler.admit(params, **call)
+            assert other.admit(params, **call) == handle
+            alone[handle] = hw.Sampler(V)
+            alone[handle].admit(params, **call)
+        elif action == "retire" and alone:
+            handle = data.draw(st.sampled_from(list(alone)))
+            sampler.retire(handle)
+            other.retire(handle)
+            del alone[handle]
+        elif action == "step":
+            logits = (rng.standard_normal((len(alone), V)) * 2).astype(DTYPES[data.draw(st.sampled_from(list(DTYPES)))])
+            tokens = sampler.step(logits)
+            assert same_bits(tokens, other.step(logits))
+            for token, row, one in zip(tokens, logits, alone.values(), strict=True):
+                assert one.step(row[None])[0] == token
+
+
+def test_a_sampler_knows_the_breakers_that_it_drew() -> None:
+    sampler = hw.Sampler(3)
+    sampler.admit(hw.SamplingParams(temperature=0), dry_multiplier=9, dry_allowed_length=1, dry_breakers=[0])
+    for token in (1, 2, 0, 1, 2, 0):
+        assert sampler.step([np.eye(3)[token] * 99]) == [token]
+    assert sampler.step([[0.0, 1.0, 0.0]]) == [1]  # it came after 1 2 0 before, and would be penalized
+
+
+def test_rows_with_different_filters_share_a_call() -> None:
+    """What a row has not set is off for it: hundreds of draws would show a filter that is hardly so."""
+    sampler, rng = hw.Sampler(70), np.random.default_rng(5)
+    every = [hw.SamplingParams(seed=9, **{name: values[-1]}) for name, values in FILTERS.items()]
+    for params in [hw.SamplingParams(seed=9), *every]:
+        sampler.admit(params)
+    assert len(sampler._groups) == 1
+    for j in range(300):
+        logits = rng.standard_normal((1 + len(every), 70))
+        tokens = sampler.step(logits)
+        assert tokens[0] == hw.sample(logits[0], seed=9, position=j)
+        assert tokens[1:].tolist() == [hw.sample(z, p, position=j) for z, p in zip(logits[1:], every, strict=True)]
+    for words in ({"dialect": "hf"}, {"ties": "keep"}, {"nucleus": "joint"}):
+        sampler.admit(hw.SamplingParams(**words))
+    assert len(sampler._groups) == 4
+
+
+def test_a_sampler_costs_little_more_than_the_draw() -> None:
+    """32 rows of 128,256 with penalties over a history of 500. The limit leaves room for a busy machine."""
+    rows, V = 32, 128_256
+    rng = np.random.default_rng(3)
+    logits = (rng.standard_normal((rows, V)) * 3).astype(np.float32)
+    sampler = hw.Sampler(V)
+    for i in range(rows):
+        params = hw.SamplingParams(temperature=0.8, top_k=50)
+        sampler.admit(params, rng.integers(0, V, 500), seed=i, repetition=1.1, frequency=0.1, dry_multiplier=0.8)
+
+    def milliseconds(call: Any) -> float:
+        took = []
+        for _ in range(9):
+            start = time.perf_counter()
+            call()
+            took.append(time.perf_counter() - start)
+        return 1e3 * min(took)
+
+    step = milliseconds(lambda: sampler.step(logits))
+    draw = milliseconds(lambda: hw.sample(logits, temperature=0.8, top_k=50, seed=np.arange(rows)))
+    print(f"a step {step:.2f} ms, the draw alone {draw:.2f} ms")
+    assert step < 4 * draw + 2
+
+
+BAD_ROWS = [
+    ({"params": {"temperature": 1}}, TypeError, r"^params: expected SamplingParams"),
+    (
+        {"params": hw.SamplingParams(top_k=[1, 2])},
+        ValueError,
+        r"^top_k: expected one value for the row, got shape \(2,\)",
+    ),
+    ({"params": hw.SamplingParams(uniform=0.5)}, ValueError, r"^uniform: expected seed and position"),
+    ({"params": hw.SamplingParams(allowed=[70])}, ValueError, r"^allowed: expected ids from 0 to 69, got 70"),
+    ({"params": hw.SamplingParams(logit_bias=np.zeros(7))}, ValueError, r"^logit_bias: expected a last axis of 70"),
+    ({"prompt_tokens": [70]}, ValueError, r"^prompt_tokens: expected integers from 0 to 69, got 70"),
+    ({"prompt_tokens": [[1]]}, ValueError, r"^prompt_tokens: expected a list of token ids, got shape \(1, 1\)"),
+    ({"prompt_tokens": [0.5]}, TypeError, r"^prompt_tokens: expected integers"),
+    ({"frequency": [1.0]}, ValueError, r"^frequency: expected one value for the row"),
+    ({"repetition": 0}, ValueError, r"^repetition: expected"),
+    ({"presense": 1}, TypeError, r"^presense: no such penalty"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD_ROWS, ids=[b[2][:40] for b in BAD_ROWS])
+def test_bad_rows(call: dict[str, Any], error: type[Exception], message: str) -> None:
+    sampler = hw.Sampler(70)
+    with pytest.raises(error, match=message):
+        sampler.admit(**call)
+    assert sampler.handles == []

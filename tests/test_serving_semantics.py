@@ -1,0 +1,434 @@
+"""The part "Around the draw" of docs/semantics.md, sentence by sentence: test_p7_... says that sentence P7 holds.
+
+Small numbers on purpose: a sentence should be checkable by eye. test_serving.py searches widely.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import headway as hw
+
+NAN, INF = np.nan, np.inf
+FOUR = [2.0, 1.0, -1.0, 0.0]
+RNG = np.random.default_rng(3)
+ROWS = (RNG.standard_normal((2, 3, 70)) * 2).astype(np.float32)
+
+
+def test_every_sentence_has_a_test() -> None:
+    document = (Path(__file__).parent.parent / "docs" / "semantics.md").read_text()
+    sentences = {int(n) for n in re.findall(r"^- \*\*P(\d+)\*\* ", document, re.MULTILINE)}
+    tests = {int(m[1]) for name in globals() if (m := re.match(r"test_p(\d+)_", name))}
+    assert len(sentences) >= 34
+    assert sentences == set(range(1, len(sentences) + 1))
+    assert tests == sentences
+
+
+# Penalties ----------------------------------------------------------------------------------------------------------
+
+
+def changed(logits: Any, token_ids: Any, **penalties: Any) -> list[float]:
+    return hw.penalize(logits, token_ids, **penalties).tolist()
+
+
+def dry(history: list[int], **options: Any) -> dict[int, float]:
+    """What DRY subtracts from whose logit, with a multiplier of 1 and a base of 2."""
+    new = hw.penalize([0.0] * 10, history, **{"dry_multiplier": 1.0, "dry_base": 2.0, **options})
+    return {i: -float(x) for i, x in enumerate(new) if x}
+
+
+def test_p1_shapes_and_types() -> None:
+    for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16):
+        logits = ROWS.astype(dtype)
+        before = logits.tobytes()
+        new = hw.penalize(logits, np.zeros((2, 3, 1), int), repetition=2)
+        assert (new.shape, new.dtype) == (logits.shape, logits.dtype)
+        assert logits.tobytes() == before
+        assert np.array_equal(new[..., 1:], logits[..., 1:])
+    assert hw.penalize(np.zeros((0, 7)), []).shape == (0, 7)
+    assert hw.penalize([0.0, 1.0], []).tolist() == [0.0, 1.0]
+
+
+def test_p2_histories() -> None:
+    logits = [FOUR] * 3
+    lists = hw.penalize(logits, [[0, 0, 3], [], (1,)], presence=1)
+    assert lists.tolist() == [[1, 1, -1, -1], FOUR, [2, 0, -1, 0]]
+    padded = np.array([[0, 0, 3], [-1, 99, 99], [1, 99, 99]])
+    assert np.array_equal(hw.penalize(logits, padded, lengths=[3, 0, 1], presence=1), lists)
+    assert changed([logits[:2]], [[[0], [1]]], presence=1) == [[[1, 1, -1, 0], [2, 0, -1, 0]]]
+
+
+def test_p3_in_which_order() -> None:
+    """Repetition, then frequency and presence, then DRY: (2 / 4 - 2 * 0.125 - 1) - 3."""
+    new = changed(FOUR, [0, 1, 0, 1], repetition=4, frequency=0.125, presence=1, dry_multiplier=3)
+    assert new == [2 / 4 - 0.25 - 1 - 3, 1 / 4 - 0.25 - 1, -1, 0]
+
+
+def test_p4_repetition() -> None:
+    assert changed(FOUR, [0, 2, 3, 0], repetition=2) == [1, 1, -2, 0]
+    assert changed(FOUR, [0, 2], repetition=0.5) == [4, 1, -0.5, 0]
+    for bad in (0, -1, INF, NAN):
+        with pytest.raises(ValueError, match=r"^repetition: expected a finite number > 0"):
+            hw.penalize(FOUR, [0], repetition=bad)
+
+
+def test_p5_frequency_and_presence() -> None:
+    assert changed(FOUR, [0, 2, 0, 0], frequency=0.5) == [0.5, 1, -1.5, 0]
+    assert changed(FOUR, [0, 2, 0, 0], presence=0.5) == [1.5, 1, -1.5, 0]
+    assert changed(FOUR, [3], presence=-1, frequency=-1) == [2, 1, -1, 2]
+
+
+def test_p6_what_would_repeat() -> None:
+    assert dry([1, 2, 3, 1, 2]) == {3: 1.0}  # 1 2 came before, then 3
+    assert dry([1, 2, 3, 4, 1, 2, 3]) == {4: 2.0}
+    assert dry([1, 2, 3, 4, 1, 2, 3], dry_allowed_length=3) == {4: 1.0}
+    assert dry([1, 2, 3, 4, 1, 2, 3], dry_allowed_length=4) == {}
+    assert dry([3, 4, 5, 3]) == {}  # only 3 is repeated
+    assert dry([3, 4, 5, 3], dry_allowed_length=1) == {4: 1.0}
+    assert dry([1, 2, 3, 9, 1, 2, 4, 8, 1, 2]) == {3: 1.0, 4: 1.0}
+    assert dry([1, 2, 3, 9, 2, 3, 9, 8, 1, 2], dry_allowed_length=1) == {3: 2.0}  # the longest counts: 1 2, not 2
+    assert dry([7, 7, 7, 7]) == {7: 2.0}  # 7 7 7, which overlaps itself
+    assert hw.penalize([0.0] * 5, [1, 2, 3, 4, 1, 2, 3], dry_multiplier=0.8)[4] == -0.8 * 1.75
+
+
+def test_p7_breakers() -> None:
+    history = [1, 2, 3, 4, 1, 2, 3]
+    assert dry(history, dry_breakers=[1]) == {4: 1.0}  # 2 3
+    assert dry(history, dry_breakers=[2]) == {}  # 3
+    assert dry(history, dry_breakers={3}) == {}
+    assert dry(history, dry_breakers=[4]) == {}  # 4 itself is never penalized
+    assert dry(history, dry_breakers=[9]) == {4: 2.0}
+
+
+def test_p8_window() -> None:
+    assert changed(FOUR, [0, 1, 1, 0], frequency=1, window=3) == [1, -1, -1, 0]
+    assert changed(FOUR, [0, 1], presence=1, window=1) == [2, 0, -1, 0]
+    assert changed(FOUR, [0, 1], presence=1, window=10**30) == [1, 0, -1, 0]
+    assert dry([1, 2, 3, 1, 2], window=4, dry_allowed_length=1) == {3: 1.0}  # 2, for 1 lies outside
+    assert dry([1, 2, 3, 1, 2], window=3, dry_allowed_length=1) == {}
+
+
+def test_p9_each_row_its_own() -> None:
+    rows = {"repetition": [1, 2], "frequency": [0.5, 0], "window": [1, 9], "dry_multiplier": [0.0, 1.0]}
+    histories = [[0, 1], [0, 1, 0]]
+    both = hw.penalize([FOUR, FOUR], histories, dry_allowed_length=1, **rows)
+    for i in range(2):
+        own = {name: value[i] for name, value in rows.items()}
+        assert np.array_equal(both[i], hw.penalize(FOUR, histories[i], dry_allowed_length=1, **own))
+
+
+def test_p10_finite_stays_finite() -> None:
+    assert changed([-INF, 0.0], [0], repetition=2, frequency=-9, presence=-9) == [-INF, 0]
+    for dtype, largest in ((np.float16, 65504), (np.float32, np.finfo(np.float32).max)):
+        logits = np.array([-1, 1], dtype) * dtype(largest)
+        assert hw.penalize(logits, [0], repetition=1.5).tolist() == logits.tolist()
+        assert hw.penalize(logits, [1], repetition=0.5).tolist() == logits.tolist()
+    endless = hw.penalize(np.zeros(2, np.float32), [0] * 5000, dry_multiplier=1)
+    assert endless.tolist() == [-np.finfo(np.float32).max, 0]
+
+
+def test_p11_computed_in_float64_and_rounded_once() -> None:
+    z, r, f = np.float32(1.7), np.float32(1.3), 0.1
+    want = np.float32(np.float64(z) / np.float64(r) - 2 * f - 0.3)
+    assert hw.penalize(np.array([z]), [0, 0], repetition=r, frequency=f, presence=0.3)[0] == want
+
+
+# Several draws ------------------------------------------------------------------------------------------------------
+
+
+def test_p12_num_samples() -> None:
+    tokens = hw.sample(ROWS, num_samples=5, seed=1)
+    assert tokens.shape == (2, 3, 5)
+    assert tokens.dtype == np.int64
+    assert hw.sample(ROWS, num_samples=1, seed=1).shape == (2, 3, 1)
+    assert hw.sample(ROWS[0, 0], num_samples=4, seed=1).shape == (4,)
+    for bad in (0, 1.5, True):
+        with pytest.raises((ValueError, TypeError), match=r"^num_samples: expected an integer >= 1"):
+            hw.sample(ROWS, num_samples=bad)
+
+
+def test_p13_with_replacement_each_draw_has_its_block() -> None:
+    tokens = hw.sample(ROWS, num_samples=6, seed=7, position=3, temperature=2)
+    assert np.array_equal(tokens[..., 0], hw.sample(ROWS, seed=7, position=3, temperature=2))
+    counter = 3 - 1  # NumPy counts up first
+    for j in range(6):
+        words = np.random.Philox(key=[7, 0], counter=[counter, j, 0, 0]).random_raw(1)
+        uniform = (int(words[0]) >> 11) / 2**53
+        assert tokens[0, 0, j] == hw.sample(ROWS[0, 0], uniform=uniform, temperature=2)
+    xtc = {"xtc_probability": 0.5, "xtc_threshold": 0.01, "seed": 3, "position": np.arange(20)}
+    rows = np.broadcast_to(ROWS[0, 0], (20, 70))
+    drawn, p = hw.sample(rows, num_samples=200, **xtc), hw.probabilities(rows, **xtc)
+    best = int(ROWS[0, 0].argmax())
+    assert 0 < (p[:, best] == 0).sum() < 20
+    assert np.array_equal((drawn == best).any(-1), p[:, best] > 0)
+
+
+def test_p14_without_replacement() -> None:
+    logits = np.log([0.5, 0.3, 0.2])
+    assert hw.sample(logits, num_samples=3, replacement=False, uniform=[0.55, 0.55, 0.0]).tolist() == [1, 0, 2]
+    # After 0 is gone, 1 has 0.6 of what is left.
+    assert hw.sample(logits, num_samples=2, replacement=False, uniform=[0.1, 0.59]).tolist() == [0, 1]
+    assert hw.sample(logits, num_samples=2, replacement=False, uniform=[0.1, 0.61]).tolist() == [0, 2]
+    one = hw.sample(ROWS, num_samples=20, replacement=False, seed=2)
+    assert all(len(set(row)) == 20 for row in one.reshape(-1, 20).tolist())
+    assert np.array_equal(one[..., 0], hw.sample(ROWS, seed=2))
+
+
+def test_p15_too_few_are_left() -> None:
+    with pytest.raises(ValueError, match=r"^num_samples: expected at most 2 without replacement in row 1, .* got 3"):
+        hw.sample([[0.0, 0.0, 0.0], [0.0, -INF, 0.0]], num_samples=3, replacement=False)
+    with pytest.raises(ValueError, match=r"^num_samples: expected at most 4 without replacement, .* got 5"):
+        hw.sample(ROWS[0, 0], top_k=4, num_samples=5, replacement=False)
+    assert hw.sample([1.0, 2.0], temperature=0, num_samples=3).tolist() == [1, 1, 1]
+
+
+def test_p16_uniform_of_each_draw() -> None:
+    u = RNG.random((2, 3, 4))
+    tokens = hw.sample(ROWS, uniform=u, num_samples=4)
+    for j in range(4):
+        assert np.array_equal(tokens[..., j], hw.sample(ROWS, uniform=u[..., j]))
+
+
+# Log-probabilities --------------------------------------------------------------------------------------------------
+
+
+def test_p17_the_model_s_own_distribution() -> None:
+    for dtype in (np.float64, np.float32, np.float16):
+        logits = ROWS.astype(dtype)
+        wide = logits.astype(np.float64)
+        exact = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+        got = hw.logprobs(logits, np.full((2, 3), 5)).logprobs
+        assert got.dtype == (np.float64 if dtype is np.float64 else np.float32)
+        assert np.abs(got - exact[..., 5]).max() < 1e-6
+    for options in ({"temperature": 1.0}, {"params": hw.SamplingParams()}):
+        with pytest.raises(ValueError, match=r"expected none for the logits as they are; processed=True"):
+            hw.logprobs(ROWS, top=1, **options)
+    assert hw.logprobs([0.0, -INF], [0, 1]).logprobs.tolist() == [0, -INF]
+
+
+def test_p18_the_distribution_that_is_drawn_from() -> None:
+    every: list[dict[str, Any]] = [
+        {"temperature": 0.7, "top_k": 9, "top_p": 0.9},
+        {"typical_p": 0.5, "xtc_probability": 0.5, "xtc_threshold": 0.02, "seed": 1},
+        {"temperature": 2.0, "top_p": 0.5, "xtc_probability": 1.0, "xtc_threshold": 0.02, "dialect": "mlx"},
+        {"temperature": 2.0, "typical_p": 0.8, "top_p": 0.9, "min_tokens_to_keep": 3, "dialect": "hf"},
+    ]
+    for options in every:
+        p = hw.probabilities(ROWS.astype(np.float64), **options)
+        ids = np.broadcast_to(np.arange(70), ROWS.shape)
+        got = hw.logprobs(ROWS.astype(np.float64), ids, processed=True, **options).logprobs
+        assert np.array_equal(np.isneginf(got), p == 0)
+        assert np.allclose(got[p > 0], np.log(p[p > 0]), rtol=1e-15, atol=1e-15)
+    assert hw.logprobs([1.0, 2.0], [0, 1], processed=True, temperature=0).logprobs.tolist() == [-INF, 0]
+
+
+def test_p19_ranks() -> None:
+    logits = [1.0, 2.0, 2.0, -INF, 0.0, 2.0, -INF]
+    assert hw.logprobs(logits, range(7)).ranks.tolist() == [4, 1, 2, 6, 5, 3, 7]
+    assert hw.logprobs(logits, [0, 5, 2], processed=True, top_k=2).ranks.tolist() == [3, 6, 2]
+    assert hw.logprobs(logits, [4, 1], processed=True, logit_bias={4: 9.0}).ranks.tolist() == [1, 2]
+
+
+def test_p20_top() -> None:
+    found = hw.logprobs([1.0, 2.0, 2.0, -INF, 0.0], top=4)
+    assert found.top_tokens.tolist() == [1, 2, 0, 4]
+    assert np.array_equal(found.top_logprobs, hw.logprobs([1.0, 2.0, 2.0, -INF, 0.0], [1, 2, 0, 4]).logprobs)
+    short = hw.logprobs([1.0, 2.0, 2.0], top=3, processed=True, top_k=2)
+    assert short.top_tokens.tolist() == [1, 2, -1]
+    assert short.top_logprobs[2] == -INF
+    with pytest.raises(ValueError, match=r"^top: expected an integer from 1 to 3, got 4"):
+        hw.logprobs([1.0, 2.0, 2.0], top=4)
+
+
+def test_p21_shapes_of_tokens() -> None:
+    one = hw.logprobs(ROWS, np.full((2, 3), 4), top=6)
+    assert one.logprobs.shape == one.ranks.shape == (2, 3)
+    assert one.top_tokens.shape == one.top_logprobs.shape == (2, 3, 6)
+    assert hw.logprobs(ROWS, np.full((2, 3, 5), 4)).logprobs.shape == (2, 3, 5)
+    lone = hw.logprobs(ROWS[0, 0], 4)
+    assert (type(lone.logprobs), type(lone.ranks)) == (float, int)
+    assert hw.logprobs(ROWS, top=1).ranks is hw.logprobs(ROWS, top=1).logprobs is None
+    assert hw.logprobs(ROWS, np.full((2, 3), 4)).top_tokens is None
+    with pytest.raises(ValueError, match=r"^tokens: expected token ids, or top=n"):
+        hw.logprobs(ROWS)
+
+
+# Speculative sampling -----------------------------------------------------------------------------------------------
+
+TARGET = RNG.standard_normal((4, 6)) * 1.5
+DRAFT = RNG.standard_normal((3, 6)) * 1.5
+
+
+def words(seed: int, stream: int, position: int) -> list[int]:
+    return [int(w) for w in np.random.Philox(key=[seed, stream], counter=position - 1).random_raw(4)]
+
+
+def test_p22_what_comes_back() -> None:
+    found = hw.verify_draft(np.stack([TARGET] * 5), None, np.zeros((5, 3), int), seed=1)
+    assert found.accepted.shape == found.next_token.shape == (5,)
+    assert found.tokens.shape == (5, 4)
+    for n, token, chain in zip(*(x.tolist() for x in found), strict=True):
+        assert chain == [0] * n + [token] + [-1] * (3 - n)
+    lone = hw.verify_draft(TARGET, None, [0, 0, 0], seed=1)
+    assert type(lone.accepted) is type(lone.next_token) is int
+
+
+def test_p23_accepted_with_the_ratio_of_probabilities() -> None:
+    p, q = hw.probabilities(TARGET), hw.probabilities(DRAFT)
+    for token in range(6):
+        ratio = p[0, token] / q[0, token]
+        for seed in range(40):
+            found = hw.verify_draft(TARGET[:2], DRAFT[:1], [token], seed=seed, position=9)
+            assert found.accepted == (words(seed, 0, 9)[2] / 2**64 < ratio)
+
+
+def test_p24_replaced_from_what_the_draft_lacks() -> None:
+    p, q = hw.probabilities(TARGET)[0], hw.probabilities(DRAFT)[0]
+    left = np.maximum(0, p - q)
+    ends = np.cumsum(left) / left.sum()
+    replaced = 0
+    for seed in range(200):
+        token = hw.sample(DRAFT[0], seed=seed, position=9)
+        found = hw.verify_draft(TARGET[:2], DRAFT[:1], [token], seed=seed, position=9)
+        if found.accepted == 0:
+            replaced += 1
+            assert found.next_token == np.searchsorted(ends, words(seed, 0, 9)[3] / 2**64, side="right")
+    assert replaced > 20
+
+
+def test_p25_one_more_after_all() -> None:
+    same = np.concatenate([TARGET[:3], TARGET[3:]])
+    for seed in range(20):
+        draft = [hw.sample(TARGET[i], seed=seed, position=5 + i) for i in range(3)]
+        found = hw.verify_draft(same, TARGET[:3], draft, seed=seed, position=5)
+        assert found.accepted == 3  # p / q is 1
+        assert found.next_token == hw.sample(TARGET[3], seed=seed, position=8)
+        assert hw.verify_draft(TARGET[:1], None, [], seed=seed).next_token == hw.sample(TARGET[0], seed=seed)
+
+
+def test_p26_a_draft_without_choice() -> None:
+    p = hw.probabilities(TARGET)[0]
+    for seed in range(40):
+        found = hw.verify_draft(TARGET[:2], None, [2], seed=seed, position=9)
+        assert found.accepted == (words(seed, 0, 9)[2] / 2**64 < p[2])
+        assert found.accepted or found.next_token != 2
+
+
+def test_p27_greedy() -> None:
+    best = TARGET.argmax(-1)
+    draft = best[:3].copy()
+    assert hw.verify_draft(TARGET, None, draft, temperature=0)[:2] == (3, best[3])
+    draft[1] = (best[1] + 1) % 6
+    assert hw.verify_draft(TARGET, None, draft, temperature=0)[:2] == (1, best[1])
+    ours = DRAFT.argmax(-1)
+    agree = int((ours == best[:3]).cumprod().sum())
+    assert hw.verify_draft(TARGET, DRAFT, ours, temperature=0)[:2] == (agree, best[agree])
+
+
+def test_p28_options() -> None:
+    """They are of both, or draft_params of the draft; numbers are one per row, masks one per place."""
+    hot = hw.SamplingParams(temperature=2.0)
+    for seed in range(20):
+        token = [hw.sample(DRAFT[0], hot, seed=seed)]
+        both = hw.verify_draft(TARGET[:2], DRAFT[:1], token, hot, seed=seed)
+        assert both.tokens.tolist() == hw.verify_draft(TARGET[:2] / 2, DRAFT[:1] / 2, token, seed=seed).tokens.tolist()
+        own = hw.verify_draft(TARGET[:2], DRAFT[:1], token, draft_params=hot, seed=seed)
+        assert own.tokens.tolist() == hw.verify_draft(TARGET[:2], DRAFT[:1] / 2, token, seed=seed).tokens.tolist()
+    two, allowed = np.stack([TARGET, TARGET]), np.ones((2, 4, 6), bool)
+    allowed[1, 1] = np.arange(6) == 4
+    draft, tokens = np.stack([DRAFT, DRAFT]), np.full((2, 3), 4)
+    rows = hw.verify_draft(two, draft, tokens, temperature=[0.5, 2.0], allowed=allowed, seed=[3, 4], position=[5, 6])
+    for i in range(2):
+        options = {"temperature": [0.5, 2.0][i], "allowed": allowed[i], "seed": 3 + i, "position": 5 + i}
+        assert hw.verify_draft(TARGET, DRAFT, tokens[i], **options).tokens.tolist() == rows.tokens[i].tolist()
+    with pytest.raises(ValueError, match=r"^uniform: expected seed and position"):
+        hw.verify_draft(TARGET, DRAFT, [0, 0, 0], uniform=0.5)
+    # One distribution on both sides, xtc's coin included, so that all is accepted.
+    xtc = hw.SamplingParams(xtc_probability=0.5, xtc_threshold=0.1, typical_p=0.9, seed=7)
+    drafted = [hw.sample(DRAFT[i], xtc, position=40 + i) for i in range(3)]
+    verified = hw.verify_draft(np.concatenate([DRAFT, TARGET[3:]]), DRAFT, drafted, xtc, position=40)
+    assert verified.tokens.tolist() == [*drafted, hw.sample(TARGET[3], xtc, position=43)]
+
+
+def test_p29_a_token_that_the_draft_cannot_draw() -> None:
+    worst = int(DRAFT[0].argmin())
+    with pytest.raises(ValueError, match=rf"^draft_tokens: .* got {worst} in row \(1, 0\), .*draft_params"):
+        hw.verify_draft(np.stack([TARGET[:2]] * 2), [DRAFT[:1]] * 2, [[int(DRAFT[0].argmax())], [worst]], top_k=2)
+
+
+def test_p30_what_follows_is_not_looked_at() -> None:
+    target = TARGET.copy()
+    target[2:] = NAN
+    wrong = int(target[0].argmin())
+    assert hw.verify_draft(target, None, [wrong, 0, 0], temperature=0).accepted == 0
+    with pytest.raises(ValueError, match=r"^target_logits: expected numbers, got NaN at token 0 in row 2"):
+        hw.verify_draft(target, None, target[:3].argmax(-1), temperature=0)
+
+
+# A sampler for serving loops ----------------------------------------------------------------------------------------
+
+
+def test_p31_a_draw_of_a_sampler() -> None:
+    params = hw.SamplingParams(temperature=0.9, top_k=20, seed=5, position=3)
+    penalties = {"repetition": 1.2, "presence": 0.3, "dry_multiplier": 0.5, "dry_allowed_length": 1}
+    sampler, history = hw.Sampler(70), [4, 9]
+    sampler.admit(params, history, **penalties)
+    for j in range(12):
+        logits = ROWS.reshape(6, 70)[j % 6]
+        (got,) = sampler.step(logits[None])
+        assert got == hw.sample(hw.penalize(logits, history, **penalties), params, position=3 + j)
+        history.append(got)
+
+
+def test_p32_rows_in_the_order_of_admission() -> None:
+    sampler, greedy = hw.Sampler(70), hw.SamplingParams(temperature=0)
+    a, b, c = (sampler.admit(greedy) for _ in range(3))
+    assert sampler.handles == [a, b, c]
+    best = ROWS.reshape(6, 70).argmax(-1)
+    assert sampler.step(ROWS.reshape(6, 70)[:3]).tolist() == best[:3].tolist()
+    sampler.retire(b)
+    d = sampler.admit(greedy)
+    assert sampler.handles == [a, c, d]
+    assert len({a, b, c, d}) == 4
+    assert sampler.step(ROWS.reshape(6, 70)[3:]).tolist() == best[3:].tolist()
+    with pytest.raises(ValueError, match=r"^handle: expected one of the active rows, \[0, 2, 3\], got 1"):
+        sampler.retire(b)
+    with pytest.raises(
+        ValueError, match=r"^logits: expected shape \(3, 70\), a row for each active one, got \(2, 70\)"
+    ):
+        sampler.step(np.zeros((2, 70)))
+    assert hw.Sampler(70).step(np.zeros((0, 70))).shape == (0,)
+
+
+def test_p33_seeds() -> None:
+    def drawn(*admissions: dict[str, Any]) -> list[list[int]]:
+        sampler = hw.Sampler(70)
+        for admission in admissions:
+            sampler.admit(**admission)
+        return [sampler.step(ROWS[0, :1].repeat(len(admissions), 0)).tolist() for _ in range(8)]
+
+    params = hw.SamplingParams(seed=5)
+    assert drawn({"params": params}) == drawn({"seed": 5}) == drawn({"params": params, "seed": 5})
+    assert drawn({"params": params, "seed": 6}) == drawn({"seed": 6}) != drawn({"seed": 5})
+    assert drawn({}) != drawn({})  # 1 in 10^10 that eight draws are equal
+    assert drawn({"params": hw.SamplingParams(seed=5, position=2)})[:6] == drawn({"seed": 5})[2:]
+    for bad in ({"seed": -1}, {"seed": [1, 2]}, {"params": hw.SamplingParams(seed=[1])}):
+        with pytest.raises(ValueError, match=r"^seed"):
+            drawn(bad)
+
+
+def test_p34_an_error_draws_nothing() -> None:
+    sampler = hw.Sampler(70)
+    for ties in ("lowest_id", "keep", "lowest_id"):
+        sampler.admit(hw.SamplingParams(ties=ties), seed=1)
+    rows = ROWS[0].copy()
+    rows[1, 7] = NAN
+    with pytest.raises(ValueError, match=r"^logits: expected numbers, got NaN at token 7 in row 1"):
+        sampler.step(rows)
+    assert sampler.step(ROWS[0]).tolist() == hw.sample(ROWS[0], seed=[1, 1, 1]).tolist()
