@@ -180,7 +180,6 @@ def plot(stored: Stored) -> None:
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("L")
         axes.set_ylabel("GFLOP/s")
-    left.legend(frameon=False, fontsize=8)
     decode = {name: e for name, e in stored["rows"].get("decode", {}).items() if "S=4096" in name or "S=32768" in name}
     decode = {name: e for name, e in decode.items() if name.startswith(("32 over", "8 over 8", "64 over"))}
     for place, entry in enumerate(decode.values()):
@@ -200,8 +199,10 @@ def plot(stored: Stored) -> None:
     right.set_xlim(0)
     right.set_ylim(-len(decode) + 0.4, 0.9)
     right.set_xlabel("GB/s of keys and values")
-    right.set_title("decode (diamonds: headway)", loc="left", fontsize=10)
-    figure.tight_layout()
+    right.set_title("decode (wide: KVCache)", loc="left", fontsize=10)
+    names = left.get_legend_handles_labels()
+    figure.legend(*names, loc="lower center", ncol=len(colours), frameon=False)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     PLOT.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PLOT, metadata={"Date": None})
     plt.close(figure)
