@@ -158,17 +158,39 @@ def test_errors() -> None:
         hw.attention(x, x, x, precision="medium")
 
 
-BOTH = """
+EACH = """
 import json, numpy as np, headway as hw
-q, k, v = np.random.default_rng(0).standard_normal((3, 2, 40, 16)).astype(np.float32)
-same = bool((hw.attention(q, k, v, precision="fast") == hw.attention(q, k, v)).all())
-print(json.dumps([hw.info().isa, same]))
+from headway import _native, reference
+q, k, v = np.random.default_rng(0).standard_normal((3, 2, 200, 30)).astype(np.float32)
+v[:, 70] = np.nan
+may = np.arange(200) != 70
+options = {"mask": may, "causal": True}
+fast, exact = hw.attention(q, k, v, precision="fast", **options), hw.attention(q, k, v, **options)
+error = np.abs(fast - reference.attention(q, k, v, **options)).max()
+print(json.dumps([hw.info().isa, _native.fast(), bool((fast == exact).all()), float(error)]))
 """
+
+
+def run_with(**environment: str) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-c", EACH], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("isa", [isa for isa in hw.info().isas if isa != "avx512"])
 def test_without_the_instruction_fast_is_exact(isa: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", BOTH], env={**os.environ, "HEADWAY_ISA": isa}, capture_output=True, text=True, check=True
-    )
-    assert json.loads(done.stdout) == [isa, True]
+    assert run_with(HEADWAY_ISA=isa)[:3] == [isa, "none", True]
+
+
+@pytest.mark.parametrize("name", ["amx", "avx512bf16", "none"])
+def test_each_set_of_instructions_that_this_machine_has(name: str) -> None:
+    try:
+        _, used, same, error = run_with(HEADWAY_FAST=name)
+    except subprocess.CalledProcessError as failure:
+        if "HEADWAY_FAST: expected one of" not in failure.stderr:
+            raise
+        pytest.skip(f"this machine has no {name}")
+    assert used == name
+    assert same == (name == "none")
+    assert error <= 0.1

@@ -145,7 +145,7 @@ void attention(const In& q, const In& k, const In& v, const std::optional<In>& m
   Attention t = attention_task(q, k, v, mask, bias, sinks, kv_lengths, options);
   t.out = view(out, "out", t.batch, {t.H, t.L, t.E});
   t.lse = view(lse, "lse", t.batch, {t.H, t.L});
-  run(options.fast && !options.wide ? fast_attention() : kernels().attention, t);
+  run(options.fast && !options.wide ? *fast_attention().kernel : kernels().attention, t);
 }
 
 void attention_weights(const In& q, const In& k, const std::optional<In>& mask, const std::optional<In>& bias,
@@ -519,6 +519,7 @@ NB_MODULE(_native, m) {
   m.def("round", &round_rows, "x"_a, "decimals"_a, "y"_a);
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("isas", &isas);
+  m.def("fast", [] { return std::string(fast_attention().name); });
   m.def("get_num_threads", &get_num_threads);
   m.def("set_num_threads", &set_num_threads, "n"_a, nb::call_guard<nb::gil_scoped_release>());
   // A bfloat16 tensor of another library, as its bits: NumPy has no name for the type and refuses it.

@@ -76,16 +76,28 @@ const Kernels& kernels() {
   return chosen;
 }
 
-const Kernel<Attention>& fast_attention() {
+const FastAttention& fast_attention() {
+  static const FastAttention chosen = [] {
+    const char* wanted = std::getenv("HEADWAY_FAST");
+    const std::string name = wanted ? wanted : "";
+    FastAttention found[3];
+    int size = 0;
 #if defined(HEADWAY_HAS_FAST)
-  static const Kernel<Attention>& chosen = []() -> const Kernel<Attention>& {
-    if (&kernels() != &kernels_avx512 || !__builtin_cpu_supports("avx512bf16")) return kernels().attention;
-    return may_use_amx() ? attention_amx : attention_avx512bf16;
+    if (&kernels() == &kernels_avx512 && __builtin_cpu_supports("avx512bf16")) {
+      if (name != "avx512bf16" && name != "none" && may_use_amx()) found[size++] = {"amx", &attention_amx};
+      found[size++] = {"avx512bf16", &attention_avx512bf16};
+    }
+#endif
+    found[size++] = {"none", &kernels().attention};
+    if (name.empty()) return found[0];
+    std::string names;
+    for (int i = 0; i < size; ++i) {
+      if (name == found[i].name) return found[i];
+      names += std::string(i ? ", " : "") + found[i].name;
+    }
+    throw std::invalid_argument("HEADWAY_FAST: expected one of " + names + " on this machine, got '" + name + "'");
   }();
   return chosen;
-#else
-  return kernels().attention;
-#endif
 }
 
 } // namespace headway

@@ -231,8 +231,13 @@ struct KernelList {
 };
 const KernelList& supported_kernels();
 const Kernels& kernels();
-// Attention for precision="fast": with 16-bit dot products where the machine has them and the table above is its best,
-// else the table's own.
-const Kernel<Attention>& fast_attention();
+// Attention for precision="fast", chosen at the first such call: with "amx" or "avx512bf16" products where the machine
+// has them and the table above is its best, else "none", the table's own; or what HEADWAY_FAST names. Throws as
+// kernels().
+struct FastAttention {
+  const char* name;
+  const Kernel<Attention>* kernel;
+};
+const FastAttention& fast_attention();
 
 } // namespace headway
