@@ -107,6 +107,8 @@ def test_the_boundary_and_the_ties_that_the_rule_decided() -> None:
     stage = only(TIED, top_k=1)
     assert (edge(stage), stage.ties_kept, stage.ties_removed) == ((0, 2), 0, 0)
     assert only(TIED, top_k=5).last_kept is None
+    stage = only(np.log([0.4, 0.3, 0.2, 0.1]), xtc_probability=1.0, xtc_threshold=0.15, seed=1)
+    assert (edge(stage), stage.removed) == ((2, 1), 2)
 
 
 def test_masses_are_those_that_the_stage_saw() -> None:

@@ -371,7 +371,7 @@ def explain(
 
     logits (V,), or an array that holds one row. top says how many of the best tokens to show. tokens puts words beside
     ids: a sequence of V strings, or a function from an id to a string. Options and errors are those of `sample`; seed
-    and position matter to xtc's coin alone. It is made to be exact, not fast: a second for the largest vocabularies.
+    and position matter to xtc's coin alone. It is made to be exact, not fast: it may take half a second.
 
     Raises ValueError for more than one row too.
 
