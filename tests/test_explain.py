@@ -170,6 +170,12 @@ def test_why_tells_who_banned_a_token() -> None:
     assert str(found.why(3)) == "token 3: in, with probability 1, rank 1 of 1"
 
 
+def test_allowed_in_every_form() -> None:
+    mask = np.arange(40) % 3 == 0
+    for allowed in (mask, np.flatnonzero(mask), packed(mask)):
+        assert sorted(hw.explain(np.zeros(40), allowed=allowed).kept) == np.flatnonzero(mask).tolist()
+
+
 def test_what_has_no_mass_is_said() -> None:
     assert "its mass rounds to 0" in str(hw.explain([0.0, -50.0]).why(1))
     assert "temperature 0 leaves all mass to the best" in str(hw.explain([0.0, -1.0], temperature=0).why(1))
