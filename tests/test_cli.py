@@ -405,6 +405,55 @@ def test_info_says_what_is_used(run: Any) -> None:
     assert lines["lm"] == "installed"
 
 
+LOGITS = [2.0, 1.0, -1.0, 0.5, 1.5, 1.0]
+
+
+def test_explain_a_file(run: Any, tmp_path: Path) -> None:
+    np.save(tmp_path / "logits.npy", LOGITS)
+    flags = ["--temperature", 0.8, "--top-k", 3, "--top-p", 0.9, "--dialect", "hf", "--top", 2]
+    status, out, err = run("explain", tmp_path / "logits.npy", *flags, "--why", 3, "--why", 0)
+    found = hw.explain(LOGITS, temperature=0.8, top_k=3, top_p=0.9, dialect="hf", top=2)
+    assert (status, err) == (0, "")
+    assert out == f"{found}\n\n{found.why(3)}\n{found.why(0)}\n"
+    assert run("explain", "-", *flags, stdin=json.dumps(LOGITS).encode()) == (0, f"{found}\n", "")
+
+
+def test_explain_tells_the_seed_of_a_coin(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "logits.json").write_text(json.dumps(LOGITS))
+    xtc = ["explain", tmp_path / "logits.json", "--xtc-probability", 0.5]
+    _, out, err = run(*xtc)
+    assert run(*xtc, *err.removeprefix("headway: ").split()) == (0, out, "")
+
+
+def test_explain_a_prompt_as_generate_goes_on(run: Any) -> None:
+    prompt = "In the beginning God created the heaven and the"
+    status, out, err = run("explain", "--prompt", prompt, "--top-p", 0.9)
+    assert (status, err) == (0, "")
+    model = headway.lm.load()
+    ids = model.tokenizer.encode(prompt).ids
+    found = hw.explain(model.logits(ids)[-1], top_p=0.9)
+    assert re.search(rf"^ +1 +{found.head[0].token} +{found.head[0].probability:.6f}  ' earth'$", out, re.MULTILINE)
+    assert run("explain", "--prompt", "-", "--top-p", 0.9, stdin=f"{prompt}\n".encode()) == (0, out, "")
+    # xtc's coin is the one that `generate` tosses for the next token
+    options = {"xtc_probability": 0.5, "xtc_threshold": 0.001}
+    for seed in range(6):
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        token = hw.sample(model.logits(ids)[-1], seed=seed, position=len(ids), **options)
+        assert "in, with probability" in run("explain", "--prompt", prompt, "--seed", seed, *flags, "--why", token)[1]
+
+
+def test_explain_refuses(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([LOGITS, LOGITS]))
+    (tmp_path / "row.json").write_text(json.dumps(LOGITS))
+    refused(run("explain"), "expected FILE or --prompt, one of the two")
+    refused(run("explain", tmp_path / "row.json", "--prompt", "a"), "expected FILE or --prompt, one of the two")
+    refused(run("explain", tmp_path / "row.json", "--model", tmp_path), "--model: expected none beside FILE")
+    refused(run("explain", tmp_path / "rows.json"), "logits: expected one row")
+    refused(run("explain", tmp_path / "row.json", "--why", 99), "token: expected an integer from 0 to")
+    refused(run("explain", tmp_path / "none.json"), "none.json: No such file")
+    refused(run("explain", "--prompt", "a", "--model", tmp_path / "none"), "none: no such folder")
+
+
 def test_info_and_help_need_no_extra() -> None:
     code = (
         "import sys; sys.modules['safetensors'] = sys.modules['tokenizers'] = None\n"
@@ -419,7 +468,7 @@ def test_info_and_help_need_no_extra() -> None:
     assert re.fullmatch(r"headway: error: headway.lm reads .*pip install 'headway\[lm\]'\n", done.stderr)
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["sample"], ["attend"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["sample"], ["explain"], ["attend"], ["info"]])
 def test_help_shows_examples_that_run(run: Any, command: list[str]) -> None:
     status, out, err = run(*command, "--help")
     assert (status, err) == (0, "")
@@ -445,7 +494,7 @@ def test_every_example_of_the_help_pages_runs(run: Any, tmp_path: Path, monkeypa
     import shlex
 
     tried = 0
-    for page in ([], ["generate"], ["sample"], ["attend"], ["info"]):
+    for page in ([], ["generate"], ["sample"], ["explain"], ["attend"], ["info"]):
         for line in run(*page, "--help")[1].split("examples:\n")[1].splitlines():
             words = shlex.split(line)
             stdin = b""
@@ -457,4 +506,4 @@ def test_every_example_of_the_help_pages_runs(run: Any, tmp_path: Path, monkeypa
                 status, out, err = run(*words[1:], *limit, stdin=stdin)
                 assert (status, bool(out)) == (0, "-o" not in words), err
                 tried += 1
-    assert tried >= 12
+    assert tried >= 15

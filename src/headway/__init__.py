@@ -4,6 +4,7 @@ from typing import Any
 
 from .attention import AttentionState, attention, attention_weights, merge_attention, partial_attention
 from .cache import KVCache
+from .explain import Explanation, explain
 from .layers import linear, rms_norm, rotary, swiglu
 from .logprobs import Logprobs, logprobs
 from .multihead import multi_head_attention
@@ -15,6 +16,7 @@ from .speculative import Verified, verify_draft
 
 __all__ = [
     "AttentionState",
+    "Explanation",
     "Info",
     "KVCache",
     "Logprobs",
@@ -23,6 +25,7 @@ __all__ = [
     "Verified",
     "attention",
     "attention_weights",
+    "explain",
     "filter_logits",
     "get_num_threads",
     "info",

@@ -1,4 +1,4 @@
-"""The `headway` command: generate, sample, attend, info.
+"""The `headway` command: generate, sample, explain, attend, info.
 
 Exit status: 0, 2 for bad input (with one line on standard error), 130 after Ctrl-C, 141 where the reader of
 the output went away. Nothing is imported before the command that needs it runs, so help is quick and `info`
@@ -81,6 +81,46 @@ def _sample(arguments: argparse.Namespace) -> None:
         print(token)
     if arguments.seed is None:
         print(f"headway: --seed {seed}", file=sys.stderr)
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    import headway as hw
+
+    if (arguments.file is None) == (arguments.prompt is None):
+        raise ValueError("expected FILE or --prompt, one of the two")
+    if arguments.file is None:
+        logits, position, words = _next_token(arguments)
+    else:
+        if arguments.model is not None:
+            raise ValueError("--model: expected none beside FILE; give it --prompt")
+        logits, position, words = _read(arguments.file), 0, None
+        if isinstance(logits, dict):
+            raise ValueError(f"{arguments.file}: expected one array of logits, got an object of {sorted(logits)}")
+    if arguments.position is not None:
+        position = arguments.position
+    seed = _seed(arguments)
+    options = _sampling(arguments)
+    found = hw.explain(logits, top=arguments.top, tokens=words, seed=seed, position=position, **options)
+    sentences = [str(found.why(token)) for token in arguments.why]
+    print("\n".join([str(found), *([""] if sentences else []), *sentences]))
+    if arguments.seed is None and options.get("xtc_probability") is not None:
+        print(f"headway: --seed {seed}", file=sys.stderr)
+
+
+def _next_token(arguments: argparse.Namespace) -> tuple[Any, int, Callable[[int], str]]:
+    """Score what follows the prompt: logits, the position that `generate` draws at, and the words of tokens there."""
+    import headway.lm
+    from headway.lm.text import detokenize
+
+    prompt = _decode_prompt(sys.stdin.buffer.read()) if arguments.prompt == "-" else arguments.prompt
+    model = headway.lm.load(arguments.model)
+    ids = model.stream(prompt, max_tokens=0).prompt_ids
+
+    def word(token: int) -> str:
+        """Its text after the prompt, or the name of one that has none."""
+        return "".join(detokenize(model.tokenizer, ids[-8:], [token])) or model.tokenizer.id_to_token(token) or ""
+
+    return model.session().next_logits(ids), len(ids), word
 
 
 def _attend(arguments: argparse.Namespace) -> None:
@@ -309,6 +349,30 @@ def _parser() -> _Parser:
         help="place in the seed's stream (default: %(default)s)",
     )
 
+    explain = command(_explain, "say why a token can be drawn, or cannot", _EXPLAIN)
+    explain.add_argument(
+        "file", nargs="?", metavar="FILE", help=".npy or JSON, one row of logits; - for standard input"
+    )
+    explain.add_argument("--prompt", metavar="TEXT", help="explain what follows this text; - for standard input")
+    explain.add_argument(
+        "--model",
+        metavar="DIR",
+        help="a Hugging Face Llama checkpoint folder, for --prompt (default: the model that ships)",
+    )
+    explain.add_argument(
+        "--why", type=int, action="append", default=[], metavar="ID", help="say why this token is in or out; repeatable"
+    )
+    explain.add_argument(
+        "--top", type=int, default=10, metavar="N", help="show the N best tokens (default: %(default)s)"
+    )
+    _add_sampling(explain, temperature=1.0, top_p=1.0)
+    explain.add_argument(
+        "--position",
+        type=int,
+        metavar="N",
+        help="place in the seed's stream, for xtc's coin (default: where `sample` and `generate` would draw)",
+    )
+
     attend = command(_attend, "multi-head attention on arrays from a file", _ATTEND)
     attend.add_argument("file", metavar="FILE", help=".npz, or JSON with an object of arrays; - for standard input")
     attend.add_argument(
@@ -401,6 +465,7 @@ _EXAMPLES = """\
 examples:
   headway generate "In the beginning" --seed 7
   headway sample logits.npy --temperature 0.8 --top-k 50 --seed 1
+  headway explain --prompt "In the beginning" --top-k 50 --top-p 0.9
   headway attend qkv.json --num-heads 2 --decimals 6
   headway generate --help
 """
@@ -426,6 +491,16 @@ examples:
   headway sample logits.npy --temperature 0.8 --top-k 50 --top-p 0.9 --seed 1
   echo "[2.0, 1.0, -Infinity, 0.5]" | headway sample - --seed 1
   headway sample logits.npy --dialect llama.cpp --top-k 40 --xtc-probability 0.5 --seed 1
+"""
+
+_EXPLAIN = """\
+Show the sampler's stages for one row of logits, from a file or from a language model after a prompt: how many
+tokens and how much mass each stage left, the tokens on both sides of its boundary, and the final probabilities.
+
+examples:
+  headway explain logits.npy --temperature 0.8 --top-k 50 --top-p 0.9
+  echo "[2.0, 1.0, -Infinity, 0.5]" | headway explain - --top-k 2 --why 2 --why 3
+  headway explain --prompt "In the beginning" --min-p 0.05 --dialect llama.cpp
 """
 
 _ATTEND = """\

@@ -1,4 +1,4 @@
-"""Pictures of attention. Needs matplotlib: pip install 'headway[plot]'."""
+"""Pictures of attention and sampling. Needs matplotlib: pip install 'headway[plot]'."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from ._arrays import unwrap
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["attention_map"]
+    from .explain import Explanation
+
+__all__ = ["attention_map", "filter_stages"]
 
 
 def attention_map(weights: Any, tokens: Sequence[str] | None = None, *, columns: int = 4) -> Figure:
@@ -35,11 +37,7 @@ def attention_map(weights: Any, tokens: Sequence[str] | None = None, *, columns:
     >>> q, k = np.random.default_rng(0).normal(size=(2, 2, 3, 8))
     >>> figure = attention_map(hw.attention_weights(q, k, causal=True), ["the", "cat", "sat"])
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("attention_map needs matplotlib: pip install 'headway[plot]'") from error
-
+    make = _figure("attention_map")
     heads = unwrap(weights, "weights").astype("float64")
     if heads.ndim == 2:
         heads = heads[None]
@@ -50,7 +48,7 @@ def attention_map(weights: Any, tokens: Sequence[str] | None = None, *, columns:
         raise ValueError(f"tokens: expected {keys} words for {queries} queries and {keys} keys, got {len(tokens)}")
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(3.2 * columns, 3.2 * rows * max(0.4, min(queries / keys, 2)) + 0.6), layout="constrained")
+    figure = make(figsize=(3.2 * columns, 3.2 * rows * max(0.4, min(queries / keys, 2)) + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for head, axis in enumerate(axes):
         axis.set_visible(head < count)
@@ -66,3 +64,45 @@ def attention_map(weights: Any, tokens: Sequence[str] | None = None, *, columns:
             axis.set_xticks(range(keys), tokens, rotation=90)
             axis.set_yticks(range(queries), tokens[keys - queries :])
     return figure
+
+
+def filter_stages(explanation: Explanation) -> Figure:
+    """Draw what `headway.explain` found: how many tokens and how much mass each stage left, and the final head.
+
+    Raises ImportError where matplotlib is missing.
+
+    >>> import headway as hw
+    >>> from headway.plot import filter_stages
+    >>> figure = filter_stages(hw.explain([3.0, 2.0, 1.0], temperature=0.5, top_k=2))
+    """
+    make = _figure("filter_stages")
+    stages, head = explanation.stages, explanation.head
+    figure = make(figsize=(11, 0.8 + 0.32 * max(len(stages) + 2, len(head), 4)), layout="constrained")
+    counts, masses, best = figure.subplots(1, 3)
+
+    names = ["start", *(f"{stage.option} {stage.value:g}" for stage in stages)]
+    counts.barh(names, [explanation.vocabulary - explanation.banned, *(stage.after for stage in stages)])
+    counts.set_xscale("log")
+    counts.set_xlim(left=0.5)
+    counts.set_title("tokens left", fontsize=9)
+    masses.barh(names, [1.0, *(stage.kept_mass for stage in stages)])
+    masses.set_xlim(0, 1)
+    masses.set_title("mass kept by the stage", fontsize=9)
+    masses.tick_params(labelleft=False)
+    best.barh(range(len(head)), [one.probability for one in head])
+    # A dollar sign would begin a formula.
+    labels = [(repr(one.word) if one.word else str(one.token)).replace("$", r"\$") for one in head]
+    best.set_yticks(range(len(head)), labels)
+    best.set_title("probability", fontsize=9)
+    for axis in (counts, masses, best):
+        axis.invert_yaxis()
+        axis.tick_params(labelsize=8)
+    return figure
+
+
+def _figure(name: str) -> type[Figure]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"{name} needs matplotlib: pip install 'headway[plot]'") from error
+    return Figure

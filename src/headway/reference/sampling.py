@@ -240,15 +240,23 @@ def _temperature(row: _Row, temperature: float, step: Step) -> None:
     row.measure(temperature)
 
 
+def _below(row: _Row) -> AnyArray:
+    """How far each z is from the best one: 0 or less, in float64."""
+    return np.asarray(row.z.astype(np.float64) - float(row.z[0]))
+
+
+def _deviation(row: _Row) -> float:
+    """The standard deviation of z."""
+    below, count = _below(row), float(row.ids.size)
+    mean, mean_square = row.sum(below) / count, row.sum(below * below) / count
+    return math.sqrt(max(mean_square - mean * mean, 0.0))
+
+
 def _top_n_sigma(row: _Row, n: float, step: Step) -> None:
     """Tang et al. 2024 (arXiv:2411.07641): z at most n standard deviations below the best one's."""
     if n == OFF["top_n_sigma"]:
         return
-    below = row.z.astype(np.float64) - float(row.z[0])
-    count = float(row.ids.size)
-    mean, mean_square = row.sum(below) / count, row.sum(below * below) / count
-    deviation = math.sqrt(max(mean_square - mean * mean, 0.0))
-    stays = below >= -(n * deviation)
+    stays = _below(row) >= -(n * _deviation(row))
     row.keep(row.first(int(stays.sum()), step.ties))
 
 
@@ -277,11 +285,16 @@ def _min_p(row: _Row, p: float, step: Step) -> None:
     _heavy(row, _share(p, 1 << row.s), step)
 
 
+def _distance(row: _Row) -> AnyArray:
+    """How far each surprise is from the entropy, float32."""
+    return np.asarray(np.abs(row.x - np.float32(row.mean())))
+
+
 def _typical_p(row: _Row, p: float, step: Step) -> None:
     """Meister et al. 2022 (arXiv:2202.00666): as top_p, but ordered by the distance of surprise from entropy."""
     if p == OFF["typical_p"]:
         return
-    distance = np.abs(row.x - np.float32(row.mean()))
+    distance = _distance(row)
     order = np.lexsort((row.ids, _keys(distance)))
     mass = row.mass[order]
     count = int((np.cumsum(mass) - mass < _share(p, row.total, not step.equal)).sum())
@@ -295,19 +308,26 @@ def _epsilon_cutoff(row: _Row, epsilon: float, step: Step) -> None:
     _heavy(row, _share(epsilon, row.total), step)
 
 
+def _eta(row: _Row, epsilon: float) -> int:
+    middle = int(_weights(np.array([row.mean()], np.float32), row.s)[0])
+    return min(_share(epsilon, row.total), _share(math.sqrt(epsilon), middle))
+
+
 def _eta_cutoff(row: _Row, epsilon: float, step: Step) -> None:
     """Hewitt et al. 2022: at least min(epsilon, sqrt(epsilon) exp(-entropy)) of the whole.
 
     exp(-entropy) of the whole is the mass that a token at the mean of x would have.
     """
-    middle = int(_weights(np.array([row.mean()], np.float32), row.s)[0])
-    _heavy(row, min(_share(epsilon, row.total), _share(math.sqrt(epsilon), middle)), step)
+    _heavy(row, _eta(row, epsilon), step)
+
+
+def _coin(row: _Row) -> float:
+    return float((row.words(0)[1] >> 11) * 2.0**-53)
 
 
 def _xtc(row: _Row, probability: float, step: Step) -> None:
     """Exclude top choices (llama.cpp #9742): if the coin says so, all that reach the threshold go but the last."""
-    coin = (row.words(0)[1] >> 11) * 2.0**-53
-    if coin >= probability:
+    if _coin(row) >= probability:
         return
     least = max(1, _share(row.settings["xtc_threshold"], row.total, step.equal))
     top = np.flatnonzero(row.mass >= least)
@@ -333,8 +353,17 @@ _STAGES = {
 }
 
 
-def _through_stages(given: _Given, z: AnyArray, settings: _Settings, words: _Words) -> _Row:
-    """Take one row through the stages that its settings switch on, in its dialect's order."""
+def _through_stages(
+    given: _Given,
+    z: AnyArray,
+    settings: _Settings,
+    words: _Words,
+    watch: Callable[[_Row, Step, float], None] = lambda row, step, value: None,
+) -> _Row:
+    """Take one row through the stages that its settings switch on, in its dialect's order.
+
+    watch: sees the row, the stage and its value before each stage.
+    """
     dialect = rules(settings["dialect"], settings["nucleus"])
     settings = {name: _read(value, dialect.readings.get(name, ())) for name, value in settings.items()}
     row = _Row(given, z, settings, words)
@@ -343,7 +372,9 @@ def _through_stages(given: _Given, z: AnyArray, settings: _Settings, words: _Wor
         if value is not None:
             ties = "keep" if step.option == "top_k" and settings["ties"] == "keep" else step.ties
             row.floor = settings["min_tokens_to_keep"] if step.floor else 1
-            _STAGES[step.option](row, value, step._replace(ties=ties))
+            step = step._replace(ties=ties)
+            watch(row, step, value)
+            _STAGES[step.option](row, value, step)
     return row
 
 
