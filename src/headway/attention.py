@@ -474,7 +474,7 @@ def partial_attention(
             "kv_lengths: expected the number of keys of the whole beside causal='bottom_right', got None; "
             "a part does not know where the keys end"
         )
-    if window is not None and causal in (None, False):
+    if _window(window) != (None, None) and causal in (None, False):
         raise ValueError("window: expected causal='top_left' or 'bottom_right' beside it for a part, got None")
     call = prepare(
         q,
