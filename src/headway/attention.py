@@ -218,8 +218,6 @@ def prepare(
 
 
 # What becomes part of a plan's key is a plain value: a tensor, say, may change later and still be the same key.
-
-
 def _plain(x: Any, name: str, options: tuple[Any, ...]) -> Any:
     if type(x) not in (str, bool, NoneType):
         _check.choice(x, name, options)
