@@ -86,20 +86,6 @@ inline int64_t diagnose(const Sampling& task, int64_t index, const float* z) {
   return int64_t(SamplingFault::empty);
 }
 
-// The masses of a block's tokens, as they were weighed or, where nobody needed them so far, now.
-HEADWAY_FLATTEN inline Vec<int64_t> block_masses(const Row& row, int64_t b, Vec<int64_t> (&w)[kBlock / 16]) {
-  const Tokens& tokens = row.tokens;
-  if (!tokens.weight && !row.gaps) return block_weights(tokens.block(b), row.scale, w);
-  if (!tokens.weight) block_weights(tokens.block(b), row.scale, w);
-  Vec<int64_t> sum = int64_t(0);
-  for (int64_t v = 0; v < kBlock / 16; ++v) {
-    if (tokens.weight) w[v] = Vec<int64_t>::load(tokens.weight + b * kBlock + 16 * v);
-    if (row.gaps) w[v] = w[v] & convert<int64_t>(lane_mask(row.space.chosen[b] >> 16 * v));
-    sum = sum + w[v];
-  }
-  return sum;
-}
-
 constexpr int64_t kStretch = 16; // blocks that share a total
 
 // The first token, in id order, at which the running sum exceeds the word's share of the whole: totals of stretches,

@@ -42,15 +42,21 @@ template <class Holds> float lowest(float top, Holds holds) {
   return value_of(enough);
 }
 
-// A bound below which no logit has this weight, for skipping: exp rounds by less than 1e-7, so it may be out of order
-// with its argument by that much, and 2^-20 of slack is plenty.
-HEADWAY_FLATTEN inline float lowest_of_weight(const Scale& scale, int64_t weight) {
-  weight -= (weight >> 20) + 2;
-  return lowest(scale.top, [&](float z) {
-    int64_t w[16];
-    weights(Vec<float>(z), scale).store(w);
-    return w[0] >= weight;
-  });
+// Bounds below which no logit has this weight, and from which on every one has it. exp rounds by less than 1e-7, so it
+// may be out of order with its argument by that much; 2^-20 of slack is plenty. The weight is at most that of the best.
+struct WeightBounds {
+  float low, high;
+};
+HEADWAY_FLATTEN inline WeightBounds bounds_of_weight(const Scale& scale, int64_t weight) {
+  const auto reaches = [&](int64_t enough) {
+    return lowest(scale.top, [&](float z) {
+      int64_t w[16];
+      weights(Vec<float>(z), scale).store(w);
+      return w[0] >= enough;
+    });
+  };
+  const int64_t slack = (weight >> 20) + 2;
+  return {reaches(weight - slack), reaches(weight + slack)};
 }
 
 // Where a token's share of `target` comes from: itself, or its weight.

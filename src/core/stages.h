@@ -31,6 +31,20 @@ inline void weigh(Tokens& tokens, const Row& row) {
   weigh(tokens, row.scale, tokens.id ? row.space.list_weight : row.space.weight, row.space.team);
 }
 
+// The masses of a block's tokens, as they were weighed or, where nobody needed them so far, now.
+HEADWAY_FLATTEN inline Vec<int64_t> block_masses(const Row& row, int64_t b, Vec<int64_t> (&w)[kBlock / 16]) {
+  const Tokens& tokens = row.tokens;
+  if (!tokens.weight && !row.gaps) return block_weights(tokens.block(b), row.scale, w);
+  if (!tokens.weight) block_weights(tokens.block(b), row.scale, w);
+  Vec<int64_t> sum = int64_t(0);
+  for (int64_t v = 0; v < kBlock / 16; ++v) {
+    if (tokens.weight) w[v] = Vec<int64_t>::load(tokens.weight + b * kBlock + 16 * v);
+    if (row.gaps) w[v] = w[v] & convert<int64_t>(lane_mask(row.space.chosen[b] >> 16 * v));
+    sum = sum + w[v];
+  }
+  return sum;
+}
+
 // The chosen among `from`. Gaps stay bits until somebody needs numbers: the draw, which most often comes next, does
 // not.
 inline void keep_chosen(Row& row, const Tokens& from, int64_t count) {
@@ -145,20 +159,36 @@ inline Tokens reaching(const Row& row, float bound) {
   return are_few(row.tokens, count) ? list_chosen(row.tokens, row.space) : row.tokens;
 }
 
-// What has at least this weight; where that is too few, the first of the order.
-inline void keep_heavy(Row& row, int64_t weight, Ties ties) {
-  Tokens few = row.scale.one_hot < 0 ? reaching(row, lowest_of_weight(row.scale, weight)) : row.tokens;
-  weigh(few, row);
-  const int64_t count = choose(few, row.space, [&](int64_t b) {
-    const Vec<int64_t> least_weight = weight;
-    const uint64_t banned = block_bits(few.block(b), [](Vec<float> z) { return z == Vec<float>(kNever); });
-    return block_bits(few.weight + b * kBlock, [&](Vec<int64_t> w) { return w >= least_weight; }) & ~banned;
+// What has at least this weight; where that is too few, the first of the order. Only what is close to it is weighed.
+HEADWAY_FLATTEN inline void keep_heavy(Row& row, int64_t weight, Ties ties) {
+  const Tokens& tokens = row.tokens;
+  if (weight > int64_t(1) << row.scale.s) return keep_first(row, row.floor, ties);
+  if (row.scale.one_hot >= 0) weigh(row.tokens, row);
+  const WeightBounds bounds = bounds_of_weight(row.scale, weight);
+  const int64_t count = choose(tokens, row.space, [&](int64_t b) -> uint64_t {
+    if (!tokens.id && row.space.block_max[b] < bounds.low) return 0;
+    const Vec<float> low = bounds.low, high = bounds.high;
+    const uint64_t sure = block_bits(tokens.block(b), [&](Vec<float> z) { return z >= high; });
+    uint64_t unsure = block_bits(tokens.block(b), [&](Vec<float> z) { return z >= low; });
+    if (row.scale.one_hot < 0 && sure == unsure) return sure;
+    Vec<int64_t> w[kBlock / 16];
+    const Vec<int64_t> enough = weight;
+    block_masses(row, b, w);
+    for (int64_t v = 0; v < kBlock / 16; ++v)
+      unsure &= lane_bits(w[v] >= enough) << 16 * v | ~(uint64_t(0xffff) << 16 * v);
+    return unsure;
   });
-  keep(row, few, count, ties);
+  keep(row, tokens, count, ties);
 }
 
 // After a stage that may take the best token: where it did, masses are measured anew, with 2^s for the best one left.
 inline void measure_anew(Row& row) {
+  for (int64_t b = 0; row.gaps && b < row.tokens.blocks(); ++b) {
+    const Vec<float> top = row.scale.top;
+    if (row.space.block_max[b] == row.scale.top &&
+        block_bits(row.tokens.block(b), [&](Vec<float> z) { return z == top; }) & row.space.chosen[b])
+      return; // it is still there
+  }
   close_gaps(row);
   const float best = best_logit(row);
   if (best == row.scale.top) return;
@@ -247,21 +277,26 @@ HEADWAY_FLATTEN inline int64_t mass_of_maxima(const Row& row) {
   return sum(mass);
 }
 
+// Tokens that hold at least this mass and are a short list, as on most rows a few do; or all. The best ones: those that
+// reach the k-th largest block maximum, for growing k.
+inline Tokens holding(const Row& row, int64_t target) {
+  const int64_t blocks = row.tokens.blocks();
+  if (row.tokens.id || mass_of_maxima(row) < target - target / 8) return row.tokens;
+  const int64_t last = blocks - blocks / 16;
+  for (int64_t k = 8; k <= last; k = k < last ? least(8 * k, last) : last + 1) {
+    const float bound = kth_largest(row.space.block_max, blocks, k, row.space);
+    if (mass_reaching(row, bound) >= target) return reaching(row, bound);
+  }
+  return row.tokens;
+}
+
 inline void top_p(Row& row, const Step& step) {
   const double p = step.value[0][row.index];
   if (p == 1.0) return;
   weigh(row.tokens, row);
-  const int64_t target = share(p, row.tokens.total, !step.equal), blocks = row.tokens.blocks();
+  const int64_t target = share(p, row.tokens.total, !step.equal);
   if (target == 0) return keep_first(row, row.floor, step.ties);
-  // On most rows a few tokens hold the mass: try those that reach the k-th largest block maximum, for growing k.
-  Tokens few = row.tokens;
-  const int64_t last = few.id || mass_of_maxima(row) < target - target / 8 ? 0 : blocks - blocks / 16;
-  for (int64_t k = 8; k <= last; k = k < last ? least(8 * k, last) : last + 1) {
-    const float bound = kth_largest(row.space.block_max, blocks, k, row.space);
-    if (mass_reaching(row, bound) < target) continue;
-    few = reaching(row, bound);
-    break;
-  }
+  const Tokens few = holding(row, target);
   const Boundary end = select_prefix(few, ByMass{few.weight}, target, step.ties, row.space);
   keep(row, few, choose_inside(few, row.space, end), step.ties);
 }
@@ -272,28 +307,46 @@ inline void min_p(Row& row, const Step& step) {
   keep_heavy(row, share(p, int64_t(1) << row.scale.s), step.ties);
 }
 
+// The same tokens with their distances from the mean for logits: negative, so that the nearest are the best.
+HEADWAY_FLATTEN inline Tokens by_distance(const Row& row, const Tokens& tokens, float mean) {
+  float* distance = row.space.distance;
+  const Vec<float> middle = mean, zero = 0.0f;
+  for (int64_t b = 0; b < tokens.blocks(); ++b)
+    for (int64_t v = 0; v < kBlock; v += 16) {
+      const Vec<float> z = Vec<float>::load(tokens.block(b) + v), apart = exponents(z, row.scale) - middle;
+      select(z == Vec<float>(kNever), z, select(apart > zero, zero - apart, apart)).store(distance + b * kBlock + v);
+    }
+  Tokens near = tokens;
+  near.z = distance;
+  near.last = distance + (near.blocks() - 1) * kBlock;
+  return near;
+}
+
 inline void typical_p(Row& row, const Step& step) {
   const double p = step.value[0][row.index];
   if (p == 1.0) return;
   weigh(row.tokens, row);
-  const Vec<float> mean = float(moments(row).mean), zero = 0.0f;
-  float* distance = row.space.distance; // negative, so that the nearest are the best
-  for (int64_t b = 0; b < row.tokens.blocks(); ++b)
-    for (int64_t v = 0; v < kBlock; v += 16) {
-      const Vec<float> z = Vec<float>::load(row.tokens.block(b) + v), apart = exponents(z, row.scale) - mean;
-      select(z == Vec<float>(kNever), z, select(apart > zero, zero - apart, apart)).store(distance + b * kBlock + v);
-    }
-  Tokens by_distance = row.tokens;
-  by_distance.z = distance;
-  by_distance.last = distance + (by_distance.blocks() - 1) * kBlock;
-  const auto choose_near = [&](Boundary end) {
-    return choose(by_distance, row.space, Inside{by_distance, nullptr, end});
-  };
+  const float mean = float(moments(row).mean);
   const int64_t target = share(p, row.tokens.total, !step.equal), floor = least(row.floor, row.tokens.n);
+  const auto choose_near = [&](const Tokens& tokens, Boundary end) {
+    return choose(tokens, row.space, Inside{tokens, nullptr, end});
+  };
+  // A few tokens that hold the mass will do, if all below them are farther from the mean than what they give.
+  if (const Tokens few = floor == 1 && target > 0 ? holding(row, target) : row.tokens; few.id && !row.tokens.id) {
+    const Tokens near = by_distance(row, few, mean);
+    const Boundary end = select_prefix(near, ByMass{near.weight}, target, step.ties, row.space);
+    float lowest = row.scale.top, farthest[16];
+    for (int64_t i = 0; i < few.n; ++i) lowest = few.z[i] < lowest ? few.z[i] : lowest;
+    (exponents(Vec<float>(lowest), row.scale) - Vec<float>(mean)).store(farthest);
+    if (farthest[0] < 0 && farthest[0] < end.value) {
+      keep_chosen(row, few, choose_near(near, end));
+      return measure_anew(row);
+    }
+  }
+  const Tokens near = by_distance(row, row.tokens, mean);
   int64_t count = 0;
-  if (target > 0)
-    count = choose_near(select_prefix(by_distance, ByMass{row.tokens.weight}, target, step.ties, row.space));
-  if (count < floor) count = choose_near(select_prefix(by_distance, ByCount{}, floor, Ties::lowest_id, row.space));
+  if (target > 0) count = choose_near(near, select_prefix(near, ByMass{near.weight}, target, step.ties, row.space));
+  if (count < floor) count = choose_near(near, select_prefix(near, ByCount{}, floor, Ties::lowest_id, row.space));
   keep_chosen(row, row.tokens, count);
   measure_anew(row);
 }
