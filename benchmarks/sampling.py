@@ -216,7 +216,7 @@ def _numpy(logits: Array, options: Options) -> Candidate:
 
 
 def _llama_cpp(logits: Array, options: Options) -> Candidate:
-    """Run a chain of samplers in the default order on a filled array of candidates, as its own loop does."""
+    """Fill the array of candidates and run a chain of samplers in the default order, as its own loop does."""
     import llama_cpp as llama
 
     made = {
@@ -238,19 +238,16 @@ def _llama_cpp(logits: Array, options: Options) -> Candidate:
     llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_dist(1))
 
     table = np.atleast_2d(logits)
-    candidate = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-    filled = np.zeros(table.shape, candidate)
-    filled["id"], filled["logit"] = np.arange(table.shape[1]), table
-    space = np.empty(table.shape[1], candidate)
-    at = space.ctypes.data_as(llama.llama_token_data_p)
+    candidates = np.zeros(table.shape[1], [("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+    ids, first = np.arange(len(candidates), dtype=np.int32), candidates.ctypes.data_as(llama.llama_token_data_p)
 
     def run() -> list[int]:
         drawn = []
-        for row in filled:
-            space[:] = row  # the chain works in place, so each draw needs the candidates anew
-            array = llama.llama_token_data_array(data=at, size=len(space), selected=-1, sorted=False)
+        for row in table:
+            candidates["id"], candidates["logit"] = ids, row  # a draw moves them about, and begins with a full array
+            array = llama.llama_token_data_array(data=first, size=len(candidates), selected=-1, sorted=False)
             llama.llama_sampler_apply(chain, byref(array))
-            drawn.append(int(space["id"][array.selected]))
+            drawn.append(int(candidates["id"][array.selected]))
         return drawn
 
     return Candidate(run)
