@@ -224,7 +224,9 @@ inline void top_p(Row& row, const Step& step) {
   if (p == 1.0) return;
   weigh(row.tokens, row);
   const int64_t target = share(p, row.tokens.total, !step.equal), blocks = row.tokens.blocks();
-  if (target == 0) return keep_first(row, row.floor, step.ties);
+  // At temperature 0 no token equals the first of the order, which has all the mass.
+  const Ties ties = row.scale.one_hot < 0 ? step.ties : Ties::lowest_id;
+  if (target == 0) return keep_first(row, row.floor, ties);
   // On most rows a few tokens hold the mass: try those that reach the k-th largest block maximum, for growing k.
   Tokens few = row.tokens;
   for (int64_t k = 8; !few.id && k < blocks / 2; k *= 8) {
@@ -233,8 +235,8 @@ inline void top_p(Row& row, const Step& step) {
     few = reaching(row, bound);
     break;
   }
-  const Boundary end = select_prefix(few, ByMass{few.weight}, target, step.ties, row.space);
-  keep(row, few, choose_inside(few, row.space, end), step.ties);
+  const Boundary end = select_prefix(few, ByMass{few.weight}, target, ties, row.space);
+  keep(row, few, choose_inside(few, row.space, end), ties);
 }
 
 inline void min_p(Row& row, const Step& step) {
