@@ -457,17 +457,16 @@ def test_exact_boundaries(name: str) -> None:
     """Rows of 2^n equal logits: every share is exact in float32 too, so that every boundary must be met exactly."""
     dialect, open_library, stable = LIBRARIES[name]
     library = open_library()
+    steps = {step.option for step in DIALECTS[dialect].steps}
     for V in (2, 8, 64):
         logits = np.full((1, V), 1.5, np.float32)
-        for k in range(1, V + 1):
-            for options in ({"top_p": k / V}, {"top_k": k}, {"top_k": k, "top_p": 0.5}):
-                if options.get("top_p") == 1.0 or ("top_k" in options and k & (k - 1)):
-                    continue
-                got, want = (
-                    left(logits[0], each[0], stable)
-                    for each in (kept(dialect, logits, options), library(logits, options))
-                )
-                assert np.array_equal(got, want), options
+        cases: list[Options] = [{name: k / V} for name in ("top_p", "typical_p") if name in steps for k in range(1, V)]
+        cases += [{"top_k": 2**n, **p} for n in range(V.bit_length()) for p in ({}, {"top_p": 0.5})]
+        if "xtc_probability" in steps:
+            cases += [{"xtc_probability": 1.0, "xtc_threshold": k / V} for k in (0.5, 1, 2) if k / V <= 0.5]
+        for options in cases:
+            got, want = kept(dialect, logits, options)[0], library(logits, options)[0]
+            assert np.array_equal(left(logits[0], got, stable), left(logits[0], want, stable)), options
 
 
 def test_the_test_sees_a_wrong_dialect() -> None:
