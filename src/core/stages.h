@@ -295,10 +295,12 @@ inline void top_p(Row& row, const Step& step) {
   if (p == 1.0) return;
   weigh(row.tokens, row);
   const int64_t target = share(p, row.tokens.total, !step.equal);
-  if (target == 0) return keep_first(row, row.floor, step.ties);
+  // At temperature 0 no token equals the first of the order, which has all the mass.
+  const Ties ties = row.scale.one_hot < 0 ? step.ties : Ties::lowest_id;
+  if (target == 0) return keep_first(row, row.floor, ties);
   const Tokens few = holding(row, target);
-  const Boundary end = select_prefix(few, ByMass{few.weight}, target, step.ties, row.space);
-  keep(row, few, choose_inside(few, row.space, end), step.ties);
+  const Boundary end = select_prefix(few, ByMass{few.weight}, target, ties, row.space);
+  keep(row, few, choose_inside(few, row.space, end), ties);
 }
 
 inline void min_p(Row& row, const Step& step) {
