@@ -15,8 +15,8 @@ CORE := $(shell find src/core -type f) CMakeLists.txt pyproject.toml
 CXX_FILES := $(shell find src/core tests -name '*.h' -o -name '*.cpp')
 
 # The CPU build of PyTorch is asked for by its version: an open requirement would bring gigabytes of CUDA along.
-PEERS := torch==2.13.0 transformers>=5,<6
-BENCH_PEERS := onnx>=1.18 onnxruntime>=1.23 openvino>=2025.0 jax>=0.6
+PEERS := torch==2.13.0 transformers>=5,<6 mlx[cpu]>=0.29 mlx-lm>=0.28
+BENCH_PEERS := onnx>=1.18 onnxruntime>=1.23 openvino>=2025.0 jax>=0.6 llama-cpp-python>=0.3.16
 
 .PHONY: demo test check bench versions cross stub format clean
 .DELETE_ON_ERROR:
