@@ -17,6 +17,7 @@ from test_sampling_statistics import chi_square, power
 import headway as hw
 from headway import reference
 from headway._dialects import rules
+from headway.penalties import Histories, checked
 
 KINDS = ["normal", "few values", "extremes", "subnormal", "bans", "zeros of both signs"]
 
@@ -100,6 +101,64 @@ def test_penalties_take_time_linear_in_the_history(history: list[int]) -> None:
 
     logits, whole = np.zeros(1000, np.float32), np.array(history)
     assert seconds(whole) < 100 * seconds(whole[:10_000])
+
+
+@given(st.data())
+@settings(max_examples=150)
+def test_counting_on_equals_counting_anew(data: st.DataObject) -> None:
+    """Tokens come one by one and leave windows, rows come, go and use slots again: every logit is that of `penalize`."""
+    rng, V = np.random.default_rng(data.draw(st.integers(0, 2**32))), data.draw(st.sampled_from([2, 3, 6]))
+    histories = Histories(np.zeros((0, 4), np.int64), np.zeros((0, 4), np.bool_), np.zeros(0, np.int64))
+    rows: dict[int, tuple[list[int], dict[str, Any]]] = {}  # by slot
+    for _ in range(data.draw(st.integers(1, 60))):
+        action = data.draw(st.sampled_from(["admit", "retire", *["append"] * 8]))
+        if action == "admit":
+            options = {name: data.draw(values) for name, values in PENALTIES.items() if data.draw(st.booleans())}
+            options["dry_breakers"] = rng.integers(0, V, data.draw(st.integers(0, 1))).tolist()
+            prompt = rng.integers(0, V, data.draw(st.sampled_from([0, 1, 3, 20])))
+            slot = histories.admit(prompt, np.isin(prompt, options["dry_breakers"]))
+            assert slot not in rows
+            rows[slot] = (prompt.tolist(), options)
+        elif action == "retire" and rows:
+            slot = data.draw(st.sampled_from(list(rows)))
+            histories.retire(slot)
+            del rows[slot]
+        elif action == "append":
+            tokens = rng.integers(0, V, len(rows))
+            breaks = [
+                token in options["dry_breakers"] for token, (_, options) in zip(tokens, rows.values(), strict=True)
+            ]
+            histories.append(np.array(list(rows), np.int64), tokens, np.array(breaks, np.bool_))
+            for token, (history, _) in zip(tokens.tolist(), rows.values(), strict=True):
+                history.append(token)
+        if data.draw(st.integers(0, 3)) and rows:  # now and then several tokens come between
+            logits = draw_logits(data, (len(rows), V), rng).astype(np.float64)
+            each = [checked(options) for _, options in rows.values()]
+            values = {name: np.array([own[name] for own in each]) for name in each[0]}
+            histories.penalize(logits, np.array(list(rows), np.int64), values)
+            for z, (slot, (history, options)) in zip(logits, rows.items(), strict=True):
+                want, n = hw.penalize(z, history, **options), histories.distinct[slot]
+                z[histories.id[slot, :n]] = histories.logit[slot, :n]
+                assert same_bits(z, want)
+
+
+def test_a_step_does_not_take_longer_after_a_longer_history() -> None:
+    """The tokens that differ matter, how often they came does not; with DRY the history counts, but is read once."""
+
+    def seconds(tokens: int, **penalties: Any) -> float:
+        sampler = hw.Sampler(1000)
+        for i in range(4):
+            sampler.admit(None, np.arange(tokens) % 100, seed=i, **penalties)
+        took = []
+        for _ in range(30):
+            start = time.perf_counter()
+            sampler.step(logits)
+            took.append(time.perf_counter() - start)
+        return min(took)
+
+    logits = np.random.default_rng(3).standard_normal((4, 1000)).astype(np.float32)
+    for penalties in ({"repetition": 1.2}, {"frequency": 0.1, "window": 100_000}):
+        assert seconds(400_000, **penalties) < 3 * seconds(1_000, **penalties)
 
 
 BAD_PENALTIES = [

@@ -1,7 +1,7 @@
 """Penalties: lower logits for tokens that occurred before, and for those that would repeat what was said.
 
-The kernel in `src/core/penalties.h` finds the new logits of the tokens of a history, in time linear in the history;
-`penalize` writes them into a copy of the logits, `Sampler` hands them on to the draw.
+The kernel in `src/core/penalties.h` finds the new logits of the tokens of a history, for which it counts them once and
+then on; `penalize` writes the logits into a copy, `Sampler` keeps the counts and hands the logits on to the draw.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["penalize"]
 
 _LARGEST = float(np.finfo(np.float32).max)
-Edits = list[Array]  # how many logits of each row change; (rows, capacity): which, and what they become
 
 
 class Penalties(TypedDict, total=False):
@@ -110,18 +109,19 @@ def penalize(
     settings = checked(penalties)
     tokens, length = _histories(token_ids, lengths, lead, vocabulary)
     breakers = breaker_ids(penalties.get("dry_breakers", ()), vocabulary)
-    breaks = np.isin(tokens, breakers).view(np.uint8) if breakers.size else None
     rows = {
         name: np.ascontiguousarray(value if not value.ndim else broadcast(name, value, lead)).reshape(-1)
         for name, value in settings.items()
     }
     out = np.array(data, order="C", copy=True)
     if out.size:
+        breaks = np.isin(tokens, breakers) if breakers.size else np.zeros(tokens.shape, np.bool_)
+        histories = Histories(tokens, breaks, length)
         flat = out.reshape(-1, vocabulary)
-        count, ids, values = edits(flat, tokens, breaks, length, rows)
-        changed = np.arange(ids.shape[-1]) < count[:, None]
-        new = _arrays.Operand(values[changed], "float64", _arrays.as_bits).astype(operand.dtype)
-        flat[changed.nonzero()[0], ids[changed]] = new
+        histories.penalize(flat, np.arange(len(flat)), rows)
+        changed = np.arange(tokens.shape[-1]) < histories.distinct[:, None]
+        new = _arrays.Operand(histories.logit[changed], "float64", _arrays.as_bits).astype(operand.dtype)
+        flat[changed.nonzero()[0], histories.id[changed]] = new
     return operand.wrap(out, operand.dtype)
 
 
@@ -141,16 +141,82 @@ def breaker_ids(breakers: ArrayLike, vocabulary: int) -> Array:
     return _check.integers(breakers, "dry_breakers", 0, vocabulary - 1).reshape(-1)
 
 
-def edits(data: Array, tokens: Array, breaks: Array | None, length: Array, settings: Mapping[str, Array]) -> Edits:
-    """Return what penalties change in rows of logits: data (rows, V), tokens (rows, capacity), the rest (rows,)."""
-    changes: Edits = [
-        np.empty(len(tokens), np.int64),
-        np.empty(tokens.shape, np.int64),
-        np.empty(tokens.shape, np.float64),
-    ]
-    names = ("window", "repetition", "frequency", "presence", "dry_multiplier", "dry_base", "dry_allowed_length")
-    _native.penalize(data, tokens, breaks, length, *(settings[name] for name in names), *changes)
-    return changes
+class Histories:
+    """The tokens of rows, and what the kernel has counted of them. Each row has a slot, used again when it is left.
+
+    tokens, breaks (slots, capacity): each row's tokens, the oldest first, and which of them are breakers.
+    length (slots,): how many of them there are.
+    counted, distinct (slots,); id, times, same, logit (slots, capacity): the kernel's own, `kernels.h` says what.
+    """
+
+    def __init__(self, tokens: Array, breaks: Array, length: Array) -> None:
+        self.tokens, self.breaks, self.length = tokens, breaks.view(np.uint8), length
+        self.counted, self.distinct = np.zeros((2, len(tokens)), np.int64)
+        self.id, self.times, self.same = (np.empty(tokens.shape, np.int64) for _ in range(3))
+        self.logit = np.empty(tokens.shape, np.float64)
+        self._free: list[int] = []
+
+    def admit(self, tokens: Array, breaks: Array) -> int:
+        """Give a row a slot."""
+        if not self._free:
+            used = len(self.length)
+            self._free = list(range(2 * used, used - 1, -1))
+            self._grow(len(self._free), 0)
+        self._make_room(tokens.size)
+        slot = self._free.pop()
+        self.tokens[slot, : tokens.size] = tokens
+        self.breaks[slot, : tokens.size] = breaks
+        self.length[slot], self.counted[slot], self.distinct[slot] = tokens.size, 0, 0
+        return slot
+
+    def retire(self, slot: int) -> None:
+        """Take a row's slot back."""
+        self.length[slot] = 0
+        self._free.append(slot)
+
+    def append(self, slots: Array, tokens: Array, breaks: Array) -> None:
+        """Add one token to each of these rows."""
+        at = self.length[slots]
+        self._make_room(int(at.max(initial=0)) + 1)
+        self.tokens[slots, at], self.breaks[slots, at] = tokens, breaks
+        self.length[slots] = at + 1
+
+    def penalize(self, data: Array, slots: Array, settings: Mapping[str, Array]) -> _native.Histories:
+        """Find the logits that penalties change in data (rows, V), the settings (rows,)."""
+        rows = self.of(slots)
+        names = ("window", "repetition", "frequency", "presence", "dry_multiplier", "dry_base", "dry_allowed_length")
+        _native.penalize(data, rows, *(settings[name] for name in names))
+        return rows
+
+    def of(self, slots: Array) -> _native.Histories:
+        """Return these rows as the kernels take them."""
+        return _native.Histories(
+            slot=slots,
+            tokens=self.tokens,
+            breakers=self.breaks,
+            length=self.length,
+            counted=self.counted,
+            distinct=self.distinct,
+            id=self.id,
+            times=self.times,
+            same=self.same,
+            logit=self.logit,
+        )
+
+    def _make_room(self, tokens: int) -> None:
+        """Double every row's room until it holds so many tokens."""
+        room = self.tokens.shape[-1]
+        more = room
+        while more < tokens:
+            more *= 2
+        if more > room:
+            self._grow(0, more - room)
+
+    def _grow(self, slots: int, room: int) -> None:
+        for name in ("tokens", "breaks", "id", "times", "same", "logit"):
+            setattr(self, name, np.pad(getattr(self, name), ((0, slots), (0, room))))
+        for name in ("length", "counted", "distinct"):
+            setattr(self, name, np.pad(getattr(self, name), (0, slots)))
 
 
 def _histories(

@@ -267,19 +267,18 @@ class _Run:
         tokens: Array | None = None,
         probabilities: Array | None = None,
         filtered: Array | None = None,
-        edits: list[Array] | None = None,
         **source: Any,
     ) -> None:
         """Fill the outputs that are given."""
         status = np.empty(self.rows, np.int64)
-        rows = self.native(status, edits, **source)
+        rows = self.native(status, **source)
         if self.rows and not _native.sample(rows, draws, replacement, tokens, probabilities, filtered):
             self.fail(status, draws)
 
     def native(
         self,
         status: Array,
-        edits: list[Array] | None = None,
+        histories: _native.Histories | None = None,
         *,
         seed: Array | None = None,
         position: Array | None = None,
@@ -299,7 +298,7 @@ class _Run:
             packed=packed,
             steps=self.steps(),
             min_tokens=self.per_row("min_tokens_to_keep"),
-            edits=edits,
+            histories=histories,
             seed=seed,
             position=position,
             rows_per_stream=rows_per_stream,
