@@ -106,7 +106,7 @@ def test_penalties_take_time_linear_in_the_history(history: list[int]) -> None:
 @given(st.data())
 @settings(max_examples=150)
 def test_counting_on_equals_counting_anew(data: st.DataObject) -> None:
-    """Tokens come one by one and leave windows, rows come, go and use slots again: every logit is that of `penalize`."""
+    """Tokens come one by one and leave windows, rows come, go and use slots again: all is as in `penalize`."""
     rng, V = np.random.default_rng(data.draw(st.integers(0, 2**32))), data.draw(st.sampled_from([2, 3, 6]))
     histories = Histories(np.zeros((0, 4), np.int64), np.zeros((0, 4), np.bool_), np.zeros(0, np.int64))
     rows: dict[int, tuple[list[int], dict[str, Any]]] = {}  # by slot
@@ -477,10 +477,12 @@ def test_a_sampler_equals_row_by_row_sampling(data: st.DataObject) -> None:
             del alone[handle]
         elif action == "step":
             logits = (rng.standard_normal((len(alone), V)) * 2).astype(DTYPES[data.draw(st.sampled_from(list(DTYPES)))])
-            tokens = sampler.step(logits)
-            assert same_bits(tokens, other.step(logits))
-            for token, row, one in zip(tokens, logits, alone.values(), strict=True):
-                assert one.step(row[None])[0] == token
+            kinds = [None, np.arange(V) != 3, np.full(-(-V // 32), -6, np.int32), [0, 2, 3]]
+            masks = [data.draw(st.sampled_from(kinds)) for _ in alone]
+            tokens = sampler.step(logits, allowed=masks)
+            assert same_bits(tokens, other.step(logits, allowed=masks))
+            for token, row, mask, one in zip(tokens, logits, masks, alone.values(), strict=True):
+                assert one.step(row[None], allowed=[mask])[0] == token
 
 
 def test_a_sampler_knows_the_breakers_that_it_drew() -> None:
@@ -557,3 +559,30 @@ def test_bad_rows(call: dict[str, Any], error: type[Exception], message: str) ->
     with pytest.raises(error, match=message):
         sampler.admit(**call)
     assert sampler.handles == []
+
+
+BAD_MASKS = [
+    (np.ones(70, bool), ValueError, r"^allowed: expected a mask for each active row, of shape \(2, 70\) for bool or"),
+    (np.ones((2, 2), np.int32), ValueError, r"or \(2, 3\) for packed int32, .*got uint32 of shape \(2, 2\)"),
+    (np.ones((2, 70), np.float32), TypeError, r"^allowed: expected a bool mask"),
+    (np.array([1, 2]), ValueError, r"^allowed: expected a mask for each active row, .*got int64 of shape \(2,\)"),
+    ({1, 2}, ValueError, r"^allowed: expected a mask for each active row"),
+    ([None], ValueError, r"^allowed: expected 2 masks, one for each active row, got 1"),
+    ([None, np.ones(7, bool)], ValueError, r"^allowed\[1\]: expected a last axis of 70, one for each token"),
+    ([np.ones((1, 70), bool), None], ValueError, r"^allowed\[0\]: expected a shape that broadcasts to \(70,\)"),
+    ([None, np.ones(2, np.int32)], ValueError, r"^allowed\[1\]: expected a packed mask of 3 32-bit words"),
+    ([None, [70]], ValueError, r"^allowed\[1\]: expected ids from 0 to 69, got 70"),
+    ([3, 5], TypeError, r"^allowed\[0\]: expected a bool mask"),
+    ([None, "abc"], TypeError, r"^allowed\[1\]: expected a bool mask"),
+    ("ab", TypeError, r"^allowed: expected a bool mask"),
+]
+
+
+@pytest.mark.parametrize(("allowed", "error", "message"), BAD_MASKS, ids=[b[2][:40] for b in BAD_MASKS])
+def test_bad_masks(allowed: Any, error: type[Exception], message: str) -> None:
+    sampler, logits = hw.Sampler(70), np.zeros((2, 70))
+    handles = [sampler.admit(seed=i) for i in range(2)]
+    with pytest.raises(error, match=message):
+        sampler.step(logits, allowed=allowed)
+    assert sampler.handles == handles
+    assert sampler.step(logits).tolist() == hw.sample(logits, seed=[0, 1]).tolist()

@@ -233,6 +233,45 @@ def broadcast(name: str, array: Array, shape: tuple[int, ...]) -> Array:
         raise ValueError(f"{name}: expected a shape that broadcasts to {shape}, got {array.shape}") from None
 
 
+def known_ids(name: str, ids: Array, vocabulary: int) -> Array:
+    """Return token ids that are all of the vocabulary."""
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
+        bad = ids[(ids < 0) | (ids >= vocabulary)][0]
+        raise ValueError(f"{name}: expected ids from 0 to {vocabulary - 1}, got {bad}")
+    return ids
+
+
+def per_token(name: str, array: Array, shape: tuple[int, ...]) -> Array:
+    """Return an array of one number for each token, (..., V), in this shape."""
+    if array.shape[-1:] != shape[-1:]:
+        raise ValueError(f"{name}: expected a last axis of {shape[-1]}, one for each token, got shape {array.shape}")
+    return broadcast(name, array, shape)
+
+
+def mask_bytes(name: str, allowed: Array, shape: tuple[int, ...]) -> tuple[Array, bool]:
+    """Return what `allowed` came to for logits of this shape as bytes, and whether each holds eight tokens."""
+    *lead, vocabulary = shape
+    if allowed.dtype == np.int64:
+        mask = np.zeros(vocabulary, np.uint8)
+        mask[known_ids(name, allowed, vocabulary)] = 1
+        return per_token(name, mask, shape), False
+    if allowed.dtype == np.bool_:
+        return per_token(name, allowed.view(np.uint8), shape), False
+    words = -(-vocabulary // 32)
+    if allowed.ndim == 0 or allowed.shape[-1] != words:
+        raise ValueError(
+            f"{name}: expected a packed mask of {words} 32-bit words for {vocabulary} tokens, got shape "
+            f"{allowed.shape}; give ids as a list or an int64 array"
+        )
+    packed = np.ascontiguousarray(allowed).view(np.uint8)
+    return broadcast(name, packed, (*lead, packed.shape[-1])), True
+
+
+def unpacked(packed: Array, vocabulary: int) -> Array:
+    """Return a packed mask, bytes of eight tokens, as bool (..., V)."""
+    return np.unpackbits(packed, axis=-1, count=vocabulary, bitorder="little").view(np.bool_)
+
+
 def flat(array: Array) -> Array:
     """Return (..., n) as (rows, n)."""
     return array.reshape(math.prod(array.shape[:-1]), array.shape[-1])

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from . import _arrays, _check
 from ._dialects import OFF, Step
-from ._options import Array
+from ._options import Array, unpacked
 from .reference import sampling as definition
 from .sampling import Options, SamplingParams, _Run, _shows_options
 
@@ -432,10 +432,8 @@ def _mask(run: _Run) -> Array | None:
     allowed, packed = run.allowed()
     if allowed is None:
         return None
-    flat = np.ascontiguousarray(allowed).reshape(-1)
-    if packed:
-        flat = np.unpackbits(flat, bitorder="little")
-    return np.asarray(flat[: run.vocabulary] != 0)
+    row = np.ascontiguousarray(allowed).reshape(-1)
+    return unpacked(row, run.vocabulary) if packed else row.view(np.bool_)
 
 
 def _words(tokens: Sequence[str] | Words | None, vocabulary: int) -> Words:

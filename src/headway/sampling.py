@@ -32,6 +32,9 @@ from ._options import (
     frozen,
     identity,
     in_row,
+    known_ids,
+    mask_bytes,
+    per_token,
     shown,
 )
 
@@ -354,42 +357,14 @@ class _Run:
             return None
         if isinstance(bias, Sparse):
             dense = np.zeros(self.vocabulary, np.float32)
-            dense[self.ids("logit_bias", bias.ids)] = bias.values
+            dense[known_ids("logit_bias", bias.ids, self.vocabulary)] = bias.values
             bias = dense
-        return self.per_token("logit_bias", bias)
+        return per_token("logit_bias", bias, self.data.shape)
 
     def allowed(self) -> tuple[Array | None, bool]:
         """Return the mask as bytes, and whether each byte holds eight tokens."""
         allowed = self.settings["allowed"]
-        if allowed is None:
-            return None, False
-        if allowed.dtype == np.int64:
-            mask = np.zeros(self.vocabulary, np.uint8)
-            mask[self.ids("allowed", allowed)] = 1
-            return self.per_token("allowed", mask), False
-        if allowed.dtype == np.bool_:
-            return self.per_token("allowed", allowed.view(np.uint8)), False
-        words = -(-self.vocabulary // 32)
-        if allowed.ndim == 0 or allowed.shape[-1] != words:
-            raise ValueError(
-                f"allowed: expected a packed mask of {words} 32-bit words for {self.vocabulary} tokens, got shape "
-                f"{allowed.shape}; give ids as a list or an int64 array"
-            )
-        packed = np.ascontiguousarray(allowed).view(np.uint8)
-        return broadcast("allowed", packed, (*self.lead, packed.shape[-1])), True
-
-    def per_token(self, name: str, array: Array) -> Array:
-        if array.shape[-1:] != (self.vocabulary,):
-            raise ValueError(
-                f"{name}: expected a last axis of {self.vocabulary}, one for each token, got shape {array.shape}"
-            )
-        return broadcast(name, array, self.data.shape)
-
-    def ids(self, name: str, ids: Array) -> Array:
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocabulary:
-            bad = ids[(ids < 0) | (ids >= self.vocabulary)][0]
-            raise ValueError(f"{name}: expected ids from 0 to {self.vocabulary - 1}, got {bad}")
-        return ids
+        return (None, False) if allowed is None else mask_bytes("allowed", allowed, self.data.shape)
 
     def fail(self, status: Array, draws: int = 1) -> None:
         """Raise what the kernel found in the first row that has a fault."""

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from . import _arrays, _check, _native
 from ._dialects import OFF
-from ._options import Array, Settings
+from ._options import CHECKS, Array, Settings, mask_bytes, unpacked
 from .penalties import Histories, Penalties, breaker_ids, checked
 from .sampling import SamplingParams, _Run
 
@@ -113,14 +113,14 @@ class Sampler:
 
         source, bias = alone.source(), alone.bias()
         allowed, packed = alone.allowed()
-        if allowed is not None and packed:
-            allowed = np.unpackbits(allowed, count=self.vocabulary, bitorder="little")
+        if allowed is not None:
+            allowed = unpacked(allowed, self.vocabulary) if packed else allowed.view(np.bool_)
         row = _Row(
             self._admitted,
             self._histories.admit(prompt, np.isin(prompt, breakers)),
             alone.settings
             | {"seed": source["seed"][0], "position": source["position"][0]}
-            | {"allowed": None if allowed is None else allowed.view(np.bool_), "logit_bias": bias},
+            | {"allowed": allowed, "logit_bias": bias},
             own,
             frozenset(breakers.tolist()),
         )
@@ -138,11 +138,21 @@ class Sampler:
         self._position = np.delete(self._position, at)
         self._regroup(self._rows[:at] + self._rows[at + 1 :])
 
-    def step(self, logits: ArrayLike) -> Any:
+    def step(self, logits: ArrayLike, *, allowed: Any = None) -> Any:
         """Draw one token for each active row.
 
         logits (rows, V), in the order of `handles` -> int64 (rows,), the same kind of array. Where a row has an error,
-        no row draws.
+        no row draws: the message names it, and the step may be taken again with other logits or after a `retire`.
+
+        allowed is for this step alone, such as a grammar's: which tokens each row may draw, of those that its params
+        allow. A bool array (rows, V); an int32 or uint32 array (rows, ceil(V / 32)) with token 0 in the lowest bit of
+        the first word, as grammar libraries fill it; or a list with, for each row, such a mask, ids, or None.
+
+        >>> import headway as hw
+        >>> sampler = hw.Sampler(4)
+        >>> handles = [sampler.admit(hw.SamplingParams(temperature=0)) for _ in range(2)]
+        >>> sampler.step([[0.0, 1.0, 2.0, 3.0], [0.0, 5.0, 2.0, 3.0]], allowed=[[0, 2], None])
+        array([2, 1])
         """
         operand = _arrays.unwrap(logits, "logits")
         rows = len(self._rows)
@@ -150,6 +160,7 @@ class Sampler:
             raise ValueError(
                 f"logits: expected shape {(rows, self.vocabulary)}, a row for each active one, got {operand.data.shape}"
             )
+        mask = self._mask(allowed)
         histories = self._histories
         if self._penalized:
             histories.penalize(operand.data, self._slots, self._penalties)
@@ -157,6 +168,8 @@ class Sampler:
         for group in self._groups:
             run = _Run(operand._replace(data=operand.data[group.rows]), None, {})
             run.settings = group.settings | {"position": self._position[group.rows]}
+            if mask is not None:
+                run.settings["allowed"] = self._both(group.settings["allowed"], mask[group.rows])
             drawn, status = np.empty(run.rows, np.int64), np.zeros(rows, np.int64)
             own = histories.of(self._slots[group.rows]) if self._penalized else None
             faults = np.empty(run.rows, np.int64)
@@ -169,6 +182,38 @@ class Sampler:
         histories.append(self._slots, tokens, np.array(breaks, np.bool_))
         self._position += np.uint64(1)
         return operand.wrap(tokens.copy(), "int64")
+
+    def _mask(self, allowed: Any) -> Array | None:
+        """Return a step's masks: bool (rows, V), or uint32 (rows, ceil(V / 32))."""
+        if allowed is None:
+            return None
+        rows, vocabulary = len(self._rows), self.vocabulary
+        if isinstance(allowed, (list, tuple)):
+            if len(allowed) != rows:
+                raise ValueError(f"allowed: expected {rows} masks, one for each active row, got {len(allowed)}")
+            masks = np.ones((rows, vocabulary), np.bool_)
+            for i, own in enumerate(allowed):
+                mask = CHECKS["allowed"](f"allowed[{i}]", own, ())
+                if mask is not None:
+                    as_bytes, packed = mask_bytes(f"allowed[{i}]", mask, (vocabulary,))
+                    masks[i] = unpacked(as_bytes, vocabulary) if packed else as_bytes
+            return masks
+        array: Array = CHECKS["allowed"]("allowed", allowed, ())
+        shapes = {np.dtype(np.bool_): (rows, vocabulary), np.dtype(np.uint32): (rows, -(-vocabulary // 32))}
+        if array.shape != shapes.get(array.dtype):
+            bools, words = shapes.values()
+            raise ValueError(
+                f"allowed: expected a mask for each active row, of shape {bools} for bool or {words} for packed int32, "
+                f"or a list of {rows}, got {array.dtype} of shape {array.shape}"
+            )
+        return array
+
+    def _both(self, own: Array | None, mask: Array) -> Array:
+        if own is None:
+            return mask
+        if mask.dtype == np.uint32:
+            mask = unpacked(np.ascontiguousarray(mask).view(np.uint8), self.vocabulary)
+        return own & mask
 
     def _regroup(self, rows: list[_Row]) -> None:
         """Batch the settings of the active rows, so that a step has nothing to do with them."""
