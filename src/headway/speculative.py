@@ -81,9 +81,7 @@ def verify_draft(
         own = draft_params is not None
         for name in ("seed", "position", "uniform"):
             if own and getattr(draft_params, name, None) is not None:
-                raise ValueError(
-                    f"draft_params: expected no {name}, got one; the random numbers are those of the row's seed and position"
-                )
+                raise ValueError(f"draft_params: expected no {name}, got one; seed and position are those of the row")
         draft = _Run(draft_logits, draft_params if own else params, {} if own else options, "draft_logits")
         if draft.data.shape != (*lead, n, run.vocabulary):
             raise ValueError(
