@@ -163,6 +163,10 @@ def test_e11_temperature_0_and_no_mass() -> None:
     ]
     assert (found.kept.tolist(), found.massless) == ([0], 4)
     assert "4 more stay, to which temperature 0 leaves no mass" in str(found)
+    assert [stage.option for stage in hw.explain(TIED, temperature=0, top_k=2, dialect="mlx").stages] == [
+        "greedy",
+        "top_k",
+    ]
     found = hw.explain([0.0, -50.0, -1.0])
     assert (found.kept.tolist(), found.massless) == ([0, 2], 1)
     assert "1 more stay, whose mass rounds to 0" in str(found)

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from . import _arrays, _check
 from ._dialects import OFF, Step
-from ._options import Array, unpacked
+from ._options import Array, shown, unpacked
 from .reference import sampling as definition
 from .sampling import Options, SamplingParams, _Run, _shows_options
 
@@ -444,9 +444,10 @@ def _words(tokens: Sequence[str] | Words | None, vocabulary: int) -> Words:
     if tokens is None:
         return lambda token: ""
     if callable(tokens):
-        return tokens
-    if isinstance(tokens, str) or len(tokens) != vocabulary:
-        got = "one string" if isinstance(tokens, str) else f"{len(tokens)}"
+        return lambda token: str(tokens(token))
+    length = len(tokens) if isinstance(tokens, Sequence) else None
+    if isinstance(tokens, str) or length != vocabulary:
+        got = "one string" if isinstance(tokens, str) else shown(tokens) if length is None else f"{length}"
         raise ValueError(f"tokens: expected {vocabulary} words, or a function from an id to a word, got {got}")
     return lambda token: str(tokens[token])
 

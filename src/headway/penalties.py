@@ -137,7 +137,7 @@ def checked(penalties: Mapping[str, Any]) -> dict[str, Array]:
 def breaker_ids(breakers: ArrayLike, vocabulary: int) -> Array:
     """Return dry_breakers as an array of ids."""
     if isinstance(breakers, (set, frozenset)):
-        breakers = sorted(breakers)
+        breakers = list(breakers)
     return _check.integers(breakers, "dry_breakers", 0, vocabulary - 1).reshape(-1)
 
 
@@ -238,12 +238,14 @@ def _histories(
         held = np.full(len(tokens), tokens.shape[-1], np.int64)
     length = held
     if lengths is not None:
-        length = _check.integers(lengths, "lengths", 0, 2**63 - 1)
+        length = _check.integers(lengths, "lengths", -(2**63), 2**63 - 1)
         length = np.ascontiguousarray(broadcast("lengths", length, lead)).reshape(-1)
-        if (length > held).any():
-            n = int((length > held).nonzero()[0][0])
+        wrong = (length < 0) | (length > held)
+        if wrong.any():
+            n = int(wrong.nonzero()[0][0])
             raise ValueError(
-                f"lengths: expected at most the {held[n]} tokens of token_ids{in_row(n, lead)}, got {length[n]}"
+                f"lengths: expected at most the {held[n]} tokens of token_ids{in_row(n, lead)}, and at least 0, got "
+                f"{length[n]}"
             )
     wrong = ((tokens < 0) | (tokens >= vocabulary)) & (np.arange(tokens.shape[-1]) < length[:, None])
     if wrong.any():

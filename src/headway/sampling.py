@@ -204,7 +204,7 @@ def sample(
     run = _Run(logits, params, options)
     if not isinstance(replacement, (bool, np.bool_)):
         raise TypeError(f"replacement: expected True or False, got {shown(replacement)}")
-    draws = () if num_samples is None else (_check.integer(num_samples, "num_samples", 1),)
+    draws = () if num_samples is None else (_check.integer(num_samples, "num_samples", 1, 2**31 - 1),)
     tokens = np.empty((*run.lead, *draws), np.int64)
     run(tokens=tokens, draws=math.prod(draws), replacement=bool(replacement), **run.source(*draws))
     return int(tokens) if not tokens.ndim else run.operand.wrap(tokens, "int64")
@@ -289,6 +289,8 @@ class _Run:
         uniform: Array | None = None,
     ) -> _native.Rows:
         """Return the rows as the kernels take them; they write what is wrong with each into status."""
+        for name in ("dynamic_temperature_exponent", "xtc_threshold"):
+            self.per_row(name)  # of the right shape, whether a stage asks for it or not
         data, bias, (allowed, packed) = self.data, self.bias(), self.allowed()
         if len(self.lead) > 8:  # more axes than the kernel walks
             data = flat(data)

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from . import _arrays, _check, _native
 from ._dialects import OFF
-from ._options import CHECKS, Array, Settings, mask_bytes, unpacked
+from ._options import CHECKS, Array, Settings, mask_bytes, shown, unpacked
 from .penalties import Histories, Penalties, breaker_ids, checked
 from .sampling import SamplingParams, _Run
 
@@ -131,8 +131,9 @@ class Sampler:
 
     def retire(self, handle: int) -> None:
         """Remove a row: those after it move up by one."""
-        if handle not in self.handles:
-            raise ValueError(f"handle: expected one of the active rows, {self.handles}, got {handle!r}")
+        whole = isinstance(handle, (int, np.integer)) and not isinstance(handle, bool)
+        if not whole or handle not in self.handles:
+            raise ValueError(f"handle: expected one of the active rows, {self.handles}, got {shown(handle)}")
         at = self.handles.index(handle)
         self._histories.retire(self._rows[at].slot)
         self._position = np.delete(self._position, at)

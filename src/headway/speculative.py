@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _arrays, _native
-from ._options import Array, in_row
+from ._options import Array, in_row, shown
 from .sampling import Options, SamplingParams, _Run, _shows_options
 
 if TYPE_CHECKING:
@@ -79,8 +79,10 @@ def verify_draft(
             raise ValueError("draft_params: expected draft_logits to apply them to, got None; leave one of them out")
     else:
         own = draft_params is not None
+        if own and not isinstance(draft_params, SamplingParams):
+            raise TypeError(f"draft_params: expected SamplingParams, got {shown(draft_params)}")
         for name in ("seed", "position", "uniform"):
-            if own and getattr(draft_params, name, None) is not None:
+            if own and getattr(draft_params, name) is not None:
                 raise ValueError(f"draft_params: expected no {name}, got one; seed and position are those of the row")
         draft = _Run(draft_logits, draft_params if own else params, {} if own else options, "draft_logits")
         if draft.data.shape != (*lead, n, run.vocabulary):
