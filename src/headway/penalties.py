@@ -244,7 +244,7 @@ def _histories(
         if wrong.any():
             n = int(wrong.nonzero()[0][0])
             raise ValueError(
-                f"lengths: expected at most the {held[n]} tokens of token_ids{in_row(n, lead)}, and at least 0, got "
+                f"lengths: expected integers from 0 to {held[n]}, the tokens that token_ids has{in_row(n, lead)}, got "
                 f"{length[n]}"
             )
     wrong = ((tokens < 0) | (tokens >= vocabulary)) & (np.arange(tokens.shape[-1]) < length[:, None])
