@@ -23,11 +23,24 @@ struct Row {
   const Workspace& space;
   int64_t floor = 1; // what the stage leaves at least, if there are so many
   Scale scale{};
-  Tokens tokens{}; // those still in
+  Tokens tokens{};   // those still in
+  bool gaps = false; // but of these only what has its bit in space.chosen
 };
 
 inline void weigh(Tokens& tokens, const Row& row) {
-  weigh(tokens, row.scale, tokens.id ? row.space.list_weight : row.space.weight);
+  weigh(tokens, row.scale, tokens.id ? row.space.list_weight : row.space.weight, row.space.team);
+}
+
+// The chosen among `from`. Gaps stay bits until somebody needs numbers: the draw, which most often comes next, does
+// not.
+inline void keep_chosen(Row& row, const Tokens& from, int64_t count) {
+  row.tokens = from;
+  row.gaps = !are_few(from, count);
+  if (!row.gaps) row.tokens = list_chosen(from, row.space);
+}
+inline void close_gaps(Row& row) {
+  if (row.gaps) row.tokens = ban_others(row.tokens, row.space);
+  row.gaps = false;
 }
 
 // Sums over what is not banned. A lane adds the tokens whose id leaves the lane's number modulo 16, in order: a fixed
@@ -110,19 +123,19 @@ inline void keep_first(Row& row, int64_t n, Ties ties) {
       const int64_t need = ties == Ties::keep ? equal - over : least(n, equal) - over;
       const int64_t skip = ties == Ties::highest_id ? equal - over - need : 0;
       const int64_t count = choose_inside(tokens, row.space, {bound, skip, need});
-      tokens = keep_chosen(tokens, count, row.space);
-      return;
+      return keep_chosen(row, tokens, count);
     }
-    tokens = keep_chosen(tokens, over, row.space);
+    keep_chosen(row, tokens, over);
+    close_gaps(row);
   }
   const int64_t count = choose_inside(tokens, row.space, select_prefix(tokens, ByCount{}, n, ties, row.space));
-  tokens = keep_chosen(tokens, count, row.space);
+  keep_chosen(row, tokens, count);
 }
 
 // The chosen among `few` tokens that hold all of them, or the first of the order where the floor is higher.
 inline void keep(Row& row, const Tokens& few, int64_t count, Ties ties) {
   if (count < row.floor) return keep_first(row, row.floor, ties);
-  row.tokens = keep_chosen(few, count, row.space);
+  keep_chosen(row, few, count);
 }
 
 // The tokens that reach a bound, where that is a short list; else all.
@@ -146,6 +159,7 @@ inline void keep_heavy(Row& row, int64_t weight, Ties ties) {
 
 // After a stage that may take the best token: where it did, masses are measured anew, with 2^s for the best one left.
 inline void measure_anew(Row& row) {
+  close_gaps(row);
   const float best = best_logit(row);
   if (best == row.scale.top) return;
   row.scale.top = best;
@@ -209,13 +223,27 @@ inline void top_k(Row& row, const Step& step) {
 }
 
 HEADWAY_FLATTEN inline int64_t mass_reaching(const Row& row, float bound) {
-  const Vec<float> value = bound;
-  Vec<int64_t> mass = int64_t(0);
-  for (int64_t b = 0; b < row.tokens.blocks(); ++b)
-    for (int64_t v = 0; v < kBlock && row.space.block_max[b] >= bound; v += 16) {
-      const Mask<float> in = Vec<float>::load(row.tokens.block(b) + v) >= value;
-      mass = mass + (convert<int64_t>(in) & Vec<int64_t>::load(row.tokens.weight + b * kBlock + v));
-    }
+  int64_t mass[kMostParts], all = 0;
+  const int64_t parts =
+      split(row.space.team, row.tokens.blocks(), 8 * kPart, [&](int64_t part, int64_t b, int64_t last) {
+        const Vec<float> value = bound;
+        Vec<int64_t> lanes = int64_t(0);
+        for (; b < last; ++b)
+          for (int64_t v = 0; v < kBlock && row.space.block_max[b] >= bound; v += 16) {
+            const Mask<float> in = Vec<float>::load(row.tokens.block(b) + v) >= value;
+            lanes = lanes + (convert<int64_t>(in) & Vec<int64_t>::load(row.tokens.weight + b * kBlock + v));
+          }
+        mass[part] = sum(lanes);
+      });
+  for (int64_t i = 0; i < parts; ++i) all += mass[i];
+  return all;
+}
+
+// The mass of the best token of each block.
+HEADWAY_FLATTEN inline int64_t mass_of_maxima(const Row& row) {
+  Vec<int64_t> w[kBlock / 16], mass = int64_t(0);
+  for (int64_t b = 0; b < row.tokens.blocks(); b += kBlock)
+    mass = mass + block_weights(row.space.block_max + b, row.scale, w);
   return sum(mass);
 }
 
@@ -227,7 +255,8 @@ inline void top_p(Row& row, const Step& step) {
   if (target == 0) return keep_first(row, row.floor, step.ties);
   // On most rows a few tokens hold the mass: try those that reach the k-th largest block maximum, for growing k.
   Tokens few = row.tokens;
-  for (int64_t k = 8; !few.id && k < blocks / 2; k *= 8) {
+  const int64_t last = few.id || mass_of_maxima(row) < target - target / 8 ? 0 : blocks - blocks / 16;
+  for (int64_t k = 8; k <= last; k = k < last ? least(8 * k, last) : last + 1) {
     const float bound = kth_largest(row.space.block_max, blocks, k, row.space);
     if (mass_reaching(row, bound) < target) continue;
     few = reaching(row, bound);
@@ -265,7 +294,7 @@ inline void typical_p(Row& row, const Step& step) {
   if (target > 0)
     count = choose_near(select_prefix(by_distance, ByMass{row.tokens.weight}, target, step.ties, row.space));
   if (count < floor) count = choose_near(select_prefix(by_distance, ByCount{}, floor, Ties::lowest_id, row.space));
-  row.tokens = keep_chosen(row.tokens, count, row.space);
+  keep_chosen(row, row.tokens, count);
   measure_anew(row);
 }
 
@@ -312,7 +341,7 @@ inline void xtc(Row& row, const Step& step) {
     return stays & ~block_bits(z, [](Vec<float> x) { return x == Vec<float>(kNever); });
   });
   if (count < row.floor) return;
-  row.tokens = keep_chosen(tokens, count, row.space);
+  keep_chosen(row, tokens, count);
   measure_anew(row);
 }
 
