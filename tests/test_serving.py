@@ -108,14 +108,14 @@ def test_penalties_take_time_linear_in_the_history(history: list[int]) -> None:
 def test_counting_on_equals_counting_anew(data: st.DataObject) -> None:
     """Tokens come one by one and leave windows, rows come, go and use slots again: all is as in `penalize`."""
     rng, V = np.random.default_rng(data.draw(st.integers(0, 2**32))), data.draw(st.sampled_from([2, 3, 6]))
-    histories = Histories(np.zeros((0, 4), np.int64), np.zeros((0, 4), np.bool_), np.zeros(0, np.int64))
+    histories = Histories(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.bool_), np.zeros(0, np.int64))
     rows: dict[int, tuple[list[int], dict[str, Any]]] = {}  # by slot
     for _ in range(data.draw(st.integers(1, 60))):
         action = data.draw(st.sampled_from(["admit", "retire", *["append"] * 8]))
         if action == "admit":
             options = {name: data.draw(values) for name, values in PENALTIES.items() if data.draw(st.booleans())}
             options["dry_breakers"] = rng.integers(0, V, data.draw(st.integers(0, 1))).tolist()
-            prompt = rng.integers(0, V, data.draw(st.sampled_from([0, 1, 3, 20])))
+            prompt = rng.integers(0, V, data.draw(st.sampled_from([0, 1, 3, 20, 60, 64])))
             slot = histories.admit(prompt, np.isin(prompt, options["dry_breakers"]))
             assert slot not in rows
             rows[slot] = (prompt.tolist(), options)
@@ -137,8 +137,9 @@ def test_counting_on_equals_counting_anew(data: st.DataObject) -> None:
             values = {name: np.array([own[name] for own in each]) for name in each[0]}
             histories.penalize(logits, np.array(list(rows), np.int64), values)
             for z, (slot, (history, options)) in zip(logits, rows.items(), strict=True):
-                want, n = hw.penalize(z, history, **options), histories.distinct[slot]
-                z[histories.id[slot, :n]] = histories.logit[slot, :n]
+                want, first = hw.penalize(z, history, **options), histories.first[slot]
+                places = slice(first, first + histories.distinct[slot])
+                z[histories.id[places]] = histories.logit[places]
                 assert same_bits(z, want)
 
 
@@ -159,6 +160,22 @@ def test_a_step_does_not_take_longer_after_a_longer_history() -> None:
     logits = np.random.default_rng(3).standard_normal((4, 1000)).astype(np.float32)
     for penalties in ({"repetition": 1.2}, {"frequency": 0.1, "window": 100_000}):
         assert seconds(400_000, **penalties) < 3 * seconds(1_000, **penalties)
+
+
+def test_a_sampler_holds_what_its_rows_need() -> None:
+    """A long row costs the others nothing, and what is retired is used again."""
+    sampler = hw.Sampler(10)
+    for i in range(100):
+        sampler.admit(None, [1] * 30, seed=i, presence=1)
+    long = sampler.admit(None, [1] * 50_000, seed=1)
+    sampler.step(np.zeros((101, 10)))
+    held = sampler._histories.tokens.size
+    assert held < 4 * (100 * 64 + 65_536)
+    for _ in range(20):
+        sampler.retire(long)
+        long = sampler.admit(None, [1] * 50_000, seed=1)
+        sampler.step(np.zeros((101, 10)))
+    assert sampler._histories.tokens.size == held
 
 
 BAD_PENALTIES = [

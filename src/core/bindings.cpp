@@ -282,20 +282,22 @@ using StepTuple = std::tuple<int, int, bool, bool, std::vector<In>>; // Step of 
 
 // What penalties know of rows, counted on by penalize, read by the sampling functions. It keeps the arrays alive.
 struct RowHistories {
-  In slot, tokens, breakers, length;
+  In slot, first, length, tokens, breakers;
   Out counted, distinct, id, times, same, logit;
 
   Histories of(int64_t rows) const {
     const int64_t slots = int64_t(length.size()), places = int64_t(tokens.size());
-    if (places && (!slots || places % slots)) throw std::invalid_argument("tokens: expected as many for each slot");
     Histories h{};
     h.slot = rows_in<int64_t>(slot, "slot", rows);
-    for (int64_t i = 0; i < rows; ++i)
-      if (h.slot[i] < 0 || h.slot[i] >= slots) throw std::invalid_argument("slot: out of range");
-    h.capacity = slots ? places / slots : 0;
+    h.first = rows_in<int64_t>(first, "first", slots);
+    h.length = rows_in<int64_t>(length, "length", slots);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t s = h.slot[i];
+      if (s < 0 || s >= slots || h.first[s] < 0 || h.length[s] < 0 || h.length[s] > places - h.first[s])
+        throw std::invalid_argument("slot: out of range");
+    }
     h.tokens = rows_in<int64_t>(tokens, "tokens", places);
     h.breakers = rows_in<uint8_t>(breakers, "breakers", places);
-    h.length = rows_in<int64_t>(length, "length", slots);
     h.counted = rows_out<int64_t>(counted, "counted", slots, 8);
     h.distinct = rows_out<int64_t>(distinct, "distinct", slots, 8);
     h.id = rows_out<int64_t>(id, "id", places, 8);
@@ -514,8 +516,8 @@ NB_MODULE(_native, m) {
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "wide"_a, "y"_a);
   m.def("swiglu", &swiglu, "gate"_a, "up"_a, "wide"_a, "y"_a);
   nb::class_<RowHistories>(m, "Histories")
-      .def(nb::init<In, In, In, In, Out, Out, Out, Out, Out, Out>(), nb::kw_only(), "slot"_a, "tokens"_a, "breakers"_a,
-           "length"_a, "counted"_a, "distinct"_a, "id"_a, "times"_a, "same"_a, "logit"_a);
+      .def(nb::init<In, In, In, In, In, Out, Out, Out, Out, Out, Out>(), nb::kw_only(), "slot"_a, "first"_a, "length"_a,
+           "tokens"_a, "breakers"_a, "counted"_a, "distinct"_a, "id"_a, "times"_a, "same"_a, "logit"_a);
   nb::class_<Rows>(m, "Rows").def(
       nb::init<In, std::optional<In>, std::optional<In>, bool, std::vector<StepTuple>, In, std::optional<RowHistories>,
                std::optional<In>, std::optional<In>, int64_t, std::optional<In>, Out>(),

@@ -117,18 +117,17 @@ struct Step {
   PerRow<double> value[kStepValues]; // temperature: and range, exponent; xtc: probability, threshold
 };
 
-// What penalties know of rows: the tokens of each, and what the kernel has counted of them so far. A row's are in a
-// slot, `capacity` places of each array with two axes.
+// What penalties know of rows: the tokens of each, and what the kernel has counted of them so far. A row has a slot,
+// and places of its own, from `first` on, in each of the long arrays.
 struct Histories {
   const int64_t* slot = nullptr; // (rows); absent: there are none
-  int64_t capacity;
-  const int64_t* tokens;   // (slots, capacity): from 0 to V - 1, the oldest first
-  const uint8_t* breakers; // (slots, capacity): whether repetition ends at this token
-  const int64_t* length;   // (slots): how many tokens there are
+  const int64_t *first, *length; // (slots): the first place, and how many tokens there are
+  const int64_t* tokens;         // (places): from 0 to V - 1, the oldest first
+  const uint8_t* breakers;       // (places): whether repetition ends at this token
   // The kernel's own. (slots): how many it has counted, 0 to begin anew, and how many differ within the window.
   int64_t *counted, *distinct;
-  // (slots, capacity): which these are, how often each occurs, what the end has in common with earlier ends; and what
-  // the logits become, numbers of the logits' own type.
+  // (places): which these are, how often each occurs, what the end has in common with earlier ends; and what the logits
+  // become, numbers of the logits' own type.
   int64_t *id, *times, *same;
   double* logit;
 };

@@ -14,10 +14,9 @@ struct History {
   int64_t &counted, &distinct, *id, *times, *same;
 
   History(const Histories& all, int64_t slot, int64_t w)
-      : length(all.length[slot]), window(w), token(all.tokens + slot * all.capacity),
-        breaks(all.breakers + slot * all.capacity), counted(all.counted[slot]), distinct(all.distinct[slot]),
-        id(all.id + slot * all.capacity), times(all.times + slot * all.capacity), same(all.same + slot * all.capacity) {
-  }
+      : length(all.length[slot]), window(w), token(all.tokens + all.first[slot]),
+        breaks(all.breakers + all.first[slot]), counted(all.counted[slot]), distinct(all.distinct[slot]),
+        id(all.id + all.first[slot]), times(all.times + all.first[slot]), same(all.same + all.first[slot]) {}
 
   int64_t size() const { return least(counted, window); }
 
@@ -89,28 +88,29 @@ inline double largest_of(DType t) {
 // Memory of a thread: where a token stands in the list of a history, and what repetitions cost.
 struct PenaltySpace {
   uint32_t* slot;   // (V)
-  int64_t* longest; // (capacity): of each of the list, the longest end of the history that it once followed
-  double* power;    // (capacity)
-  void* narrow;     // (capacity): numbers of any type
+  int64_t* longest; // (tokens): of each of the list, the longest end of the history that it once followed
+  double* power;    // (tokens)
+  void* narrow;     // (tokens): numbers of any type
 
-  PenaltySpace(Arena arena, int64_t V, int64_t capacity, int64_t* bytes = nullptr) {
+  PenaltySpace(Arena arena, int64_t V, int64_t tokens, int64_t* bytes = nullptr) {
     slot = arena.take<uint32_t>(V);
-    longest = arena.take<int64_t>(capacity);
-    power = arena.take<double>(capacity);
-    narrow = arena.take<double>(capacity);
+    longest = arena.take<int64_t>(tokens);
+    power = arena.take<double>(tokens);
+    narrow = arena.take<double>(tokens);
     if (bytes) *bytes = arena.used;
   }
 };
 
 inline Plan plan_penalties(const Penalties& task, int64_t) {
   const Histories& all = task.histories;
-  int64_t tokens = 0; // to count, or to visit
+  int64_t tokens = 0, longest = 0; // to count, or to visit
   for (int64_t i = 0; i < task.batch.size(); ++i) {
     const int64_t slot = all.slot[i];
     tokens += all.length[slot] - all.counted[slot] + all.distinct[slot];
+    longest = most(longest, all.length[slot]);
   }
   Plan plan{task.batch.size(), 0, rough_product(tokens, 16)};
-  PenaltySpace(Arena{nullptr}, task.V, all.capacity, &plan.workspace);
+  PenaltySpace(Arena{nullptr}, task.V, longest, &plan.workspace);
   return plan;
 }
 
@@ -119,8 +119,9 @@ inline void run_penalties(const Penalties& task, const Plan&, int64_t index, Mem
   const double repetition = task.repetition[index], frequency = task.frequency[index], presence = task.presence[index],
                multiplier = task.dry_multiplier[index];
   if (repetition == 1 && frequency == 0 && presence == 0 && multiplier == 0) return; // it stays uncounted
-  PenaltySpace space(Arena{static_cast<char*>(memory.own)}, task.V, all.capacity);
-  History history(all, all.slot[index], task.window[index]);
+  const int64_t slot = all.slot[index];
+  PenaltySpace space(Arena{static_cast<char*>(memory.own)}, task.V, all.length[slot]);
+  History history(all, slot, task.window[index]);
   const bool dry = multiplier > 0;
   if (history.counted == 0) {
     history.count_all(space.slot);
@@ -146,7 +147,7 @@ inline void run_penalties(const Penalties& task, const Plan&, int64_t index, Mem
   for (int64_t i = 0; i <= most_repeated - allowed_length; ++i, power *= task.dry_base[index])
     space.power[i] = power < __builtin_inf() ? power : largest_of(DType::f64);
   const int64_t offset = batch_offset(task.batch, task.logits, index);
-  double* logit = all.logit + all.slot[index] * all.capacity;
+  double* logit = all.logit + all.first[slot];
   for (int64_t k = 0; k < distinct; ++k) {
     if (k + 32 < distinct) __builtin_prefetch(address(task.logits, offset, history.id[k + 32]));
     read_row(address(task.logits, offset, history.id[k]), task.logits.dtype, 1, 1, logit + k);

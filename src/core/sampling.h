@@ -35,7 +35,7 @@ inline const float* scores(const Sampling& task, int64_t index, const Workspace&
   if (task.logits.dtype == DType::f32 && task.logits.stride[0] == 1 && !changed)
     return reinterpret_cast<const float*>(logits);
   read_row(logits, task.logits.dtype, task.logits.stride[0], task.V, space.z);
-  const int64_t first = slot * histories.capacity;
+  const int64_t first = penalized ? histories.first[slot] : 0;
   for (int64_t i = first; i < first + penalized; ++i) space.z[histories.id[i]] = float(histories.logit[i]);
   if (task.bias.data) {
     const float* bias = reinterpret_cast<const float*>(address(task.bias, batch_offset(task.batch, task.bias, index)));

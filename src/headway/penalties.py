@@ -120,8 +120,8 @@ def penalize(
         flat = out.reshape(-1, vocabulary)
         histories.penalize(flat, np.arange(len(flat)), rows)
         changed = np.arange(tokens.shape[-1]) < histories.distinct[:, None]
-        new = _arrays.Operand(histories.logit[changed], "float64", _arrays.as_bits).astype(operand.dtype)
-        flat[changed.nonzero()[0], histories.id[changed]] = new
+        new = _arrays.Operand(histories.logit[changed.reshape(-1)], "float64", _arrays.as_bits).astype(operand.dtype)
+        flat[changed.nonzero()[0], histories.id[changed.reshape(-1)]] = new
     return operand.wrap(out, operand.dtype)
 
 
@@ -142,44 +142,58 @@ def breaker_ids(breakers: ArrayLike, vocabulary: int) -> Array:
 
 
 class Histories:
-    """The tokens of rows, and what the kernel has counted of them. Each row has a slot, used again when it is left.
+    """The tokens of rows, and what the kernel has counted of them. A row has a slot, and places in the long arrays.
 
-    tokens, breaks (slots, capacity): each row's tokens, the oldest first, and which of them are breakers.
-    length (slots,): how many of them there are.
-    counted, distinct (slots,); id, times, same, logit (slots, capacity): the kernel's own, `kernels.h` says what.
+    first, room, length (slots,): where a row's places begin, how many they are, how many hold tokens.
+    tokens, breaks (places,): the tokens, a row's oldest first, and which of them are breakers.
+    counted, distinct (slots,); id, times, same, logit (places,): the kernel's own, `kernels.h` says what.
     """
 
     def __init__(self, tokens: Array, breaks: Array, length: Array) -> None:
-        self.tokens, self.breaks, self.length = tokens, breaks.view(np.uint8), length
-        self.counted, self.distinct = np.zeros((2, len(tokens)), np.int64)
-        self.id, self.times, self.same = (np.empty(tokens.shape, np.int64) for _ in range(3))
-        self.logit = np.empty(tokens.shape, np.float64)
-        self._free: list[int] = []
+        """Begin with rows of tokens (rows, n), of which the first length (rows,) count."""
+        rows, n = tokens.shape
+        self.first, self.room, self.length = n * np.arange(rows), np.full(rows, n), length
+        self.counted, self.distinct = np.zeros((2, rows), np.int64)
+        self.tokens, self.breaks = tokens.reshape(-1), breaks.reshape(-1).view(np.uint8)
+        self.id, self.times, self.same = (np.empty(tokens.size, np.int64) for _ in range(3))
+        self.logit = np.empty(tokens.size, np.float64)
+        self._used = tokens.size
+        self._left: dict[int, list[int]] = {}  # by how many they are: the first of places that rows have left
+        self._slots: list[int] = []  # that rows have left
 
     def admit(self, tokens: Array, breaks: Array) -> int:
-        """Give a row a slot."""
-        if not self._free:
+        """Give a row a slot and places."""
+        if not self._slots:
             used = len(self.length)
-            self._free = list(range(2 * used, used - 1, -1))
-            self._grow(len(self._free), 0)
-        self._make_room(tokens.size)
-        slot = self._free.pop()
-        self.tokens[slot, : tokens.size] = tokens
-        self.breaks[slot, : tokens.size] = breaks
-        self.length[slot], self.counted[slot], self.distinct[slot] = tokens.size, 0, 0
+            self._slots = list(range(2 * used, used - 1, -1))
+            for name in ("first", "room", "length", "counted", "distinct"):
+                setattr(self, name, np.pad(getattr(self, name), (0, used + 1)))
+        slot, n, room = self._slots.pop(), tokens.size, _LEAST_ROOM
+        while room < n:
+            room *= 2
+        first = self._places(room)
+        self.tokens[first : first + n], self.breaks[first : first + n] = tokens, breaks
+        self.first[slot], self.room[slot], self.length[slot] = first, room, n
+        self.counted[slot] = self.distinct[slot] = 0
         return slot
 
     def retire(self, slot: int) -> None:
-        """Take a row's slot back."""
-        self.length[slot] = 0
-        self._free.append(slot)
+        """Take a row's slot and places back."""
+        self._left.setdefault(int(self.room[slot]), []).append(int(self.first[slot]))
+        self._slots.append(slot)
 
     def append(self, slots: Array, tokens: Array, breaks: Array) -> None:
-        """Add one token to each of these rows."""
-        at = self.length[slots]
-        self._make_room(int(at.max(initial=0)) + 1)
-        self.tokens[slots, at], self.breaks[slots, at] = tokens, breaks
-        self.length[slots] = at + 1
+        """Add one token to each of these rows; a row that is full moves to where there is twice the room."""
+        for slot in slots[self.length[slots] == self.room[slots]].tolist():
+            old, room = int(self.first[slot]), int(self.room[slot])
+            new = self._places(2 * room)
+            for name in _OF_PLACES:
+                getattr(self, name)[new : new + room] = getattr(self, name)[old : old + room]
+            self._left.setdefault(room, []).append(old)
+            self.first[slot], self.room[slot] = new, 2 * room
+        at = self.first[slots] + self.length[slots]
+        self.tokens[at], self.breaks[at] = tokens, breaks
+        self.length[slots] += 1
 
     def penalize(self, data: Array, slots: Array, settings: Mapping[str, Array]) -> _native.Histories:
         """Find the logits that penalties change in data (rows, V), the settings (rows,)."""
@@ -192,9 +206,10 @@ class Histories:
         """Return these rows as the kernels take them."""
         return _native.Histories(
             slot=slots,
+            first=self.first,
+            length=self.length,
             tokens=self.tokens,
             breakers=self.breaks,
-            length=self.length,
             counted=self.counted,
             distinct=self.distinct,
             id=self.id,
@@ -203,20 +218,20 @@ class Histories:
             logit=self.logit,
         )
 
-    def _make_room(self, tokens: int) -> None:
-        """Double every row's room until it holds so many tokens."""
-        room = self.tokens.shape[-1]
-        more = room
-        while more < tokens:
-            more *= 2
-        if more > room:
-            self._grow(0, more - room)
+    def _places(self, room: int) -> int:
+        """Return the first of so many places that no row has."""
+        if self._left.get(room):
+            return self._left[room].pop()
+        first, self._used = self._used, self._used + room
+        if self._used > self.tokens.size:
+            more = max(self._used, 2 * self.tokens.size) - self.tokens.size
+            for name in _OF_PLACES:
+                setattr(self, name, np.pad(getattr(self, name), (0, more)))
+        return first
 
-    def _grow(self, slots: int, room: int) -> None:
-        for name in ("tokens", "breaks", "id", "times", "same", "logit"):
-            setattr(self, name, np.pad(getattr(self, name), ((0, slots), (0, room))))
-        for name in ("length", "counted", "distinct"):
-            setattr(self, name, np.pad(getattr(self, name), (0, slots)))
+
+_LEAST_ROOM = 64
+_OF_PLACES = ("tokens", "breaks", "id", "times", "same", "logit")
 
 
 def _histories(

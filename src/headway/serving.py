@@ -67,7 +67,7 @@ class Sampler:
         self.vocabulary = _check.integer(vocabulary, "vocabulary", 1, 2**31 - 1)
         self._admitted = 0
         self._rows: list[_Row] = []
-        self._histories = Histories(np.zeros((0, 64), np.int64), np.zeros((0, 64), np.bool_), np.zeros(0, np.int64))
+        self._histories = Histories(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.bool_), np.zeros(0, np.int64))
         # One of each row: the slot of its history, the position of its next draw, its penalties.
         self._slots: Array = np.zeros(0, np.int64)
         self._position: Array = np.zeros(0, np.uint64)
