@@ -17,6 +17,7 @@ from test_sampling_statistics import chi_square, power
 import headway as hw
 from headway import reference
 from headway._dialects import rules
+from headway.penalties import Histories, checked
 
 KINDS = ["normal", "few values", "extremes", "subnormal", "bans", "zeros of both signs"]
 
@@ -102,6 +103,81 @@ def test_penalties_take_time_linear_in_the_history(history: list[int]) -> None:
     assert seconds(whole) < 100 * seconds(whole[:10_000])
 
 
+@given(st.data())
+@settings(max_examples=150)
+def test_counting_on_equals_counting_anew(data: st.DataObject) -> None:
+    """Tokens come one by one and leave windows, rows come, go and use slots again: all is as in `penalize`."""
+    rng, V = np.random.default_rng(data.draw(st.integers(0, 2**32))), data.draw(st.sampled_from([2, 3, 6]))
+    histories = Histories(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.bool_), np.zeros(0, np.int64))
+    rows: dict[int, tuple[list[int], dict[str, Any]]] = {}  # by slot
+    for _ in range(data.draw(st.integers(1, 60))):
+        action = data.draw(st.sampled_from(["admit", "retire", *["append"] * 8]))
+        if action == "admit":
+            options = {name: data.draw(values) for name, values in PENALTIES.items() if data.draw(st.booleans())}
+            options["dry_breakers"] = rng.integers(0, V, data.draw(st.integers(0, 1))).tolist()
+            prompt = rng.integers(0, V, data.draw(st.sampled_from([0, 1, 3, 20, 60, 64])))
+            slot = histories.admit(prompt, np.isin(prompt, options["dry_breakers"]))
+            assert slot not in rows
+            rows[slot] = (prompt.tolist(), options)
+        elif action == "retire" and rows:
+            slot = data.draw(st.sampled_from(list(rows)))
+            histories.retire(slot)
+            del rows[slot]
+        elif action == "append":
+            tokens = rng.integers(0, V, len(rows))
+            breaks = [
+                token in options["dry_breakers"] for token, (_, options) in zip(tokens, rows.values(), strict=True)
+            ]
+            histories.append(np.array(list(rows), np.int64), tokens, np.array(breaks, np.bool_))
+            for token, (history, _) in zip(tokens.tolist(), rows.values(), strict=True):
+                history.append(token)
+        if data.draw(st.integers(0, 3)) and rows:  # now and then several tokens come between
+            logits = draw_logits(data, (len(rows), V), rng).astype(np.float64)
+            each = [checked(options) for _, options in rows.values()]
+            values = {name: np.array([own[name] for own in each]) for name in each[0]}
+            histories.penalize(logits, np.array(list(rows), np.int64), values)
+            for z, (slot, (history, options)) in zip(logits, rows.items(), strict=True):
+                want, first = hw.penalize(z, history, **options), histories.first[slot]
+                places = slice(first, first + histories.distinct[slot])
+                z[histories.id[places]] = histories.logit[places]
+                assert same_bits(z, want)
+
+
+def test_a_step_does_not_take_longer_after_a_longer_history() -> None:
+    """The tokens that differ matter, how often they came does not; with DRY the history counts, but is read once."""
+
+    def seconds(tokens: int, **penalties: Any) -> float:
+        sampler = hw.Sampler(1000)
+        for i in range(4):
+            sampler.admit(None, np.arange(tokens) % 100, seed=i, **penalties)
+        took = []
+        for _ in range(30):
+            start = time.perf_counter()
+            sampler.step(logits)
+            took.append(time.perf_counter() - start)
+        return min(took)
+
+    logits = np.random.default_rng(3).standard_normal((4, 1000)).astype(np.float32)
+    for penalties in ({"repetition": 1.2}, {"frequency": 0.1, "window": 100_000}):
+        assert seconds(400_000, **penalties) < 3 * seconds(1_000, **penalties)
+
+
+def test_a_sampler_holds_what_its_rows_need() -> None:
+    """A long row costs the others nothing, and what is retired is used again."""
+    sampler = hw.Sampler(10)
+    for i in range(100):
+        sampler.admit(None, [1] * 30, seed=i, presence=1)
+    long = sampler.admit(None, [1] * 50_000, seed=1)
+    sampler.step(np.zeros((101, 10)))
+    held = sampler._histories.tokens.size
+    assert held < 4 * (100 * 64 + 65_536)
+    for _ in range(20):
+        sampler.retire(long)
+        long = sampler.admit(None, [1] * 50_000, seed=1)
+        sampler.step(np.zeros((101, 10)))
+    assert sampler._histories.tokens.size == held
+
+
 BAD_PENALTIES = [
     ({"token_ids": [0, 9]}, ValueError, r"^token_ids: expected ids from 0 to 3, got 9 at 1;"),
     ({"token_ids": [[0]], "logits": [[0.0] * 4] * 2}, ValueError, r"^token_ids: expected 2 lists.*got 1"),
@@ -110,8 +186,8 @@ BAD_PENALTIES = [
     ({"token_ids": [[0]]}, TypeError, r"^token_ids: expected a list of token ids, got 2 axes"),
     ({"token_ids": [[0], 1], "logits": [[0.0] * 4] * 2}, TypeError, r"^token_ids\[1\]: expected a list of token ids"),
     ({"token_ids": np.zeros((3, 2), int)}, ValueError, r"^token_ids: expected an array of shape \(n\), got"),
-    ({"lengths": 3}, ValueError, r"^lengths: expected at most the 2 tokens of token_ids, got 3"),
-    ({"lengths": -1}, ValueError, r"^lengths: expected integers from 0"),
+    ({"lengths": 3}, ValueError, r"^lengths: expected integers from 0 to 2, the tokens that token_ids has, got 3"),
+    ({"lengths": -1}, ValueError, r"^lengths: expected integers from 0 to 2, .*, got -1"),
     ({"lengths": [1, 2]}, ValueError, r"^lengths: expected a shape that broadcasts"),
     ({"repetition": "a"}, TypeError, r"^repetition: expected"),
     ({"repetition": [1.0, 2.0]}, ValueError, r"^repetition: expected a shape that broadcasts to \(\)"),
@@ -418,10 +494,12 @@ def test_a_sampler_equals_row_by_row_sampling(data: st.DataObject) -> None:
             del alone[handle]
         elif action == "step":
             logits = (rng.standard_normal((len(alone), V)) * 2).astype(DTYPES[data.draw(st.sampled_from(list(DTYPES)))])
-            tokens = sampler.step(logits)
-            assert same_bits(tokens, other.step(logits))
-            for token, row, one in zip(tokens, logits, alone.values(), strict=True):
-                assert one.step(row[None])[0] == token
+            kinds = [None, np.arange(V) != 3, np.full(-(-V // 32), -6, np.int32), [0, 2, 3]]
+            masks = [data.draw(st.sampled_from(kinds)) for _ in alone]
+            tokens = sampler.step(logits, allowed=masks)
+            assert same_bits(tokens, other.step(logits, allowed=masks))
+            for token, row, mask, one in zip(tokens, logits, masks, alone.values(), strict=True):
+                assert one.step(row[None], allowed=[mask])[0] == token
 
 
 def test_a_sampler_knows_the_breakers_that_it_drew() -> None:
@@ -498,3 +576,30 @@ def test_bad_rows(call: dict[str, Any], error: type[Exception], message: str) ->
     with pytest.raises(error, match=message):
         sampler.admit(**call)
     assert sampler.handles == []
+
+
+BAD_MASKS = [
+    (np.ones(70, bool), ValueError, r"^allowed: expected a mask for each active row, of shape \(2, 70\) for bool or"),
+    (np.ones((2, 2), np.int32), ValueError, r"or \(2, 3\) for packed int32, .*got uint32 of shape \(2, 2\)"),
+    (np.ones((2, 70), np.float32), TypeError, r"^allowed: expected a bool mask"),
+    (np.array([1, 2]), ValueError, r"^allowed: expected a mask for each active row, .*got int64 of shape \(2,\)"),
+    ({1, 2}, ValueError, r"^allowed: expected a mask for each active row"),
+    ([None], ValueError, r"^allowed: expected 2 masks, one for each active row, got 1"),
+    ([None, np.ones(7, bool)], ValueError, r"^allowed\[1\]: expected a last axis of 70, one for each token"),
+    ([np.ones((1, 70), bool), None], ValueError, r"^allowed\[0\]: expected a shape that broadcasts to \(70,\)"),
+    ([None, np.ones(2, np.int32)], ValueError, r"^allowed\[1\]: expected a packed mask of 3 32-bit words"),
+    ([None, [70]], ValueError, r"^allowed\[1\]: expected ids from 0 to 69, got 70"),
+    ([3, 5], TypeError, r"^allowed\[0\]: expected a bool mask"),
+    ([None, "abc"], TypeError, r"^allowed\[1\]: expected a bool mask"),
+    ("ab", TypeError, r"^allowed: expected a bool mask"),
+]
+
+
+@pytest.mark.parametrize(("allowed", "error", "message"), BAD_MASKS, ids=[b[2][:40] for b in BAD_MASKS])
+def test_bad_masks(allowed: Any, error: type[Exception], message: str) -> None:
+    sampler, logits = hw.Sampler(70), np.zeros((2, 70))
+    handles = [sampler.admit(seed=i) for i in range(2)]
+    with pytest.raises(error, match=message):
+        sampler.step(logits, allowed=allowed)
+    assert sampler.handles == handles
+    assert sampler.step(logits).tolist() == hw.sample(logits, seed=[0, 1]).tolist()

@@ -5,6 +5,8 @@ Small numbers on purpose: a sentence should be checkable by eye. test_serving.py
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ def test_every_sentence_has_a_test() -> None:
     document = (Path(__file__).parent.parent / "docs" / "semantics.md").read_text()
     sentences = {int(n) for n in re.findall(r"^- \*\*P(\d+)\*\* ", document, re.MULTILINE)}
     tests = {int(m[1]) for name in globals() if (m := re.match(r"test_p(\d+)_", name))}
-    assert len(sentences) >= 34
+    assert len(sentences) >= 36
     assert sentences == set(range(1, len(sentences) + 1))
     assert tests == sentences
 
@@ -149,7 +151,7 @@ def test_p12_num_samples() -> None:
     assert hw.sample(ROWS, num_samples=1, seed=1).shape == (2, 3, 1)
     assert hw.sample(ROWS[0, 0], num_samples=4, seed=1).shape == (4,)
     for bad in (0, 1.5, True):
-        with pytest.raises((ValueError, TypeError), match=r"^num_samples: expected an integer >= 1"):
+        with pytest.raises((ValueError, TypeError), match=r"^num_samples: expected an integer from 1"):
             hw.sample(ROWS, num_samples=bad)
 
 
@@ -349,6 +351,9 @@ def test_p28_options() -> None:
         assert hw.verify_draft(TARGET, DRAFT, tokens[i], **options).tokens.tolist() == rows.tokens[i].tolist()
     with pytest.raises(ValueError, match=r"^uniform: expected seed and position"):
         hw.verify_draft(TARGET, DRAFT, [0, 0, 0], uniform=0.5)
+    for name, value in {"seed": 1, "position": 0, "uniform": 0.5}.items():
+        with pytest.raises(ValueError, match=rf"^draft_params: expected no {name}"):
+            hw.verify_draft(TARGET, DRAFT, [0, 0, 0], draft_params=hw.SamplingParams(**{name: value}), seed=1)
     # One distribution on both sides, xtc's coin included, so that all is accepted.
     xtc = hw.SamplingParams(xtc_probability=0.5, xtc_threshold=0.1, typical_p=0.9, seed=7)
     drafted = [hw.sample(DRAFT[i], xtc, position=40 + i) for i in range(3)]
@@ -431,4 +436,61 @@ def test_p34_an_error_draws_nothing() -> None:
     rows[1, 7] = NAN
     with pytest.raises(ValueError, match=r"^logits: expected numbers, got NaN at token 7 in row 1"):
         sampler.step(rows)
+    nothing, dead_end = np.ones((3, 70), bool), [None, None, [7]]
+    nothing[1] = False
+    for masks, row in ((nothing, 1), (packed(nothing), 1), ([None, [], None], 1), (dead_end, 2)):
+        with pytest.raises(ValueError, match=rf"^allowed: expected at least one token .* in row {row}, got none"):
+            sampler.step(np.where(np.arange(70) == 7, -INF, ROWS[0]), allowed=masks)
     assert sampler.step(ROWS[0]).tolist() == hw.sample(ROWS[0], seed=[1, 1, 1]).tolist()
+
+
+def packed(mask: np.ndarray) -> np.ndarray:
+    """Return a mask as grammar libraries make it."""
+    padded = np.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, -mask.shape[-1] % 32)])
+    return np.packbits(padded, axis=-1, bitorder="little").view(np.int32)
+
+
+def test_p35_masks_of_a_step() -> None:
+    """Rows with and without a mask of their own, in one group and in several; then the mask is forgotten."""
+    rows, masks = ROWS.reshape(6, 70), np.random.default_rng(5).random((6, 70)) < 0.2
+    own = [None, [3, 9, 60], np.arange(70) % 2 == 0] * 2
+    for ties in ("lowest_id", "keep"):
+        sampler = hw.Sampler(70)
+        each = [hw.SamplingParams(allowed=own[i], ties="lowest_id" if i % 2 else ties) for i in range(6)]
+        for params in each:
+            sampler.admit(params, seed=4, presence=0.5)
+        both = [hw.filter_logits(z, params) > -INF for z, params in zip(rows, each, strict=True)] & masks
+        both[:, 9] = masks[:, 9] = True
+        masks[1, 9] = both[1, 9] = True  # what both leave is not nothing
+        both[2::3, 9] = False
+        both[2::3, 8] = masks[2::3, 8] = True
+        words = packed(masks)
+        words[:, -1] |= np.int32(-64)  # bits past V say nothing
+        kinds = [masks, words, words.view(np.uint32), list(masks), [np.flatnonzero(mask).tolist() for mask in masks]]
+        histories: list[list[int]] = [[] for _ in range(6)]
+        for j, allowed in enumerate([*kinds, [masks[0], None, words[2], {8, 9}, None, None], None]):
+            tokens = sampler.step(rows, allowed=allowed)
+            left = both if j < len(kinds) else np.array([hw.filter_logits(rows[i], each[i]) > -INF for i in range(6)])
+            if j == len(kinds):
+                left[[0, 2]] = both[[0, 2]]
+                left[3] = np.isin(np.arange(70), [8, 9])
+            for i, (token, history) in enumerate(zip(tokens.tolist(), histories, strict=True)):
+                z = hw.penalize(rows[i], history, presence=0.5)
+                assert token == hw.sample(z, allowed=left[i], seed=4, position=j)
+                history.append(token)
+
+
+def test_p36_copies() -> None:
+    """Both go on alike; what one does then, the other does not see."""
+    sampler = hw.Sampler(70)
+    for seed in range(3):
+        sampler.admit(hw.SamplingParams(top_k=9), [1, 2, 3], seed=seed, frequency=0.4, window=5, dry_multiplier=0.5)
+    sampler.step(ROWS[0])
+    for other in (pickle.loads(pickle.dumps(sampler)), copy.deepcopy(sampler)):
+        other.retire(1)
+        other.step(ROWS[0][:2])
+    again = [pickle.loads(pickle.dumps(sampler)), copy.deepcopy(sampler)]
+    for _ in range(5):
+        tokens = sampler.step(ROWS[1]).tolist()
+        assert [other.step(ROWS[1]).tolist() for other in again] == [tokens] * 2
+    assert [other.admit() for other in again] == [3, 3]

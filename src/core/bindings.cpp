@@ -264,6 +264,11 @@ template <class T> PerRow<T> per_row(const In& a, const char* name, int64_t rows
     throw std::invalid_argument(std::string(name) + ": expected one number, or one per row");
   return {static_cast<const T*>(a.data()), a.shape(0) == 1 ? 0 : a.stride(0)};
 }
+template <class T> const T* rows_in(const In& a, const char* name, int64_t size) {
+  if (int64_t(a.size()) != size || a.itemsize() != sizeof(T))
+    throw std::invalid_argument(std::string(name) + ": wrong shape or dtype");
+  return static_cast<const T*>(a.data());
+}
 template <class T> T* rows_out(const Out& a, const char* name, int64_t size, size_t item) {
   if (int64_t(a.size()) != size || a.itemsize() != item)
     throw std::invalid_argument(std::string(name) + ": wrong shape or dtype");
@@ -275,15 +280,33 @@ template <class T> T* rows_out(const std::optional<Out>& a, const char* name, in
 
 using StepTuple = std::tuple<int, int, bool, bool, std::vector<In>>; // Step of kernels.h
 
-// What penalties change: made by penalize, read by the sampling functions.
-Edits edits_of(const Out& count, const Out& id, const Out& logit, int64_t rows) {
-  const int64_t places = int64_t(id.size());
-  if (int64_t(count.size()) != rows || places != int64_t(logit.size()) || (rows && places % rows) ||
-      count.itemsize() != 8 || id.itemsize() != 8 || logit.itemsize() != 8)
-    throw std::invalid_argument("edits: wrong shape or dtype");
-  return {static_cast<int64_t*>(count.data()), static_cast<int64_t*>(id.data()), static_cast<double*>(logit.data()),
-          rows ? places / rows : 0};
-}
+// What penalties know of rows, counted on by penalize, read by the sampling functions. It keeps the arrays alive.
+struct RowHistories {
+  In slot, first, length, tokens, breakers;
+  Out counted, distinct, id, times, same, logit;
+
+  Histories of(int64_t rows) const {
+    const int64_t slots = int64_t(length.size()), places = int64_t(tokens.size());
+    Histories h{};
+    h.slot = rows_in<int64_t>(slot, "slot", rows);
+    h.first = rows_in<int64_t>(first, "first", slots);
+    h.length = rows_in<int64_t>(length, "length", slots);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t s = h.slot[i];
+      if (s < 0 || s >= slots || h.first[s] < 0 || h.length[s] < 0 || h.length[s] > places - h.first[s])
+        throw std::invalid_argument("slot: out of range");
+    }
+    h.tokens = rows_in<int64_t>(tokens, "tokens", places);
+    h.breakers = rows_in<uint8_t>(breakers, "breakers", places);
+    h.counted = rows_out<int64_t>(counted, "counted", slots, 8);
+    h.distinct = rows_out<int64_t>(distinct, "distinct", slots, 8);
+    h.id = rows_out<int64_t>(id, "id", places, 8);
+    h.times = rows_out<int64_t>(times, "times", places, 8);
+    h.same = rows_out<int64_t>(same, "same", places, 8);
+    h.logit = rows_out<double>(logit, "logit", places, 8);
+    return h;
+  }
+};
 
 // What every sampling function shares: rows of logits and how to sample each. It keeps the arrays alive.
 struct Rows {
@@ -292,7 +315,7 @@ struct Rows {
   bool packed;
   std::vector<StepTuple> steps;
   In min_tokens;
-  std::optional<std::vector<Out>> edits;
+  std::optional<RowHistories> histories;
   std::optional<In> seed, position;
   int64_t rows_per_stream;
   std::optional<In> uniform;
@@ -308,10 +331,7 @@ struct Rows {
     t.logits = view(logits, "logits", t.batch, {t.V});
     t.bias = view(bias, "bias", t.batch, {t.V});
     if (bias && t.bias.dtype != DType::f32) throw std::invalid_argument("bias: expected float32");
-    if (edits) {
-      if (edits->size() != 3) throw std::invalid_argument("edits: expected three arrays");
-      t.edits = edits_of((*edits)[0], (*edits)[1], (*edits)[2], rows);
-    }
+    if (histories) t.histories = histories->of(rows);
     t.allowed = view(allowed, "allowed", t.batch, {packed ? (t.V + 31) / 32 * 4 : t.V});
     if (allowed && t.allowed.dtype != DType::boolean) throw std::invalid_argument("allowed: expected uint8");
     t.packed = packed;
@@ -361,21 +381,15 @@ bool sample(Rows& rows, int64_t draws, bool replacement, const std::optional<Out
   return fine(t);
 }
 
-void penalize(const In& logits, const In& tokens, const std::optional<In>& breakers, const In& length, const In& window,
-              const In& repetition, const In& frequency, const In& presence, const In& dry_multiplier,
-              const In& dry_base, const In& dry_allowed_length, const Out& count, const Out& id, const Out& logit) {
+void penalize(const In& logits, const RowHistories& histories, const In& window, const In& repetition,
+              const In& frequency, const In& presence, const In& dry_multiplier, const In& dry_base,
+              const In& dry_allowed_length) {
   Penalties t{};
   t.batch = batch_of(logits, 1);
   t.V = int64_t(logits.shape(size_t(t.batch.axes)));
   t.logits = view(logits, "logits", t.batch, {t.V});
   const int64_t rows = t.batch.size();
-  t.edits = edits_of(count, id, logit, rows);
-  if (tokens.size() != id.size() || tokens.itemsize() != 8) throw std::invalid_argument("tokens: wrong shape or dtype");
-  if (breakers && (breakers->size() != tokens.size() || breakers->itemsize() != 1))
-    throw std::invalid_argument("breakers: wrong shape or dtype");
-  t.tokens = static_cast<const int64_t*>(tokens.data());
-  t.breakers = breakers ? static_cast<const uint8_t*>(breakers->data()) : nullptr;
-  t.length = per_row<int64_t>(length, "length", rows);
+  t.histories = histories.of(rows);
   t.window = per_row<int64_t>(window, "window", rows);
   t.repetition = per_row<double>(repetition, "repetition", rows);
   t.frequency = per_row<double>(frequency, "frequency", rows);
@@ -501,17 +515,18 @@ NB_MODULE(_native, m) {
   m.def("rotary_frequencies", &rotary_frequencies, "base"_a, "frequencies"_a);
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "wide"_a, "y"_a);
   m.def("swiglu", &swiglu, "gate"_a, "up"_a, "wide"_a, "y"_a);
-  nb::class_<Rows>(m, "Rows").def(nb::init<In, std::optional<In>, std::optional<In>, bool, std::vector<StepTuple>, In,
-                                           std::optional<std::vector<Out>>, std::optional<In>, std::optional<In>,
-                                           int64_t, std::optional<In>, Out>(),
-                                  nb::kw_only(), "logits"_a, "bias"_a.none(), "allowed"_a.none(), "packed"_a, "steps"_a,
-                                  "min_tokens"_a, "edits"_a.none(), "seed"_a.none(), "position"_a.none(),
-                                  "rows_per_stream"_a, "uniform"_a.none(), "status"_a);
+  nb::class_<RowHistories>(m, "Histories")
+      .def(nb::init<In, In, In, In, In, Out, Out, Out, Out, Out, Out>(), nb::kw_only(), "slot"_a, "first"_a, "length"_a,
+           "tokens"_a, "breakers"_a, "counted"_a, "distinct"_a, "id"_a, "times"_a, "same"_a, "logit"_a);
+  nb::class_<Rows>(m, "Rows").def(
+      nb::init<In, std::optional<In>, std::optional<In>, bool, std::vector<StepTuple>, In, std::optional<RowHistories>,
+               std::optional<In>, std::optional<In>, int64_t, std::optional<In>, Out>(),
+      nb::kw_only(), "logits"_a, "bias"_a.none(), "allowed"_a.none(), "packed"_a, "steps"_a, "min_tokens"_a,
+      "histories"_a.none(), "seed"_a.none(), "position"_a.none(), "rows_per_stream"_a, "uniform"_a.none(), "status"_a);
   m.def("sample", &sample, "rows"_a, "draws"_a, "replacement"_a, "tokens"_a.none(), "probabilities"_a.none(),
         "filtered"_a.none());
-  m.def("penalize", &penalize, "logits"_a, "tokens"_a, "breakers"_a.none(), "length"_a, "window"_a, "repetition"_a,
-        "frequency"_a, "presence"_a, "dry_multiplier"_a, "dry_base"_a, "dry_allowed_length"_a, "count"_a, "id"_a,
-        "logit"_a);
+  m.def("penalize", &penalize, "logits"_a, "histories"_a, "window"_a, "repetition"_a, "frequency"_a, "presence"_a,
+        "dry_multiplier"_a, "dry_base"_a, "dry_allowed_length"_a);
   m.def("rank", &rank, "rows"_a, "tokens"_a, "processed"_a, "ranks"_a, "logprob"_a, "top_id"_a, "top_key"_a,
         "top_logprob"_a);
   m.def("verify", &verify, "target"_a, "draft"_a.none(), "tokens"_a, "status"_a, "accepted"_a, "next"_a);

@@ -117,21 +117,28 @@ struct Step {
   PerRow<double> value[kStepValues]; // temperature: and range, exponent; xtc: probability, threshold
 };
 
-// Logits that penalties change, for each row the first `count` of `capacity` places: which, and what they become.
-struct Edits {
-  int64_t* count = nullptr; // (rows); absent: none are changed
-  int64_t* id;              // (rows, capacity)
-  double* logit;            // (rows, capacity): numbers of the logits' own type
-  int64_t capacity;
+// What penalties know of rows: the tokens of each, and what the kernel has counted of them so far. A row has a slot,
+// and places of its own, from `first` on, in each of the long arrays.
+struct Histories {
+  const int64_t* slot = nullptr; // (rows); absent: there are none
+  const int64_t *first, *length; // (slots): the first place, and how many tokens there are
+  const int64_t* tokens;         // (places): from 0 to V - 1, the oldest first
+  const uint8_t* breakers;       // (places): whether repetition ends at this token
+  // The kernel's own. (slots): how many it has counted, 0 to begin anew, and how many differ within the window.
+  int64_t *counted, *distinct;
+  // (places): which these are, how often each occurs, what the end has in common with earlier ends; and what the logits
+  // become, numbers of the logits' own type.
+  int64_t *id, *times, *same;
+  double* logit;
 };
 
 struct Sampling {
   Batch batch; // a row each
   int64_t V;
-  View logits;  // (V)
-  View bias;    // (V): float32, or absent
-  Edits edits;  // take the place of the logits before all else
-  View allowed; // (V): boolean; packed: bytes, token 0 in the lowest bit of the first; or absent
+  View logits;         // (V)
+  View bias;           // (V): float32, or absent
+  Histories histories; // what penalties made takes the place of the logits before all else
+  View allowed;        // (V): boolean; packed: bytes, token 0 in the lowest bit of the first; or absent
   bool packed;
   const Step* steps; // in their order
   int64_t step_count;
@@ -148,16 +155,14 @@ struct Sampling {
   int64_t* status; // (rows)
 };
 
-// Which tokens of a history occur, how often, what they repeat; and the logits that they get for it.
+// The logits that tokens of a history get for being in it.
 struct Penalties {
   Batch batch; // a row each
   int64_t V;
-  View logits;             // (V)
-  const int64_t* tokens;   // (rows, capacity): from 0 to V - 1, the oldest first; capacity is that of the edits
-  const uint8_t* breakers; // (rows, capacity): whether repetition ends at this token; or absent
-  PerRow<int64_t> length, window, dry_allowed_length;
+  View logits; // (V)
+  PerRow<int64_t> window, dry_allowed_length;
   PerRow<double> repetition, frequency, presence, dry_multiplier, dry_base; // off: 1, 0, 0, 0
-  Edits edits;                                                              // filled
+  Histories histories;                                                      // counted on, and logit filled
 };
 
 // Where tokens stand in the distributions of these rows.

@@ -1,61 +1,79 @@
-// Penalties: what occurred before gets a lower logit. One row in time linear in its history, whatever the vocabulary.
+// Penalties: what occurred before gets a lower logit. What a row's history holds is counted once, in time linear in the
+// history whatever the vocabulary; after that each token that comes is added to it and each that leaves is taken away.
 #pragma once
 #include "rows.h"
 
 namespace headway {
 namespace {
 
+// A row of Histories, and the number of the last of its tokens that are what it is about.
 struct History {
-  int64_t n;
-  const int64_t* token;   // the oldest first
-  const uint8_t* breaker; // or nullptr
-  int64_t distinct = 0;
-  int64_t* id;              // the distinct tokens, by first occurrence
-  uint32_t* slot;           // (V): where a token is in that list
-  int64_t *count, *repeats; // of each of the list: how often; the longest end of the history that it once followed
-  int64_t* same;            // (n)
-  double* power;            // (n)
+  int64_t length, window;
+  const int64_t* token;  // the oldest first
+  const uint8_t* breaks; // whether repetition ends there
+  int64_t &counted, &distinct, *id, *times, *same;
 
-  History(Arena arena, int64_t V, int64_t capacity, int64_t* bytes = nullptr) {
-    slot = arena.take<uint32_t>(V);
-    count = arena.take<int64_t>(capacity);
-    repeats = arena.take<int64_t>(capacity);
-    same = arena.take<int64_t>(capacity);
-    power = arena.take<double>(capacity);
-    if (bytes) *bytes = arena.used;
-  }
+  History(const Histories& all, int64_t slot, int64_t w)
+      : length(all.length[slot]), window(w), token(all.tokens + all.first[slot]),
+        breaks(all.breakers + all.first[slot]), counted(all.counted[slot]), distinct(all.distinct[slot]),
+        id(all.id + all.first[slot]), times(all.times + all.first[slot]), same(all.same + all.first[slot]) {}
+
+  int64_t size() const { return least(counted, window); }
 
   // The set of Briggs and Torczon (1993): slot is never cleared, for it counts only where the list points back.
-  void count_tokens() {
-    for (int64_t i = 0; i < n; ++i) {
+  void count_all(uint32_t* slot) {
+    counted = length, distinct = 0;
+    for (int64_t i = length - size(); i < length; ++i) {
       int64_t k = slot[token[i]];
       if (k >= distinct || id[k] != token[i]) {
         k = distinct++;
         slot[token[i]] = uint32_t(k);
         id[k] = token[i];
-        count[k] = repeats[k] = 0;
+        times[k] = 0;
       }
-      ++count[k];
+      ++times[k];
     }
   }
 
-  // same[j]: how many tokens the history, read backwards, has in common with itself from its j-th last on (the Z
-  // function; Gusfield, 1997). The token after that place would repeat so many; breakers bound them.
-  void count_repeats(int64_t allowed_length) {
-    const int64_t* end = token + n - 1;
+  // The place of a token in the list, which is searched, as each of its logits is to be visited anyway.
+  int64_t find(int64_t t) const {
+    int64_t k = 0;
+    while (k < distinct && id[k] != t) ++k;
+    return k;
+  }
+  void count_next() {
+    const int64_t k = find(token[counted]);
+    if (k == distinct) id[distinct++] = token[counted], times[k] = 0;
+    ++times[k];
+    if (++counted <= window) return;
+    const int64_t left = find(token[counted - window - 1]);
+    if (--times[left]) return;
+    --distinct;
+    id[left] = id[distinct], times[left] = times[distinct];
+  }
+
+  // same[j]: how many tokens the history, read backwards, has in common with itself from its j-th last on, before a
+  // breaker. The token after that place would repeat so many. For the whole (the Z function; Gusfield, 1997):
+  void compare_all() {
+    const int64_t n = size(), *end = token + counted - 1;
     int64_t tail = 0;
-    while (tail < n && !(breaker && breaker[n - 1 - tail])) ++tail;
+    while (tail < n && !breaks[counted - 1 - tail]) ++tail;
     for (int64_t j = 1, left = 0, right = 0; j < n; ++j) {
       int64_t m = j < right ? least(same[j - left], right - j) : 0;
       while (j + m < n && end[-m] == end[-j - m]) ++m;
       if (j + m > right) left = j, right = j + m;
       same[j] = m;
-      const int64_t length = least(m, tail), next = n - j;
-      if (length < allowed_length || (breaker && breaker[next])) continue;
-      int64_t& longest = repeats[slot[token[next]]];
-      longest = most(longest, length);
     }
+    for (int64_t j = 1; j < n; ++j) same[j] = least(same[j], tail);
   }
+  // And after one more token. What was compared may have left the window since: `repeated` leaves it out.
+  void compare_next() {
+    const int64_t n = size(), *end = token + counted - 1;
+    if (n > 1 && n == counted) same[n - 1] = 0; // a new place
+    const int64_t goes_on = breaks[counted - 1] ? 0 : -1;
+    for (int64_t j = 1; j < n; ++j) same[j] = end[-j] == *end ? (same[j] + 1) & goes_on : 0;
+  }
+  int64_t repeated(int64_t j) const { return least(same[j], size() - j); }
 };
 
 inline double largest_of(DType t) {
@@ -67,52 +85,85 @@ inline double largest_of(DType t) {
   }
 }
 
-// A number as the type holds it; what is finite stays so.
-inline double rounded(double x, DType dtype) {
-  const double largest = largest_of(dtype);
-  x = x > largest ? largest : x < -largest ? -largest : x;
-  char narrow[8];
-  write_row(&x, 1, narrow, dtype);
-  read_row(narrow, dtype, 1, 1, &x);
-  return x;
-}
+// Memory of a thread: where a token stands in the list of a history, and what repetitions cost.
+struct PenaltySpace {
+  uint32_t* slot;   // (V)
+  int64_t* longest; // (tokens): of each of the list, the longest end of the history that it once followed
+  double* power;    // (tokens)
+  void* narrow;     // (tokens): numbers of any type
+
+  PenaltySpace(Arena arena, int64_t V, int64_t tokens, int64_t* bytes = nullptr) {
+    slot = arena.take<uint32_t>(V);
+    longest = arena.take<int64_t>(tokens);
+    power = arena.take<double>(tokens);
+    narrow = arena.take<double>(tokens);
+    if (bytes) *bytes = arena.used;
+  }
+};
 
 inline Plan plan_penalties(const Penalties& task, int64_t) {
-  Plan plan{task.batch.size(), 0, rough_product(task.batch.size(), task.edits.capacity, 16)};
-  History(Arena{nullptr}, task.V, task.edits.capacity, &plan.workspace);
+  const Histories& all = task.histories;
+  int64_t tokens = 0, longest = 0; // to count, or to visit
+  for (int64_t i = 0; i < task.batch.size(); ++i) {
+    const int64_t slot = all.slot[i];
+    tokens += all.length[slot] - all.counted[slot] + all.distinct[slot];
+    longest = most(longest, all.length[slot]);
+  }
+  Plan plan{task.batch.size(), 0, rough_product(tokens, 16)};
+  PenaltySpace(Arena{nullptr}, task.V, longest, &plan.workspace);
   return plan;
 }
 
 inline void run_penalties(const Penalties& task, const Plan&, int64_t index, Memory memory) {
-  const int64_t capacity = task.edits.capacity, length = task.length[index];
-  History history(Arena{static_cast<char*>(memory.own)}, task.V, capacity);
-  history.n = least(length, task.window[index]);
-  const int64_t first = index * capacity + length - history.n;
-  history.token = task.tokens + first;
-  history.breaker = task.breakers ? task.breakers + first : nullptr;
-  history.id = task.edits.id + index * capacity;
-  history.count_tokens();
-  task.edits.count[index] = history.distinct;
-
-  const int64_t allowed_length = task.dry_allowed_length[index];
-  const double multiplier = task.dry_multiplier[index], infinite = __builtin_inf();
-  if (multiplier > 0) {
-    history.count_repeats(allowed_length);
-    double power = multiplier;
-    for (int64_t i = 0; i < history.n; ++i, power *= task.dry_base[index])
-      history.power[i] = power < infinite ? power : largest_of(DType::f64);
+  const Histories& all = task.histories;
+  const double repetition = task.repetition[index], frequency = task.frequency[index], presence = task.presence[index],
+               multiplier = task.dry_multiplier[index];
+  if (repetition == 1 && frequency == 0 && presence == 0 && multiplier == 0) return; // it stays uncounted
+  const int64_t slot = all.slot[index];
+  PenaltySpace space(Arena{static_cast<char*>(memory.own)}, task.V, all.length[slot]);
+  History history(all, slot, task.window[index]);
+  const bool dry = multiplier > 0;
+  if (history.counted == 0) {
+    history.count_all(space.slot);
+    if (dry) history.compare_all();
   }
-  const double repetition = task.repetition[index], frequency = task.frequency[index], presence = task.presence[index];
+  while (history.counted < history.length) {
+    history.count_next();
+    if (dry) history.compare_next();
+  }
+
+  const int64_t distinct = history.distinct, n = history.size(), allowed_length = task.dry_allowed_length[index];
+  int64_t most_repeated = 0;
+  for (int64_t j = 1; dry && j < n; ++j) {
+    const int64_t length = history.repeated(j), next = history.length - j;
+    if (length < allowed_length || history.breaks[next]) continue;
+    if (!most_repeated)
+      for (int64_t k = 0; k < distinct; ++k) space.slot[history.id[k]] = uint32_t(k), space.longest[k] = 0;
+    int64_t& longest = space.longest[space.slot[history.token[next]]];
+    longest = most(longest, length);
+    most_repeated = most(most_repeated, length);
+  }
+  double power = multiplier;
+  for (int64_t i = 0; i <= most_repeated - allowed_length; ++i, power *= task.dry_base[index])
+    space.power[i] = power < __builtin_inf() ? power : largest_of(DType::f64);
   const int64_t offset = batch_offset(task.batch, task.logits, index);
-  for (int64_t k = 0; k < history.distinct; ++k) {
-    double z;
-    read_row(address(task.logits, offset, history.id[k]), task.logits.dtype, 1, 1, &z);
+  double* logit = all.logit + all.first[slot];
+  for (int64_t k = 0; k < distinct; ++k) {
+    if (k + 32 < distinct) __builtin_prefetch(address(task.logits, offset, history.id[k + 32]));
+    read_row(address(task.logits, offset, history.id[k]), task.logits.dtype, 1, 1, logit + k);
+  }
+  const double largest = largest_of(task.logits.dtype);
+  for (int64_t k = 0; k < distinct; ++k) {
+    double z = logit[k];
     const bool finite = z - z == 0;
     z = z > 0 ? z / repetition : z * repetition;
-    z = z - double(history.count[k]) * frequency - presence;
-    if (multiplier > 0 && history.repeats[k] > 0) z = z - history.power[history.repeats[k] - allowed_length];
-    task.edits.logit[index * capacity + k] = finite ? rounded(z, task.logits.dtype) : z;
+    z = z - double(history.times[k]) * frequency - presence;
+    if (most_repeated && space.longest[k] > 0) z = z - space.power[space.longest[k] - allowed_length];
+    logit[k] = !finite ? z : z > largest ? largest : z < -largest ? -largest : z;
   }
+  // As the type holds them.
+  write_row(logit, distinct, space.narrow, task.logits.dtype);
+  read_row(space.narrow, task.logits.dtype, 1, distinct, logit);
 }
 
 } // namespace

@@ -24,19 +24,19 @@ HEADWAY_FLATTEN inline void ban(const Sampling& task, int64_t index, float* z) {
   }
 }
 
-// The row as float32 with edits, the bias added and -inf for what is not allowed: the caller's memory if it is just
+// The row as float32 with penalties, the bias added and -inf for what is not allowed: the caller's memory if it is just
 // that.
 inline const float* scores(const Sampling& task, int64_t index, const Workspace& space) {
   const char* logits = address(task.logits, batch_offset(task.batch, task.logits, index));
-  const Edits& edits = task.edits;
-  const bool changed = task.bias.data || task.allowed.data || (edits.count && edits.count[index]);
+  const Histories& histories = task.histories;
+  const int64_t slot = histories.slot ? histories.slot[index] : 0,
+                penalized = histories.slot ? histories.distinct[slot] : 0;
+  const bool changed = task.bias.data || task.allowed.data || penalized;
   if (task.logits.dtype == DType::f32 && task.logits.stride[0] == 1 && !changed)
     return reinterpret_cast<const float*>(logits);
   read_row(logits, task.logits.dtype, task.logits.stride[0], task.V, space.z);
-  if (edits.count) {
-    const int64_t first = index * edits.capacity;
-    for (int64_t i = first; i < first + edits.count[index]; ++i) space.z[edits.id[i]] = float(edits.logit[i]);
-  }
+  const int64_t first = penalized ? histories.first[slot] : 0;
+  for (int64_t i = first; i < first + penalized; ++i) space.z[histories.id[i]] = float(histories.logit[i]);
   if (task.bias.data) {
     const float* bias = reinterpret_cast<const float*>(address(task.bias, batch_offset(task.batch, task.bias, index)));
     for (int64_t i = 0; i < task.V; ++i) space.z[i] += bias[i * task.bias.stride[0]];

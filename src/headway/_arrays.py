@@ -41,7 +41,7 @@ class Operand(NamedTuple):
         out = np.empty(data.shape, storage(dtype))
         if out.size:
             _native.convert(data.reshape(-1, columns), out.reshape(-1, columns))
-        return np.broadcast_to(out, self.data.shape)
+        return out if out.shape == self.data.shape else np.broadcast_to(out, self.data.shape)
 
 
 def unwrap(x: Any, name: str) -> Operand:

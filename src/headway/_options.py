@@ -50,6 +50,8 @@ class Reals:
             return np.array(value, np.float64)
         if value is None or isinstance(value, (str, bool, np.bool_, complex)):
             raise TypeError(f"{name}: expected {self.expected}, or an array of them, got {shown(value)}")
+        if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.dtype.kind == "O"):
+            value = self._each(name, np.array(value, object))
         array = _arrays.unwrap(value, name).astype("float64")
         holds, out = self.holds(array), array
         for reading in reversed(readings):
@@ -59,6 +61,18 @@ class Reals:
         if not holds.all():
             index, bad = _first(array, ~holds)
             raise ValueError(f"{name}{_place(index)}: expected {self.expected}, got {bad!r}; {self.cure}")
+        return out
+
+    def _each(self, name: str, items: Array) -> Array:
+        """Return Python numbers as floats, one by one, so that an error names the place of what is none."""
+        out = np.empty(items.shape)
+        for index, item in np.ndenumerate(items):
+            if isinstance(item, (bool, np.bool_, str)) or item is None or np.ndim(item):
+                raise TypeError(f"{name}{_place(index)}: expected {self.expected}, got {shown(item)}; {self.cure}")
+            if isinstance(item, int):
+                out[index] = item if abs(item) <= sys.float_info.max else math.copysign(math.inf, item)
+            else:
+                out[index] = _arrays.unwrap(item, f"{name}{_place(index)}").astype("float64")
         return out
 
 
@@ -71,13 +85,14 @@ class Integers:
     least: int
     dtype: type[np.integer[Any]]
     clip: bool = False  # a larger number than the type holds means no more than its largest
+    optional: bool = True  # None switches it off
 
     def __call__(self, name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array | None:
-        if value is None:
+        if value is None and self.optional:
             return None
         if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
             return np.array(self.one(name, value, (), readings), self.dtype)
-        if isinstance(value, (str, bool)) or str(getattr(value, "dtype", "")).endswith("bfloat16"):
+        if value is None or isinstance(value, (str, bool)) or str(getattr(value, "dtype", "")).endswith("bfloat16"):
             raise ValueError(f"{name}: expected {self.expected}, got {shown(value)}; {self.cure}")
         # Lists as objects, so that no number above 2^63 becomes a float on the way.
         array = np.array(value, object) if isinstance(value, (list, tuple)) else _arrays.plain(value, name)
@@ -145,6 +160,8 @@ def _logit_bias(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Ar
         value = list(value.values())
     with np.errstate(over="ignore"):
         array = _arrays.unwrap(value, name).astype("float32")
+    if ids is not None and array.ndim != 1:
+        raise ValueError(f"{name}: expected a dict {{id: bias}}, one number for each id, got shape {array.shape[1:]}")
     if array.size and not array.max() < np.inf:  # NaN too
         index, bad = _first(array, ~(array < np.inf))
         place = _place(index) if ids is None else f"[{ids[index]}]"
@@ -171,7 +188,7 @@ CHECKS: dict[str, Callable[[str, Any, tuple[Reading, ...]], Any]] = {
     "eta_cutoff": _SHARE,
     "xtc_probability": _SHARE,
     "xtc_threshold": Reals("a number in [0, 1]", "0.1 is usual", lambda p: (p >= 0) & (p <= 1), optional=False),
-    "min_tokens_to_keep": Integers("an integer >= 1", "1 is the least", 1, np.int64, clip=True),
+    "min_tokens_to_keep": Integers("an integer >= 1", "1 is the least", 1, np.int64, clip=True, optional=False),
     "allowed": _allowed,
     "logit_bias": _logit_bias,
     "ties": _choice("lowest_id", "keep"),
@@ -233,6 +250,45 @@ def broadcast(name: str, array: Array, shape: tuple[int, ...]) -> Array:
         raise ValueError(f"{name}: expected a shape that broadcasts to {shape}, got {array.shape}") from None
 
 
+def known_ids(name: str, ids: Array, vocabulary: int) -> Array:
+    """Return token ids that are all of the vocabulary."""
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
+        bad = ids[(ids < 0) | (ids >= vocabulary)][0]
+        raise ValueError(f"{name}: expected ids from 0 to {vocabulary - 1}, got {bad}")
+    return ids
+
+
+def per_token(name: str, array: Array, shape: tuple[int, ...]) -> Array:
+    """Return an array of one number for each token, (..., V), in this shape."""
+    if array.shape[-1:] != shape[-1:]:
+        raise ValueError(f"{name}: expected a last axis of {shape[-1]}, one for each token, got shape {array.shape}")
+    return broadcast(name, array, shape)
+
+
+def mask_bytes(name: str, allowed: Array, shape: tuple[int, ...]) -> tuple[Array, bool]:
+    """Return what `allowed` came to for logits of this shape as bytes, and whether each holds eight tokens."""
+    *lead, vocabulary = shape
+    if allowed.dtype == np.int64:
+        mask = np.zeros(vocabulary, np.uint8)
+        mask[known_ids(name, allowed, vocabulary)] = 1
+        return per_token(name, mask, shape), False
+    if allowed.dtype == np.bool_:
+        return per_token(name, allowed.view(np.uint8), shape), False
+    words = -(-vocabulary // 32)
+    if allowed.ndim == 0 or allowed.shape[-1] != words:
+        raise ValueError(
+            f"{name}: expected a packed mask of {words} 32-bit words for {vocabulary} tokens, got shape "
+            f"{allowed.shape}; give ids as a list or an int64 array"
+        )
+    packed = np.ascontiguousarray(allowed).view(np.uint8)
+    return broadcast(name, packed, (*lead, packed.shape[-1])), True
+
+
+def unpacked(packed: Array, vocabulary: int) -> Array:
+    """Return a packed mask, bytes of eight tokens, as bool (..., V)."""
+    return np.unpackbits(packed, axis=-1, count=vocabulary, bitorder="little").view(np.bool_)
+
+
 def flat(array: Array) -> Array:
     """Return (..., n) as (rows, n)."""
     return array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
@@ -280,7 +336,9 @@ def _place(index: tuple[int, ...]) -> str:
 
 def shown(value: Any) -> str:
     """Return a value as an error message shows it: a number or a string itself, of all else the kind."""
-    if value is None or isinstance(value, (str, bool, int, float, np.generic)):
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, (str, bool, int, float)):
         return repr(value)
     dtype = getattr(value, "dtype", None)
     return type(value).__name__ if dtype is None else f"{type(value).__name__} of {dtype}"

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from . import _arrays, _check
 from ._dialects import OFF, Step
-from ._options import Array
+from ._options import Array, shown, unpacked
 from .reference import sampling as definition
 from .sampling import Options, SamplingParams, _Run, _shows_options
 
@@ -92,6 +92,7 @@ class Stage:
             lines.append(
                 f"{self.ties_kept + self.ties_removed} equal at the boundary: {self.ties_kept} in, "
                 f"{self.ties_removed} out, the {self.rule.removesuffix('_id')} ids first"
+                + (" to go" if self.option == "xtc_probability" else "")
             )
         elif self.ties_kept:
             lines.append(f"{self.ties_kept} more kept, equal to the last")
@@ -106,7 +107,7 @@ class Why:
 
     kept: whether it can be drawn.
     stage: what took it out: a stage's option, or what banned it ("logits", "logit_bias", "allowed"). "mass" where no
-        stage did, but its mass rounds to 0.
+        stage did, but its mass is 0.
     measured, limit: the number by which the stage judged the token, and the one it should have reached or stayed below.
     missed_by: how far apart the two are, exact before it is rounded to a float.
     probability, rank: of the final distribution; the rank, from 1, is None for what cannot be drawn.
@@ -134,7 +135,7 @@ class Explanation:
     stages: a `Stage` for each that was switched on, in order.
     masses: (V,) int64, what `sample` draws by, exactly; 0 where a token cannot be drawn.
     kept: (n,) the ids that can be drawn, the best first.
-    massless: how many tokens no stage removed, but whose mass rounds to 0.
+    massless: how many tokens no stage removed, but whose mass rounds to 0 or is 0 at temperature 0.
     head: the best of them, each a `Candidate`.
     entropy: of the final distribution, in nats.
     """
@@ -181,16 +182,14 @@ class Explanation:
                 what, measured, limit = look.judge(token)
                 missed = float(abs(measured - limit))
                 text = (
-                    f"removed by {look.step.option}={_number(look.value)}: its {what} is {_number(float(measured))}, "
+                    f"removed by {look.step.option}={_number(look.value)}: {what} is {_number(float(measured))}, "
                     f"the limit {_number(float(limit))}, "
                 )
                 text += f"missed by {_number(missed)}" if missed else "exactly on the boundary, where it is out"
                 return out(look.step.option, text, float(measured), float(limit), missed)
         mass = int(self.masses[token])
         if not mass:
-            cause = (
-                "temperature 0 leaves all mass to the best" if not self._final.temperature else "its mass rounds to 0"
-            )
+            cause = "its mass rounds to 0" if self._final.temperature else "temperature 0 leaves all mass to the best"
             return out("mass", f"no stage removed it, but {cause}, so it is never drawn")
         probability, rank = mass / self._final.total, int(np.flatnonzero(self.kept == token)[0]) + 1
         text = f"{name}: in, with probability {_number(probability)}, rank {rank} of {self.kept.size}"
@@ -234,12 +233,13 @@ class Explanation:
             stages.append([stage.option, _number(stage.value), *counts, *edges])
         head = [["rank", "token", "probability", "word"]]
         for rank, one in enumerate(self.head, 1):
-            head.append([str(rank), str(one.token), f"{one.probability:.6f}", _short(one.word, 40)])
+            head.append([str(rank), str(one.token), f"{one.probability:.6f}", shortened(one.word, 40)])
         return stages, head if any(one.word for one in self.head) else [row[:3] for row in head]
 
     def _summary(self) -> str:
         text = f"{self.kept.size} of {self.vocabulary} tokens can be drawn, entropy {self.entropy:.4f} nats"
-        return text + (f"; {self.massless} more stay, whose mass rounds to 0" if self.massless else "")
+        cause = "whose mass rounds to 0" if self._final.temperature else "to which temperature 0 leaves no mass"
+        return text + (f"; {self.massless} more stay, {cause}" if self.massless else "")
 
 
 _MEASURES = ("greedy", "temperature")
@@ -340,21 +340,25 @@ class _Look:
         place = int(np.flatnonzero(row.ids == token)[0])
         share = Fraction(int(row.mass[place]), row.total)
         if option == "min_p":
-            return "share of the best one's mass", Fraction(int(row.mass[place]), 1 << row.s), Fraction(self.value)
+            return "its share of the best one's mass", Fraction(int(row.mass[place]), 1 << row.s), Fraction(self.value)
         if option == "epsilon_cutoff":
-            return "probability", share, Fraction(self.value)
+            return "its probability", share, Fraction(self.value)
         if option == "eta_cutoff":
-            return "probability", share, Fraction(definition._eta(row, self.value), row.total)
+            return "its probability", share, Fraction(definition._eta(row, self.value), row.total)
         if option == "xtc_probability":
-            return "probability", share, Fraction(row.settings["xtc_threshold"])
+            return "its probability", share, Fraction(row.settings["xtc_threshold"])
         if option == "top_n_sigma":
             distance = -float(definition._below(row)[place])
-            return "distance from the best logit", Fraction(distance), Fraction(self.value * definition._deviation(row))
+            return (
+                "its distance from the best logit",
+                Fraction(distance),
+                Fraction(self.value * definition._deviation(row)),
+            )
         order, _ = self.order()
         earlier = order[: int(np.flatnonzero(order == place)[0])]
         if option == "top_k":
-            return "rank", Fraction(earlier.size + 1), Fraction(self.value)
-        what = "mass before it in order of typicality" if option == "typical_p" else "mass before it"
+            return "its rank", Fraction(earlier.size + 1), Fraction(max(int(self.value), row.floor))
+        what = "the mass before it" + (" in order of typicality" if option == "typical_p" else "")
         return what, Fraction(int(row.mass[earlier].sum()), row.total), Fraction(self.value)
 
 
@@ -432,19 +436,18 @@ def _mask(run: _Run) -> Array | None:
     allowed, packed = run.allowed()
     if allowed is None:
         return None
-    flat = np.ascontiguousarray(allowed).reshape(-1)
-    if packed:
-        flat = np.unpackbits(flat, bitorder="little")
-    return np.asarray(flat[: run.vocabulary] != 0)
+    row = np.ascontiguousarray(allowed).reshape(-1)
+    return unpacked(row, run.vocabulary) if packed else row.view(np.bool_)
 
 
 def _words(tokens: Sequence[str] | Words | None, vocabulary: int) -> Words:
     if tokens is None:
         return lambda token: ""
     if callable(tokens):
-        return tokens
-    if isinstance(tokens, str) or len(tokens) != vocabulary:
-        got = "one string" if isinstance(tokens, str) else f"{len(tokens)}"
+        return lambda token: str(tokens(token))
+    length = len(tokens) if isinstance(tokens, Sequence) else None
+    if isinstance(tokens, str) or length != vocabulary:
+        got = "one string" if isinstance(tokens, str) else shown(tokens) if length is None else f"{length}"
         raise ValueError(f"tokens: expected {vocabulary} words, or a function from an id to a word, got {got}")
     return lambda token: str(tokens[token])
 
@@ -463,11 +466,12 @@ def _number(x: float) -> str:
 def _edge(one: Candidate | None) -> str:
     if one is None:
         return ""
-    probability = f"{one.probability:.4f}" if one.probability >= 1e-3 else f"{one.probability:.0e}"
-    return "  ".join(filter(None, (f"{one.token} {_short(one.word, 8)}".rstrip(), probability)))
+    small = 0 < one.probability < 1e-3
+    probability = f"{one.probability:.0e}" if small else f"{one.probability:.4f}"
+    return "  ".join(filter(None, (f"{one.token} {shortened(one.word, 8)}".rstrip(), probability)))
 
 
-def _short(word: str, columns: int) -> str:
+def shortened(word: str, columns: int) -> str:
     """Quote a word, and cut it where it is too wide; no word stays none."""
     if not word:
         return ""

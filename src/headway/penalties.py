@@ -1,7 +1,7 @@
 """Penalties: lower logits for tokens that occurred before, and for those that would repeat what was said.
 
-The kernel in `src/core/penalties.h` finds the new logits of the tokens of a history, in time linear in the history;
-`penalize` writes them into a copy of the logits, `Sampler` hands them on to the draw.
+The kernel in `src/core/penalties.h` finds the new logits of the tokens of a history, for which it counts them once and
+then on; `penalize` writes the logits into a copy, `Sampler` keeps the counts and hands the logits on to the draw.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["penalize"]
 
 _LARGEST = float(np.finfo(np.float32).max)
-Edits = list[Array]  # how many logits of each row change; (rows, capacity): which, and what they become
 
 
 class Penalties(TypedDict, total=False):
@@ -110,18 +109,19 @@ def penalize(
     settings = checked(penalties)
     tokens, length = _histories(token_ids, lengths, lead, vocabulary)
     breakers = breaker_ids(penalties.get("dry_breakers", ()), vocabulary)
-    breaks = np.isin(tokens, breakers).view(np.uint8) if breakers.size else None
     rows = {
         name: np.ascontiguousarray(value if not value.ndim else broadcast(name, value, lead)).reshape(-1)
         for name, value in settings.items()
     }
     out = np.array(data, order="C", copy=True)
     if out.size:
+        breaks = np.isin(tokens, breakers) if breakers.size else np.zeros(tokens.shape, np.bool_)
+        histories = Histories(tokens, breaks, length)
         flat = out.reshape(-1, vocabulary)
-        count, ids, values = edits(flat, tokens, breaks, length, rows)
-        changed = np.arange(ids.shape[-1]) < count[:, None]
-        new = _arrays.Operand(values[changed], "float64", _arrays.as_bits).astype(operand.dtype)
-        flat[changed.nonzero()[0], ids[changed]] = new
+        histories.penalize(flat, np.arange(len(flat)), rows)
+        changed = np.arange(tokens.shape[-1]) < histories.distinct[:, None]
+        new = _arrays.Operand(histories.logit[changed.reshape(-1)], "float64", _arrays.as_bits).astype(operand.dtype)
+        flat[changed.nonzero()[0], histories.id[changed.reshape(-1)]] = new
     return operand.wrap(out, operand.dtype)
 
 
@@ -137,20 +137,101 @@ def checked(penalties: Mapping[str, Any]) -> dict[str, Array]:
 def breaker_ids(breakers: ArrayLike, vocabulary: int) -> Array:
     """Return dry_breakers as an array of ids."""
     if isinstance(breakers, (set, frozenset)):
-        breakers = sorted(breakers)
+        breakers = list(breakers)
     return _check.integers(breakers, "dry_breakers", 0, vocabulary - 1).reshape(-1)
 
 
-def edits(data: Array, tokens: Array, breaks: Array | None, length: Array, settings: Mapping[str, Array]) -> Edits:
-    """Return what penalties change in rows of logits: data (rows, V), tokens (rows, capacity), the rest (rows,)."""
-    changes: Edits = [
-        np.empty(len(tokens), np.int64),
-        np.empty(tokens.shape, np.int64),
-        np.empty(tokens.shape, np.float64),
-    ]
-    names = ("window", "repetition", "frequency", "presence", "dry_multiplier", "dry_base", "dry_allowed_length")
-    _native.penalize(data, tokens, breaks, length, *(settings[name] for name in names), *changes)
-    return changes
+class Histories:
+    """The tokens of rows, and what the kernel has counted of them. A row has a slot, and places in the long arrays.
+
+    first, room, length (slots,): where a row's places begin, how many they are, how many hold tokens.
+    tokens, breaks (places,): the tokens, a row's oldest first, and which of them are breakers.
+    counted, distinct (slots,); id, times, same, logit (places,): the kernel's own, `kernels.h` says what.
+    """
+
+    def __init__(self, tokens: Array, breaks: Array, length: Array) -> None:
+        """Begin with rows of tokens (rows, n), of which the first length (rows,) count."""
+        rows, n = tokens.shape
+        self.first, self.room, self.length = n * np.arange(rows), np.full(rows, n), length
+        self.counted, self.distinct = np.zeros((2, rows), np.int64)
+        self.tokens, self.breaks = tokens.reshape(-1), breaks.reshape(-1).view(np.uint8)
+        self.id, self.times, self.same = (np.empty(tokens.size, np.int64) for _ in range(3))
+        self.logit = np.empty(tokens.size, np.float64)
+        self._used = tokens.size
+        self._left: dict[int, list[int]] = {}  # by how many they are: the first of places that rows have left
+        self._slots: list[int] = []  # that rows have left
+
+    def admit(self, tokens: Array, breaks: Array) -> int:
+        """Give a row a slot and places."""
+        if not self._slots:
+            used = len(self.length)
+            self._slots = list(range(2 * used, used - 1, -1))
+            for name in ("first", "room", "length", "counted", "distinct"):
+                setattr(self, name, np.pad(getattr(self, name), (0, used + 1)))
+        slot, n, room = self._slots.pop(), tokens.size, _LEAST_ROOM
+        while room < n:
+            room *= 2
+        first = self._places(room)
+        self.tokens[first : first + n], self.breaks[first : first + n] = tokens, breaks
+        self.first[slot], self.room[slot], self.length[slot] = first, room, n
+        self.counted[slot] = self.distinct[slot] = 0
+        return slot
+
+    def retire(self, slot: int) -> None:
+        """Take a row's slot and places back."""
+        self._left.setdefault(int(self.room[slot]), []).append(int(self.first[slot]))
+        self._slots.append(slot)
+
+    def append(self, slots: Array, tokens: Array, breaks: Array) -> None:
+        """Add one token to each of these rows; a row that is full moves to where there is twice the room."""
+        for slot in slots[self.length[slots] == self.room[slots]].tolist():
+            old, room = int(self.first[slot]), int(self.room[slot])
+            new = self._places(2 * room)
+            for name in _OF_PLACES:
+                getattr(self, name)[new : new + room] = getattr(self, name)[old : old + room]
+            self._left.setdefault(room, []).append(old)
+            self.first[slot], self.room[slot] = new, 2 * room
+        at = self.first[slots] + self.length[slots]
+        self.tokens[at], self.breaks[at] = tokens, breaks
+        self.length[slots] += 1
+
+    def penalize(self, data: Array, slots: Array, settings: Mapping[str, Array]) -> _native.Histories:
+        """Find the logits that penalties change in data (rows, V), the settings (rows,)."""
+        rows = self.of(slots)
+        names = ("window", "repetition", "frequency", "presence", "dry_multiplier", "dry_base", "dry_allowed_length")
+        _native.penalize(data, rows, *(settings[name] for name in names))
+        return rows
+
+    def of(self, slots: Array) -> _native.Histories:
+        """Return these rows as the kernels take them."""
+        return _native.Histories(
+            slot=slots,
+            first=self.first,
+            length=self.length,
+            tokens=self.tokens,
+            breakers=self.breaks,
+            counted=self.counted,
+            distinct=self.distinct,
+            id=self.id,
+            times=self.times,
+            same=self.same,
+            logit=self.logit,
+        )
+
+    def _places(self, room: int) -> int:
+        """Return the first of so many places that no row has."""
+        if self._left.get(room):
+            return self._left[room].pop()
+        first, self._used = self._used, self._used + room
+        if self._used > self.tokens.size:
+            more = max(self._used, 2 * self.tokens.size) - self.tokens.size
+            for name in _OF_PLACES:
+                setattr(self, name, np.pad(getattr(self, name), (0, more)))
+        return first
+
+
+_LEAST_ROOM = 64
+_OF_PLACES = ("tokens", "breaks", "id", "times", "same", "logit")
 
 
 def _histories(
@@ -172,12 +253,14 @@ def _histories(
         held = np.full(len(tokens), tokens.shape[-1], np.int64)
     length = held
     if lengths is not None:
-        length = _check.integers(lengths, "lengths", 0, 2**63 - 1)
+        length = _check.integers(lengths, "lengths", -(2**63), 2**63 - 1)
         length = np.ascontiguousarray(broadcast("lengths", length, lead)).reshape(-1)
-        if (length > held).any():
-            n = int((length > held).nonzero()[0][0])
+        wrong = (length < 0) | (length > held)
+        if wrong.any():
+            n = int(wrong.nonzero()[0][0])
             raise ValueError(
-                f"lengths: expected at most the {held[n]} tokens of token_ids{in_row(n, lead)}, got {length[n]}"
+                f"lengths: expected integers from 0 to {held[n]}, the tokens that token_ids has{in_row(n, lead)}, got "
+                f"{length[n]}"
             )
     wrong = ((tokens < 0) | (tokens >= vocabulary)) & (np.arange(tokens.shape[-1]) < length[:, None])
     if wrong.any():

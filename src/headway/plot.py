@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ._arrays import unwrap
+from .explain import Explanation, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from .explain import Explanation
 
 __all__ = ["attention_map", "filter_stages"]
 
@@ -77,26 +76,32 @@ def filter_stages(explanation: Explanation) -> Figure:
     """
     make = _figure("filter_stages")
     stages, head = explanation.stages, explanation.head
-    figure = make(figsize=(11, 0.8 + 0.32 * max(len(stages) + 2, len(head), 4)), layout="constrained")
-    counts, masses, best = figure.subplots(1, 3)
-
     names = ["start", *(f"{stage.option} {stage.value:g}" for stage in stages)]
-    counts.barh(names, [explanation.vocabulary - explanation.banned, *(stage.after for stage in stages)])
-    counts.set_xscale("log")
-    counts.set_xlim(left=0.5)
-    counts.set_title("tokens left", fontsize=9)
-    masses.barh(names, [1.0, *(stage.kept_mass for stage in stages)])
-    masses.set_xlim(0, 1)
-    masses.set_title("mass kept by the stage", fontsize=9)
-    masses.tick_params(labelleft=False)
-    best.barh(range(len(head)), [one.probability for one in head])
+    left = [explanation.vocabulary - explanation.banned, *(stage.after for stage in stages)]
+    kept = [1.0, *(stage.kept_mass for stage in stages)]
     # A dollar sign would begin a formula.
-    labels = [(repr(one.word) if one.word else str(one.token)).replace("$", r"\$") for one in head]
-    best.set_yticks(range(len(head)), labels)
-    best.set_title("probability", fontsize=9)
-    for axis in (counts, masses, best):
-        axis.invert_yaxis()
-        axis.tick_params(labelsize=8)
+    words = [f"{one.token} {shortened(one.word, 20)}".rstrip().replace("$", r"\$") for one in head]
+    best = [one.probability for one in head]
+    lines = max(len(names), len(head))
+    figure = make(figsize=(11, 0.7 + 0.3 * lines), layout="constrained")
+    room = 1.3  # for the numbers behind the bars, which say how long they are
+    panels: list[tuple[str, list[str], Sequence[float], list[str]]] = [
+        ("tokens left, on a log scale", names, left, [f"{n:,}" for n in left]),
+        ("mass kept by the stage", [""] * len(names), kept, [f"{share:.4g}" for share in kept]),
+        ("probability", words, best, [f"{share:.4g}" for share in best]),
+    ]
+    for axis, (title, labels, widths, numbers) in zip(figure.subplots(1, 3), panels):
+        axis.bar_label(axis.barh(range(len(labels)), widths), numbers, padding=3, fontsize=8)
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.set_yticks(range(len(labels)), labels, fontsize=8)
+        axis.set_ylim(lines - 0.5, -0.5)  # the first on top, and bars of one height in all panels
+        axis.set_xlim(0, room * max(widths))
+        axis.xaxis.set_visible(False)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+        axis.tick_params(length=0)
+    counts = figure.axes[0]
+    counts.set_xscale("log")
+    counts.set_xlim(0.5, 0.5 * (2 * max(left)) ** room)
     return figure
 
 

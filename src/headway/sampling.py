@@ -32,6 +32,9 @@ from ._options import (
     frozen,
     identity,
     in_row,
+    known_ids,
+    mask_bytes,
+    per_token,
     shown,
 )
 
@@ -201,7 +204,7 @@ def sample(
     run = _Run(logits, params, options)
     if not isinstance(replacement, (bool, np.bool_)):
         raise TypeError(f"replacement: expected True or False, got {shown(replacement)}")
-    draws = () if num_samples is None else (_check.integer(num_samples, "num_samples", 1),)
+    draws = () if num_samples is None else (_check.integer(num_samples, "num_samples", 1, 2**31 - 1),)
     tokens = np.empty((*run.lead, *draws), np.int64)
     run(tokens=tokens, draws=math.prod(draws), replacement=bool(replacement), **run.source(*draws))
     return int(tokens) if not tokens.ndim else run.operand.wrap(tokens, "int64")
@@ -267,19 +270,18 @@ class _Run:
         tokens: Array | None = None,
         probabilities: Array | None = None,
         filtered: Array | None = None,
-        edits: list[Array] | None = None,
         **source: Any,
     ) -> None:
         """Fill the outputs that are given."""
         status = np.empty(self.rows, np.int64)
-        rows = self.native(status, edits, **source)
+        rows = self.native(status, **source)
         if self.rows and not _native.sample(rows, draws, replacement, tokens, probabilities, filtered):
             self.fail(status, draws)
 
     def native(
         self,
         status: Array,
-        edits: list[Array] | None = None,
+        histories: _native.Histories | None = None,
         *,
         seed: Array | None = None,
         position: Array | None = None,
@@ -287,6 +289,8 @@ class _Run:
         uniform: Array | None = None,
     ) -> _native.Rows:
         """Return the rows as the kernels take them; they write what is wrong with each into status."""
+        for name in ("dynamic_temperature_exponent", "xtc_threshold"):
+            self.per_row(name)  # of the right shape, whether a stage asks for it or not
         data, bias, (allowed, packed) = self.data, self.bias(), self.allowed()
         if len(self.lead) > 8:  # more axes than the kernel walks
             data = flat(data)
@@ -299,7 +303,7 @@ class _Run:
             packed=packed,
             steps=self.steps(),
             min_tokens=self.per_row("min_tokens_to_keep"),
-            edits=edits,
+            histories=histories,
             seed=seed,
             position=position,
             rows_per_stream=rows_per_stream,
@@ -355,42 +359,14 @@ class _Run:
             return None
         if isinstance(bias, Sparse):
             dense = np.zeros(self.vocabulary, np.float32)
-            dense[self.ids("logit_bias", bias.ids)] = bias.values
+            dense[known_ids("logit_bias", bias.ids, self.vocabulary)] = bias.values
             bias = dense
-        return self.per_token("logit_bias", bias)
+        return per_token("logit_bias", bias, self.data.shape)
 
     def allowed(self) -> tuple[Array | None, bool]:
         """Return the mask as bytes, and whether each byte holds eight tokens."""
         allowed = self.settings["allowed"]
-        if allowed is None:
-            return None, False
-        if allowed.dtype == np.int64:
-            mask = np.zeros(self.vocabulary, np.uint8)
-            mask[self.ids("allowed", allowed)] = 1
-            return self.per_token("allowed", mask), False
-        if allowed.dtype == np.bool_:
-            return self.per_token("allowed", allowed.view(np.uint8)), False
-        words = -(-self.vocabulary // 32)
-        if allowed.ndim == 0 or allowed.shape[-1] != words:
-            raise ValueError(
-                f"allowed: expected a packed mask of {words} 32-bit words for {self.vocabulary} tokens, got shape "
-                f"{allowed.shape}; give ids as a list or an int64 array"
-            )
-        packed = np.ascontiguousarray(allowed).view(np.uint8)
-        return broadcast("allowed", packed, (*self.lead, packed.shape[-1])), True
-
-    def per_token(self, name: str, array: Array) -> Array:
-        if array.shape[-1:] != (self.vocabulary,):
-            raise ValueError(
-                f"{name}: expected a last axis of {self.vocabulary}, one for each token, got shape {array.shape}"
-            )
-        return broadcast(name, array, self.data.shape)
-
-    def ids(self, name: str, ids: Array) -> Array:
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocabulary:
-            bad = ids[(ids < 0) | (ids >= self.vocabulary)][0]
-            raise ValueError(f"{name}: expected ids from 0 to {self.vocabulary - 1}, got {bad}")
-        return ids
+        return (None, False) if allowed is None else mask_bytes("allowed", allowed, self.data.shape)
 
     def fail(self, status: Array, draws: int = 1) -> None:
         """Raise what the kernel found in the first row that has a fault."""

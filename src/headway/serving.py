@@ -9,8 +9,8 @@ from numpy.typing import ArrayLike
 
 from . import _arrays, _check, _native
 from ._dialects import OFF
-from ._options import Array, Settings
-from .penalties import Edits, Penalties, breaker_ids, checked, edits
+from ._options import CHECKS, Array, Settings, mask_bytes, shown, unpacked
+from .penalties import Histories, Penalties, breaker_ids, checked
 from .sampling import SamplingParams, _Run
 
 if TYPE_CHECKING:
@@ -25,9 +25,10 @@ class _Row(NamedTuple):
     """What does not change while a row is active."""
 
     handle: int
+    slot: int  # of its history
     settings: Settings  # each a single number or a word; allowed and logit_bias (V,) or None
     penalties: dict[str, Array]
-    breakers: Array
+    breakers: frozenset[int]
 
     def kind(self) -> tuple[str | None, ...]:
         """Return what rows must share to be sampled by one call."""
@@ -66,12 +67,12 @@ class Sampler:
         self.vocabulary = _check.integer(vocabulary, "vocabulary", 1, 2**31 - 1)
         self._admitted = 0
         self._rows: list[_Row] = []
-        # For each row: the tokens seen so far and which are breakers, with room to grow; how many; the next position.
-        self._tokens: Array = np.zeros((0, 64), np.int64)
-        self._breaks: Array = np.zeros((0, 64), np.uint8)
-        self._length: Array = np.zeros(0, np.int64)
+        self._histories = Histories(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.bool_), np.zeros(0, np.int64))
+        # One of each row: the slot of its history, the position of its next draw, its penalties.
+        self._slots: Array = np.zeros(0, np.int64)
         self._position: Array = np.zeros(0, np.uint64)
         self._penalties: dict[str, Array] = {}
+        self._penalized = False  # whether any row has penalties
         self._groups: list[_Group] = []
 
     @property
@@ -110,23 +111,19 @@ class Sampler:
         if prompt.ndim != 1:
             raise ValueError(f"prompt_tokens: expected a list of token ids, got shape {prompt.shape}")
 
-        source = alone.source()
+        source, bias = alone.source(), alone.bias()
         allowed, packed = alone.allowed()
-        if allowed is not None and packed:
-            allowed = np.unpackbits(allowed, count=self.vocabulary, bitorder="little")
+        if allowed is not None:
+            allowed = unpacked(allowed, self.vocabulary) if packed else allowed.view(np.bool_)
         row = _Row(
             self._admitted,
+            self._histories.admit(prompt, np.isin(prompt, breakers)),
             alone.settings
             | {"seed": source["seed"][0], "position": source["position"][0]}
-            | {"allowed": None if allowed is None else allowed.view(np.bool_), "logit_bias": alone.bias()},
+            | {"allowed": allowed, "logit_bias": bias},
             own,
-            breakers,
+            frozenset(breakers.tolist()),
         )
-        self._make_room(prompt.size)
-        self._tokens, self._breaks = np.pad(self._tokens, ((0, 1), (0, 0))), np.pad(self._breaks, ((0, 1), (0, 0)))
-        self._tokens[-1, : prompt.size] = prompt
-        self._breaks[-1, : prompt.size] = np.isin(prompt, breakers)
-        self._length = np.append(self._length, prompt.size)
         self._position = np.append(self._position, source["position"])
         self._admitted += 1
         self._regroup([*self._rows, row])
@@ -134,18 +131,29 @@ class Sampler:
 
     def retire(self, handle: int) -> None:
         """Remove a row: those after it move up by one."""
-        if handle not in self.handles:
-            raise ValueError(f"handle: expected one of the active rows, {self.handles}, got {handle!r}")
+        whole = isinstance(handle, (int, np.integer)) and not isinstance(handle, bool)
+        if not whole or handle not in self.handles:
+            raise ValueError(f"handle: expected one of the active rows, {self.handles}, got {shown(handle)}")
         at = self.handles.index(handle)
-        self._tokens, self._breaks = np.delete(self._tokens, at, axis=0), np.delete(self._breaks, at, axis=0)
-        self._length, self._position = np.delete(self._length, at), np.delete(self._position, at)
+        self._histories.retire(self._rows[at].slot)
+        self._position = np.delete(self._position, at)
         self._regroup(self._rows[:at] + self._rows[at + 1 :])
 
-    def step(self, logits: ArrayLike) -> Any:
+    def step(self, logits: ArrayLike, *, allowed: Any = None) -> Any:
         """Draw one token for each active row.
 
         logits (rows, V), in the order of `handles` -> int64 (rows,), the same kind of array. Where a row has an error,
-        no row draws.
+        no row draws: the message names it, and the step may be taken again with other logits or after a `retire`.
+
+        allowed is for this step alone, such as a grammar's: which tokens each row may draw, of those that its params
+        allow. A bool array (rows, V); an int32 or uint32 array (rows, ceil(V / 32)) with token 0 in the lowest bit of
+        the first word, as grammar libraries fill it; or a list with, for each row, such a mask, ids, or None.
+
+        >>> import headway as hw
+        >>> sampler = hw.Sampler(4)
+        >>> handles = [sampler.admit(hw.SamplingParams(temperature=0)) for _ in range(2)]
+        >>> sampler.step([[0.0, 1.0, 2.0, 3.0], [0.0, 5.0, 2.0, 3.0]], allowed=[[0, 2], None])
+        array([2, 1])
         """
         operand = _arrays.unwrap(logits, "logits")
         rows = len(self._rows)
@@ -153,58 +161,68 @@ class Sampler:
             raise ValueError(
                 f"logits: expected shape {(rows, self.vocabulary)}, a row for each active one, got {operand.data.shape}"
             )
-        changes = self._changes(operand.data)
+        mask = self._mask(allowed)
+        histories = self._histories
+        if self._penalized:
+            histories.penalize(operand.data, self._slots, self._penalties)
         tokens = np.empty(rows, np.int64)
         for group in self._groups:
             run = _Run(operand._replace(data=operand.data[group.rows]), None, {})
             run.settings = group.settings | {"position": self._position[group.rows]}
+            if mask is not None:
+                run.settings["allowed"] = self._both(group.settings["allowed"], mask[group.rows])
             drawn, status = np.empty(run.rows, np.int64), np.zeros(rows, np.int64)
-            own = None if changes is None else [change[group.rows] for change in changes]
+            own = histories.of(self._slots[group.rows]) if self._penalized else None
             faults = np.empty(run.rows, np.int64)
             if not _native.sample(run.native(faults, own, **run.source()), 1, True, drawn, None, None):
                 status[group.rows] = faults
                 run.lead = (rows,)
                 run.fail(status)
             tokens[group.rows] = drawn
-        self._append(tokens)
+        breaks = [token in row.breakers for token, row in zip(tokens.tolist(), self._rows)]
+        histories.append(self._slots, tokens, np.array(breaks, np.bool_))
+        self._position += np.uint64(1)
         return operand.wrap(tokens.copy(), "int64")
 
-    def _changes(self, data: Array) -> Edits | None:
-        """Return the logits that penalties change."""
-        length = np.where(self._penalties["on"], self._length, 0) if self._rows else self._length
-        if not length.any():
+    def _mask(self, allowed: Any) -> Array | None:
+        """Return a step's masks: bool (rows, V), or uint32 (rows, ceil(V / 32))."""
+        if allowed is None:
             return None
-        breaks = self._breaks if any(row.breakers.size for row in self._rows) else None
-        return edits(data, self._tokens, breaks, length, self._penalties)
+        rows, vocabulary = len(self._rows), self.vocabulary
+        if isinstance(allowed, (list, tuple)):
+            if len(allowed) != rows:
+                raise ValueError(f"allowed: expected {rows} masks, one for each active row, got {len(allowed)}")
+            masks = np.ones((rows, vocabulary), np.bool_)
+            for i, own in enumerate(allowed):
+                mask = CHECKS["allowed"](f"allowed[{i}]", own, ())
+                if mask is not None:
+                    as_bytes, packed = mask_bytes(f"allowed[{i}]", mask, (vocabulary,))
+                    masks[i] = unpacked(as_bytes, vocabulary) if packed else as_bytes
+            return masks
+        array: Array = CHECKS["allowed"]("allowed", allowed, ())
+        shapes = {np.dtype(np.bool_): (rows, vocabulary), np.dtype(np.uint32): (rows, -(-vocabulary // 32))}
+        if array.shape != shapes.get(array.dtype):
+            bools, words = shapes.values()
+            raise ValueError(
+                f"allowed: expected a mask for each active row, of shape {bools} for bool or {words} for packed int32, "
+                f"or a list of {rows}, got {array.dtype} of shape {array.shape}"
+            )
+        return array
 
-    def _append(self, tokens: Array) -> None:
-        self._make_room(1)
-        each = np.arange(len(tokens))
-        self._tokens[each, self._length] = tokens
-        for i, row in enumerate(self._rows):
-            if row.breakers.size:
-                self._breaks[i, self._length[i]] = tokens[i] in row.breakers
-        self._length += 1
-        self._position += np.uint64(1)
-
-    def _make_room(self, more: int) -> None:
-        """Double what every row has room for until there is room for so many more tokens in any."""
-        room = self._tokens.shape[-1]
-        need = int(self._length.max(initial=0)) + more
-        while room < need:
-            room *= 2
-        grown = ((0, 0), (0, room - self._tokens.shape[-1]))
-        if room > self._tokens.shape[-1]:
-            self._tokens, self._breaks = np.pad(self._tokens, grown), np.pad(self._breaks, grown)
+    def _both(self, own: Array | None, mask: Array) -> Array:
+        if own is None:
+            return mask
+        if mask.dtype == np.uint32:
+            mask = unpacked(np.ascontiguousarray(mask).view(np.uint8), self.vocabulary)
+        return own & mask
 
     def _regroup(self, rows: list[_Row]) -> None:
         """Batch the settings of the active rows, so that a step has nothing to do with them."""
         self._rows = rows
+        self._slots = np.array([row.slot for row in rows], np.int64)
         self._penalties = {name: np.array([row.penalties[name] for row in rows]) for name in checked({})}
-        on = ("frequency", "presence", "dry_multiplier")
-        self._penalties["on"] = np.array(
-            [row.penalties["repetition"] != 1 or any(row.penalties[name] != 0 for name in on) for row in rows], bool
-        )
+        off = {"repetition": 1, "frequency": 0, "presence": 0, "dry_multiplier": 0}
+        self._penalized = any(row.penalties[name] != value for row in rows for name, value in off.items())
         kinds = [row.kind() for row in rows]
         self._groups = []
         for kind in dict.fromkeys(kinds):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _arrays, _native
-from ._options import Array, in_row
+from ._options import Array, in_row, shown
 from .sampling import Options, SamplingParams, _Run, _shows_options
 
 if TYPE_CHECKING:
@@ -52,8 +52,9 @@ def verify_draft(
     the target (Leviathan et al., 2023, arXiv:2211.17192; Chen et al., 2023, arXiv:2302.01318). All in whole numbers.
 
     The options of `sample` apply to the target and the draft alike, or draft_params to the draft. seed and position
-    are those of the row: token i is decided at position + i. The draft may be drawn with the same seed and positions.
-    Numbers may be one per row (...); allowed and logit_bias one for each place, (..., n + 1, V). uniform is an error.
+    are those of the row, and an error in draft_params: token i is decided at position + i. The draft may be drawn with
+    the same seed and positions. Numbers may be one per row (...); allowed and logit_bias one for each place,
+    (..., n + 1, V). uniform is an error.
 
     Raises what `sample` raises, and ValueError for a drafted token that its distribution cannot draw. What follows a
     token that is not accepted is not looked at.
@@ -78,6 +79,11 @@ def verify_draft(
             raise ValueError("draft_params: expected draft_logits to apply them to, got None; leave one of them out")
     else:
         own = draft_params is not None
+        if own and not isinstance(draft_params, SamplingParams):
+            raise TypeError(f"draft_params: expected SamplingParams, got {shown(draft_params)}")
+        for name in ("seed", "position", "uniform"):
+            if own and getattr(draft_params, name) is not None:
+                raise ValueError(f"draft_params: expected no {name}, got one; seed and position are those of the row")
         draft = _Run(draft_logits, draft_params if own else params, {} if own else options, "draft_logits")
         if draft.data.shape != (*lead, n, run.vocabulary):
             raise ValueError(

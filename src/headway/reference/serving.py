@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .sampling import _draw, _floats, _masses, _rows, filter_logits, philox, sample, weights
+from .sampling import _draw, _floats, _mask, _masses, _rows, filter_logits, philox, sample, weights
 
 AnyArray = NDArray[Any]
 
@@ -263,13 +263,17 @@ class Sampler:
         self.admitted += 1
         return self.admitted - 1
 
-    def step(self, logits: Any) -> AnyArray:
-        """One token for each row of logits (rows, V)."""
+    def step(self, logits: Any, *, allowed: Any = None) -> AnyArray:
+        """One token for each row of logits (rows, V); allowed holds a mask for each, or None."""
         tokens = []
-        for z, row in zip(_floats(logits), self.rows.values(), strict=True):
+        for i, (z, row) in enumerate(zip(_floats(logits), self.rows.values(), strict=True)):
             penalized = penalize(z, row["history"], **row["penalties"])
+            mask = None if allowed is None else _mask(allowed[i], z.shape)
+            if mask is not None:
+                penalized[~mask] = -np.inf
             tokens.append(sample(penalized, row["params"], seed=row["seed"], position=row["position"]))
-            row["history"].append(tokens[-1])
+        for token, row in zip(tokens, self.rows.values()):
+            row["history"].append(token)
             row["position"] = (row["position"] + 1) % 2**64
         return np.array(tokens, np.int64)
 
