@@ -42,5 +42,6 @@ if __name__ == "__main__":
             if outcome == "failed":
                 flags.update(case["flags"])
                 print(case["id"], "kept", kept, "not", " or ".join(map(str, may)), "-", case["comment"])
-    print("failed, by flag:", dict(flags), *(f"{level}: {n} {outcome}" for (level, outcome), n in outcomes.items()))
+    print(*(f"{level}: {n} {outcome}" for (level, outcome), n in outcomes.items()), sep="\n")
+    print("failed, by flag:", dict(flags))
     sys.exit(bool(flags))
