@@ -1,7 +1,7 @@
 """vectors/ is fresh, well-formed, passed by headway, and catches samplers that are wrong.
 
-`plain` is a sampler in Python's own floats that knows nothing of headway: it passes levels 1 and 2. Each of DEFECTS edits
-one line of it into a mistake that samplers have been seen to make, and is caught.
+`plain` is a sampler in Python's own floats that knows nothing of headway: it passes levels 1 and 2. Each of DEFECTS
+edits a line of it into a mistake that samplers have been seen to make, and is caught.
 """
 
 from __future__ import annotations
@@ -369,19 +369,41 @@ def test_a_defect_is_caught(defect: str) -> None:
     assert found
 
 
-def test_the_command(tmp_path: Path) -> None:
-    """Exit status, and what is printed, for one that passes and one that does not."""
-    (tmp_path / "mine.py").write_text(
-        "import numpy as np, headway as hw\n"
-        "def good(logits, parameters):\n"
-        "    return np.flatnonzero(hw.probabilities(logits, seed=0, **parameters))\n"
-        "def bad(logits, parameters):\n"
-        "    if 'allowed' in parameters: raise NotImplementedError\n"
-        "    return range(len(logits))\n"
-    )
-    for name, status in (("good", 0), ("bad", 1)):
+# The pages ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme(tmp_path: Path) -> None:
+    """Its sampler does what it says there, and its numbers are those of the files."""
+    text = (VECTORS / "README.md").read_text()
+    code, output = re.search(r"```python\n(.*?)```.*?check\.py mine:sampler\n(.*?)\n\n", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    (tmp_path / "mine.py").write_text(code + "\n\ndef everything(logits, parameters):\n    return range(len(logits))\n")
+    for name, status in (("sampler", 0), ("everything", 1)):
         command = [sys.executable, str(VECTORS / "check.py"), f"mine:{name}"]
         ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert ran.returncode == status, ran.stderr
-        assert ("support: " in ran.stdout) and ("top_k.one kept" in ran.stdout) == bool(status)
-        assert ("not expressible" in ran.stdout) == bool(status)
+        if name == "sampler":
+            assert ran.stdout.split() == output.split()
+        else:
+            assert "top_k.one kept [0, 1, 2, 3] not [2]" in ran.stdout
+            assert re.search(r"failed, by flag: \{.*'ties': \d", ran.stdout)
+    version = FILES["support"]["version"]
+    assert f"version {version}, {sum(map(len, CASES.values()))} cases" in text
+    assert text.count(version) == 2
+    length = sum(bool(line.strip()) for line in (VECTORS / "check.py").read_text().splitlines())
+    assert f"`check.py` is {length} lines" in text
+
+
+def test_the_conformance_page_is_of_these_vectors() -> None:
+    """It can be written only where the libraries are, but its cases are those that there are."""
+    text = (ROOT / "docs" / "conformance.md").read_text()
+    assert FILES["support"]["version"] in text
+    ids = {case["id"] for name in LEVELS for case in CASES[name]}
+    listed = set(re.findall(r"`([a-z_]+\.[\w.-]+)`", text.partition("## What fails")[2]))
+    assert listed <= ids
+    assert len(listed) > 100
+    ours = next(line for line in text.splitlines() if line.startswith("| headway "))
+    assert [tuple(map(int, cell)) for cell in re.findall(r"(\d+) / (\d+) / (\d+)", ours)] == [
+        (len(CASES[name]), 0, 0) for name in LEVELS
+    ] * 2
+    libraries = re.findall(r"^### (.*)$", text, re.MULTILINE)
+    assert libraries == ["transformers", "vLLM", "llama.cpp", "SGLang", "mlx-lm"]

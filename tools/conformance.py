@@ -1,11 +1,11 @@
 """Write docs/conformance.md: which cases of vectors/ the libraries that are installed here pass.
 
-Run ``make conformance``. Each library runs its own code, from the numbers that its user gives to the distribution that it
-draws from; an adapter below only hands the numbers over, and raises ValueError where the library refuses them. What cannot
-be imported is "not installed", and nothing is guessed about it.
+Run ``make conformance``. Each library runs its own code, from the numbers that its user gives to the distribution that
+it draws from; an adapter below only hands the numbers over. What cannot be imported is "not installed", and nothing is
+guessed about it.
 
-transformers comes with ``make test``; ``make conformance`` adds mlx-lm, llama-cpp-python and SGLang's wheel. vLLM is taken
-where it can be imported: ``pip install --no-deps vllm`` and what its sampler imports is enough.
+transformers comes with ``make test``; ``make conformance`` adds mlx-lm, llama-cpp-python and SGLang's wheel. vLLM is
+taken where it can be imported: ``pip install --no-deps vllm`` and what its sampler imports is enough.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple, Optional
@@ -69,7 +69,7 @@ class Aborted(Exception):
 
 
 def headway() -> Sampler:
-    """headway itself."""
+    """Headway itself."""
     import headway as hw
 
     return lambda logits, parameters: drawable(hw.probabilities(logits, seed=0, **parameters))
@@ -158,8 +158,8 @@ def vllm() -> Sampler:
 def sglang() -> Sampler:
     """SamplingParams, softmax, and top_k_top_p_min_p_sampling_from_probs_torch.
 
-    Its packages import a GPU's runtime when they are imported whole, so the module of the parameters is imported without
-    them, and the function, which needs torch alone, is taken out of the installed file.
+    Its packages import a GPU's runtime when they are imported whole, so the module of the parameters is imported
+    without them, and the function, which needs torch alone, is taken out of the installed file.
     """
     import torch
 
@@ -287,44 +287,135 @@ def mlx() -> Sampler:
 class Library(NamedTuple):
     """A library: its distribution's name, its dialect, how to run it, and what its failures come from.
 
-    reasons: patterns of ids, each with a reason that was read from the source of the version named; the first that fits.
+    reasons: patterns of ids, each with the reason that the library's source gives; the first that fits.
     """
 
     name: str
     distribution: str
     dialect: str
     make: Callable[[], Sampler]
-    reasons: dict[str, str] = {}
+    reasons: Mapping[str, str] = {}
 
+
+SUMS = "the sum runs in float32"
+UNSTABLE = r"boundaries\.top_p-(48-of-64|256)"
+UNSTABLE_WHY = "more than 16 equal logits, and the sort is not stable: other ids"
+HIGHEST = "top_p: of equal logits the highest ids stay"
+UNCHECKED = "logits are not looked at: what comes of NaN, +inf and no token at all is drawn from"
 
 LIBRARIES = (
     Library("headway", "headway", "native", headway),
-    Library("transformers", "transformers", "hf", transformers),
-    Library("vLLM", "vllm", "vllm", vllm),
-    Library("llama.cpp", "llama-cpp-python", "llama.cpp", llama_cpp),
-    Library("FlashInfer", "flashinfer-python", "flashinfer", lambda: importlib.import_module("flashinfer").sampler),
-    Library("SGLang", "sglang", "sglang", sglang),
-    Library("mlx-lm", "mlx-lm", "mlx", mlx),
+    Library(
+        "transformers",
+        "transformers",
+        "hf",
+        transformers,
+        {
+            UNSTABLE: UNSTABLE_WHY,
+            r"(ties|boundaries)\.(top_k-)?top_p.*|precision\.top_p-below": HIGHEST,
+            r"ties\.top_k.*": "top_k: all that equal the k-th stay",
+            r".*\.typical_p.*": "typical_p: all as typical as the last stay",
+            r".*\.epsilon_cutoff.*": "epsilon_cutoff: where none has enough, all that equal the best stay",
+            r"precision\.top_p-above": "p becomes a float32",
+            r"extremes\.temperature-subnormal": "dividing by it overflows, and torch.multinomial refuses NaN",
+            r"extremes\.hidden-nan": "-inf is added to what is not allowed: NaN stays NaN",
+            r"errors\.temperature-infinity": "any float above 0 is a temperature",
+            r"errors\.top_p-nan": "NaN < 1 is false, so the filter is off",
+        },
+    ),
+    Library(
+        "vLLM",
+        "vllm",
+        "vllm",
+        vllm,
+        {
+            r"order\.top_p-min_p|combinations\..*": "min_p comes before top_k and top_p",
+            UNSTABLE: UNSTABLE_WHY,
+            r"(ties|boundaries)\.(top_k-)?top_p.*|precision\.top_p-below": HIGHEST,
+            r"ties\.top_k.*": "top_k: all that equal the k-th stay",
+            r"precision\.top_p-above": "p becomes a float32",
+            r"precision\.top_p-tail": "1 - p is formed in float32, where it is off by 0.7 %",
+            r"extremes\.temperature-huge.*": "temperatures above 2 are refused",
+            r"errors\..*": UNCHECKED,
+        },
+    ),
+    Library(
+        "llama.cpp",
+        "llama-cpp-python",
+        "llama.cpp",
+        llama_cpp,
+        {
+            r"order\.top_n_sigma-typical_p|combinations\.28": "top_n_sigma leaves its tokens in the list with -inf: "
+            "the entropy of typical_p has 0 * -inf in it and is NaN, and which tokens stay is arbitrary",
+            r"order\.(top_p|min_p)-typical_p": "typical_p comes before top_p and min_p",
+            r"(top_p|min_p|xtc|typical_p)\.tempered.*|order\.temperature.*|dynamic.*|combinations.*|extremes\.temp.*": (
+                "the temperature comes last, and typical_p before top_p and min_p"
+            ),
+            r".*\.(min_tokens-all|top_k)": "top_k does not heed min_tokens_to_keep",
+            r"precision\.top_p-tail": SUMS,
+            r"precision\.top_p-above": "p becomes a float32",
+            r"(ties|boundaries|precision)\..*": "which of equal logits stay is arbitrary, for no sort is stable "
+            "(typical_p: one more stays, before which there is exactly p)",
+            r"errors\..*": "neither logits nor numbers are looked at",
+        },
+    ),
+    Library(
+        "SGLang",
+        "sglang",
+        "sglang",
+        sglang,
+        {
+            r"order\..*|combinations\..*|.*top_k-top_p|.*after-top_k": "p is measured over all tokens, not those left",
+            UNSTABLE: UNSTABLE_WHY,
+            r"boundaries\..*|precision\.top_p-below": "what has exactly p before it stays; p becomes a float32",
+            r"precision\.top_p-tail": SUMS,
+            r"precision\.top_k-subnormal|extremes\..*": "probabilities are sorted, not logits: here they are equal",
+        },
+    ),
+    Library(
+        "mlx-lm",
+        "mlx-lm",
+        "mlx",
+        mlx,
+        {
+            r"order\.top_k-(top_p|xtc).*": "top_k comes after top_p, min_p and xtc",
+            r"min_tokens_to_keep\..*|boundaries\.min_tokens.*|ties\.min_tokens": "only min_p heeds min_tokens_to_keep",
+            r".*\.tempered.*|order\.temperature.*|extremes\.temperature-huge.*": "the temperature comes last",
+            r"combinations\..*": "the temperature comes last, and top_k after top_p and min_p",
+            r"(ties|boundaries)\.(top_k-)?top_p.*|precision\.top_p-below": "top_p: all that equal the last stay",
+            r"(ties|boundaries)\.xtc.*": "xtc counts what is above the threshold; all that equal the last stay",
+            r"precision\.top_p-tail": SUMS,
+            r"precision\.top_k-subnormal": "log-probabilities are sorted, not logits: here they are equal",
+            r"off\..*|extremes\.one-token-top_k": "top_k of V or more is refused",
+            r"zero\.temperature-negative": "a negative temperature turns the order around",
+            r"extremes\.temperature-subnormal": "1 / temperature overflows",
+            r"extremes\.top_p-smallest": "p becomes 0 in float32, and then nothing goes",
+            r"errors\..*": "logits are not looked at, nor whether a number is NaN",
+        },
+    ),
 )
 
 # The page -------------------------------------------------------------------------------------------------------------
 
 HEAD = """# Which cases installed libraries pass
 
-`make conformance` writes this page: it runs the libraries that are installed on levels 1 and 2 of the [vectors](../vectors), twice:
-against the native contract, and against the library's own dialect, its rules as its source states them. Levels 3 and 4 are headway's own
-arithmetic; headway passes them (`tests/test_vectors.py`), and nobody else is asked to.
+`make conformance` writes this page: it runs the libraries that are installed on levels 1 and 2 of the
+[vectors](../vectors) {version}, twice: against the native contract, and against the library's own dialect, its
+rules as its source states them. Levels 3 and 4 are headway's own arithmetic; headway passes them
+(`tests/test_vectors.py`), and nobody else is asked to.
 
-Each library runs its own code, from the parameters that a user gives to the distribution that it draws from; `tools/conformance.py` has
-the adapters. NaN counts as a token that can be drawn, and any exception as a refusal. What a library has no option for is not
-expressible. **A failure is a difference from the case, not a verdict**: the native contract is one choice among several at ties, and
-[the vectors' README](../vectors/README.md) says which cases are that.
+Each library runs its own code, from the parameters that a user gives to the distribution that it draws from;
+`tools/conformance.py` has the adapters. NaN counts as a token that can be drawn, and any exception as a refusal.
+What a library has no option for is not expressible. **A failure is a difference, not a verdict**: at ties, for one,
+the native contract is one choice among several.
 """
 
 NOTES = """
-transformers: the processors that `generate` makes. vLLM: `v1.sample.sampler.Sampler` in plain PyTorch; its Triton and FlashInfer
-paths need a GPU and may differ. SGLang: the sampler in plain PyTorch. llama.cpp: the default chain of its command line tools. mlx-lm:
-`make_sampler` on the CPU.
+transformers: the processors that `generate` makes. vLLM: `v1.sample.sampler.Sampler` in plain PyTorch; its Triton
+and FlashInfer paths need a GPU and may differ. SGLang: the sampler in plain PyTorch. llama.cpp: the default chain
+of its command line tools. mlx-lm: `make_sampler` on the CPU. The sorts of transformers, vLLM, SGLang, llama.cpp and
+mlx-lm are not stable; a dialect's answer is that of a stable one. torch.multinomial, with which transformers and
+SGLang draw, refuses NaN on the CPU. FlashInfer's kernels need a GPU: not run here.
 """
 
 
@@ -393,6 +484,11 @@ def failures(library: Library, found: list[Result]) -> str:
     return "\n".join(f"- {reason}: {', '.join(ids)}" for reason, ids in by_reason.items())
 
 
+def version() -> str:
+    """The version of the vectors."""
+    return str(json.loads((ROOT / "vectors" / "support.json").read_text())["version"])
+
+
 def page() -> str:
     """The whole page."""
     every = [(library, results(library)) for library in LIBRARIES]
@@ -407,14 +503,22 @@ def page() -> str:
             for against in ("native", "own")
             for level in ("support", "boundaries")
         ]
-        version = importlib.metadata.version(library.distribution)
-        overview.append([library.name, f"{library.distribution} {version}", f"`{library.dialect}`", *cells])
+        release = f"{library.distribution} {importlib.metadata.version(library.distribution)}"
+        overview.append([library.name, release, f"`{library.dialect}`", *cells])
     groups = list(dict.fromkeys((result.level, result.group) for _, found in there for result in found))
     parts = [
-        HEAD,
+        HEAD.format(version=version()),
         "Passed / failed / not expressible:\n",
         table(
-            ["", "version", "dialect", "level 1, native", "level 2, native", "level 1, own rules", "level 2, own rules"],
+            [
+                "",
+                "version",
+                "dialect",
+                "level 1, native",
+                "level 2, native",
+                "level 1, own rules",
+                "level 2, own rules",
+            ],
             overview,
         ),
         NOTES,
@@ -423,10 +527,7 @@ def page() -> str:
         rows = [
             [
                 f"{1 if level == 'support' else 2}: {group}",
-                *(
-                    tally(getattr(result, against) for result in found if result.group == group)
-                    for _, found in there
-                ),
+                *(tally(getattr(result, against) for result in found if result.group == group) for _, found in there),
             ]
             for level, group in groups
         ]
