@@ -17,7 +17,7 @@ CXX_FILES := $(shell find src/core tests -name '*.h' -o -name '*.cpp')
 
 # The CPU build of PyTorch is asked for by its version: an open requirement would bring gigabytes of CUDA along.
 PEERS := torch==2.13.0 transformers>=5,<6
-SAMPLERS := mlx[cpu] mlx-lm llama-cpp-python
+SAMPLERS := mlx[cpu] mlx-lm llama-cpp-python msgspec
 BENCH_PEERS := onnx>=1.18 onnxruntime>=1.23 openvino>=2025.0 jax>=0.6
 
 .PHONY: demo test check bench vectors conformance versions cross stub format clean

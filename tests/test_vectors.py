@@ -120,7 +120,10 @@ def test_results_say_what_is_expected() -> None:
         answers = case["expected"]
         assert (case["result"] == "invalid") == (answers == {"native": "error"}), case["id"]
         assert case["result"] != "acceptable" or len(answers) > 1, case["id"]
+        assert all(answer == "error" or answer == sorted(set(answer)) for answer in answers.values()), case["id"]
         assert {flag for flag in case["flags"] if flag in DIALECTS} == set(answers) & set(DIALECTS), case["id"]
+    for level in LEVELS:
+        assert FILES[level]["dialects"] == ["native", *DIALECTS, "flashinfer-joint"]
     assert {case["result"] for case in CASES["support"]} == {"valid"}
     assert {case["result"] for case in CASES["boundaries"]} == {"valid", "invalid", "acceptable"}
     options = {name for case in CASES["support"] for name in case["parameters"]}
@@ -386,6 +389,8 @@ def test_the_readme(tmp_path: Path) -> None:
         else:
             assert "top_k.one kept [0, 1, 2, 3] not [2]" in ran.stdout
             assert re.search(r"failed, by flag: \{.*'ties': \d", ran.stdout)
+    with pytest.raises(SystemExit, match=r"^dialect: expected one of native, hf, .*, got vlm$"):
+        next(check.run(plain, "support", "vlm"))
     version = FILES["support"]["version"]
     assert f"version {version}, {sum(map(len, CASES.values()))} cases" in text
     assert text.count(version) == 2

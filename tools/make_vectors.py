@@ -825,7 +825,10 @@ def file(level: int) -> str:
         body = ",\n".join(json.dumps(one) for one in cases)
         lines.append(f'{{"name": {json.dumps(name)}, "about": {json.dumps(says)}, "cases": [\n{body}\n]}}')
     legend = {flag: says for flag, says in FLAGS.items() if flag in used}
-    head = {"$schema": "schema.json", "version": VERSION, "level": level, "about": about, "flags": legend}
+    head: dict[str, Any] = {"$schema": "schema.json", "version": VERSION, "level": level, "about": about}
+    if level <= 2:
+        head["dialects"] = [dialect or "native" for dialect in ANSWERS]
+    head["flags"] = legend
     return json.dumps(head, indent=1)[:-2] + ',\n "groups": [\n' + ",\n".join(lines) + "\n]\n}\n"
 
 

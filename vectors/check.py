@@ -18,8 +18,10 @@ def numbers(row):  # "3f80*2 c000" is 1, 1, -2
 
 
 def run(sampler, level, dialect="native"):  # yields each case, what came of it, what was kept, what may be
-    path = pathlib.Path(__file__).parent / (level + ".json")
-    for case in (case for group in json.loads(path.read_text())["groups"] for case in group["cases"]):
+    file = json.loads((pathlib.Path(__file__).parent / (level + ".json")).read_text())
+    if dialect not in file["dialects"]:
+        sys.exit(f"dialect: expected one of {', '.join(file['dialects'])}, got {dialect}")
+    for case in (case for group in file["groups"] for case in group["cases"]):
         read = {name: numbers if name == "logit_bias" else number for name in case["parameters"]}
         given = {name: read[name](v) if isinstance(v, str) else v for name, v in case["parameters"].items()}
         answers = case["expected"]
