@@ -69,7 +69,7 @@ def repeated(items: Iterable[str]) -> str:
 def encoded(parameters: Parameters) -> Parameters:
     """Parameters for JSON: float64 as 16 hex digits, a logit_bias as a row."""
     return {
-        name: words(np.float32(value))
+        name: words(np.array(value, np.float32))
         if name == "logit_bias"
         else f"{np.float64(value).view(np.uint64):016x}"
         if isinstance(value, float)
@@ -104,16 +104,14 @@ def supports(row: Row, parameters: Parameters) -> dict[str, list[int] | str]:
     """Native's answer, and those of the dialects that differ from it."""
     answers = {dialect or "native": support(row, parameters, dialect) for dialect in ANSWERS}
     native = answers["native"]
-    return {name: answer for name, answer in answers.items() if name == "native" or answer not in (None, native)}
+    return {n: answer for n, answer in answers.items() if answer is not None and (n == "native" or answer != native)}
 
 
-def case(identity: str, comment: str, logits: Any, flags: str = "", result: str = "valid", **parameters: Any) -> Case:
-    """A case of levels 1 and 2."""
-    row = np.array(logits, np.float32)
-    expected = supports(row, parameters)
-    assert (result == "invalid") == (expected["native"] == "error" and len(expected) == 1), identity
-    assert result != "acceptable" or len(expected) > 1, identity
-    present = {*flags.split(), *expected} - {"native"}
+def described(
+    identity: str, comment: str, row: Row, flags: Iterable[str], parameters: Parameters, result: str = "valid"
+) -> Case:
+    """A case but for its answer."""
+    present = {*flags}
     if row.size and not (row.view(np.uint32) & 0xFFFF).any():
         present.add("bfloat16")
     if row.size > 100:
@@ -127,8 +125,17 @@ def case(identity: str, comment: str, logits: Any, flags: str = "", result: str 
         "logits": words(row),
         "parameters": encoded(parameters),
         "result": result,
-        "expected": expected,
     }
+
+
+def case(identity: str, comment: str, logits: Any, flags: str = "", result: str = "valid", **parameters: Any) -> Case:
+    """A case of levels 1 and 2."""
+    row = np.array(logits, np.float32)
+    expected = supports(row, parameters)
+    assert (result == "invalid") == (expected == {"native": "error"}), identity
+    assert result != "acceptable" or len(expected) > 1, identity
+    flagged = [*flags.split(), *expected.keys() - {"native"}]
+    return described(identity, comment, row, flagged, parameters, result) | {"expected": expected}
 
 
 # Level 1: what no sensible arithmetic can get wrong -------------------------------------------------------------------
@@ -147,7 +154,7 @@ def clear(row: Row, parameters: Parameters) -> bool:
     for dialect in ANSWERS:
         answer = support(row, parameters, dialect)
         for trial in range(8) if answer is not None else ():
-            noise = np.float32([rng.uniform(-0.002, 0.002) * (trial > 0) for _ in row])
+            noise = np.array([rng.uniform(-0.002, 0.002) * (trial > 0) for _ in row], np.float32)
             if support(row + noise, {name: moved(v, trial) for name, v in parameters.items()}, dialect) != answer:
                 return False
         if isinstance(answer, list):
@@ -160,7 +167,7 @@ def clear(row: Row, parameters: Parameters) -> bool:
 def drawn_row(rng: random.Random, size: int, bfloat16: bool) -> Row:
     """Normal logits, nearly: only sums of Python's own random numbers are the same everywhere."""
     spread = rng.uniform(1.0, 4.0)
-    row = np.float32([(sum(rng.random() for _ in range(4)) - 2) * spread for _ in range(size)])
+    row = np.array([(sum(rng.random() for _ in range(4)) - 2) * spread for _ in range(size)], np.float32)
     return (row.view(np.uint32) & 0xFFFF0000).view(np.float32) if bfloat16 else row
 
 
@@ -618,26 +625,8 @@ def masses(identity: str, comment: str, logits: Any, flags: str = "", **paramete
     """A case of level 3: the masses in hex, 0 for what was removed."""
     row = np.array(logits, np.float32)
     weights = reference.weights(row, seed=0, **parameters)
-    described = case_without_answer(identity, comment, row, flags, parameters)
-    return described | {"masses": repeated(f"{weight:x}" for weight in weights.tolist())}
-
-
-def case_without_answer(identity: str, comment: str, row: Row, flags: str, parameters: Parameters) -> Case:
-    """What the cases of levels 3 and 4 share."""
-    present = {*flags.split()}
-    if not (row.view(np.uint32) & 0xFFFF).any():
-        present.add("bfloat16")
-    if row.size > 100:
-        present.add("large")
-    if np.isneginf(row).any() or {"allowed", "logit_bias"} & parameters.keys():
-        present.add("ban")
-    return {
-        "id": identity,
-        "comment": f"{comment} [{in_words(row, parameters)}]",
-        "flags": [flag for flag in FLAGS if flag in present],
-        "logits": words(row),
-        "parameters": encoded(parameters),
-        "result": "valid",
+    return described(identity, comment, row, flags.split(), parameters) | {
+        "masses": repeated(f"{weight:x}" for weight in weights.tolist())
     }
 
 
@@ -706,8 +695,8 @@ def draw(
     batch = np.tile(row, (stream + 1, 1))
     tokens = reference.sample(batch, **{"num_samples": 1, **draws}, **more, seed=seed, position=position)[stream]
     source = {"seed": seed, "stream": stream, "position": position}
-    described = case_without_answer(identity, comment, row, flags, more)
-    return described | {name: f"{n:x}" for name, n in source.items()} | draws | {"tokens": tokens.tolist()}
+    without_tokens = described(identity, comment, row, flags.split(), more)
+    return without_tokens | {name: f"{n:x}" for name, n in source.items()} | draws | {"tokens": tokens.tolist()}
 
 
 def block(seed: int, stream: int, position: int, number: int) -> Case:
@@ -730,13 +719,13 @@ def level_4() -> dict[str, tuple[str, list[Case]]]:
     most = 2**64 - 1
     row = [1, 3, 2, 0, 2.5, -1, 0.5, 1.5]
     rare = [*[-20.723266] * 128, 0, *[-20.723266] * 128]  # 1e-9 each
-    cut = {"temperature": 0.8, "top_k": 6, "top_p": 0.9}
-    coin = {"xtc_probability": 0.5, "xtc_threshold": 0.15}
+    cut: Parameters = {"temperature": 0.8, "top_k": 6, "top_p": 0.9}
+    coin: Parameters = {"xtc_probability": 0.5, "xtc_threshold": 0.15}
     # Where seed 2026 reaches into the tails of `rare`, found by trying.
     places = (10710182, 15921514, 20594903, 22110062)
     blocks = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (7, 3, 5, 2)]
     blocks += [(most, most, most, 0), (2**63, 0, 2**32, 0), (0x123456789ABCDEF, 1, 2**63, 3)]
-    several: dict[str, Any] = {"seed": 11, "num_samples": 6}
+    several: Parameters = {"seed": 11, "num_samples": 6}
     drawn_many = drawn_row(random.Random("draws.many"), 300, True)
     return {
         "words": (
