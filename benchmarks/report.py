@@ -16,7 +16,7 @@ STORE = ROOT / "build" / "bench" / "results.json"
 PAGE = ROOT / "docs" / "performance.md"
 PLOT = ROOT / "docs" / "performance" / "attention.svg"
 BEGIN, END = "<!-- measured: begin (make bench writes this part) -->", "<!-- measured: end -->"
-PEERS = ("torch", "onnxruntime", "openvino", "jax", "numpy")
+PEERS = ("torch", "onnxruntime", "openvino", "jax", "transformers", "llama_cpp_python", "numpy")
 Stored = dict[str, Any]
 
 
@@ -97,7 +97,8 @@ def write(rows: list[Row], threads: int) -> None:
         text += [f"### {section[0].upper()}{section[1:]}", "", *_table(entries), ""]
     before, rest = PAGE.read_text().split(BEGIN)
     PAGE.write_text(before + "\n".join([*text, END]) + rest.split(END)[1])
-    plot(stored)
+    if "prefill" in sections:
+        plot(stored)
 
 
 def _table(entries: list[tuple[str, Stored]]) -> list[str]:
@@ -107,33 +108,40 @@ def _table(entries: list[tuple[str, Stored]]) -> list[str]:
     for name, entry in entries:
         results[name].floors = tuple(entry["floors"])
     peers = sorted({peer.partition(",")[0] for result in results.values() for peer in result.peers}, key=_peer_order)
-    lines = [
-        f"| | headway | rate | of limit | {' | '.join(peers)} | best peer / headway | rms error: headway, best peer |",
-        f"|---|---|---|---|{'---|' * len(peers)}---|---|",
-    ]
+    floors = sorted({floor for result in results.values() for floor in result.floors if not result.errors})
+    rated = any(entry["limit"] for _, entry in entries)
+    judged = any(result.errors for result in results.values())
+    titles = ["", "headway", *["rate", "of limit"] * rated, *floors, *peers, *["best peer / headway"] * bool(peers)]
+    titles += ["rms error: headway, best peer"] * judged
+    lines = [f"| {' | '.join(titles)} |".replace("|  |", "| |"), "|---" * len(titles) + "|"]
     for name, entry in entries:
         result = results[name]
         for ours in result.ours:
             seconds = result.times[ours]
-            rate = entry["work"] / seconds / 1e9 if entry["limit"] else 0.0
-            limit = entry["limits"].get(entry["limit"])
-            unit = {"": "", "read": " GB/s"}.get(entry["limit"], " GFLOP/s")
-            cells = [name + ours.removeprefix("headway"), _time(seconds), f"{rate:.3g}{unit}" if rate else ""]
-            cells.append(f"{rate / limit:.0%}" if limit else "")
+            cells = [name + ours.removeprefix("headway"), _time(seconds)]
+            if rated:
+                rate = entry["work"] / seconds / 1e9 if entry["limit"] else 0.0
+                limit = entry["limits"].get(entry["limit"])
+                unit = {"": "", "read": " GB/s"}.get(entry["limit"], " GFLOP/s")
+                cells += [f"{rate:.3g}{unit}" if rate else "", f"{rate / limit:.0%}" if limit else ""]
+            cells += [_time(result.times[floor]) if floor in result.times else "-" for floor in floors]
             for peer in peers:
                 best = [t for n, t in result.times.items() if n.partition(",")[0] == peer and n not in result.floors]
                 cells.append(_time(min(best)) if best else "-")
-            ratio, peer = result.ratio(ours), result.exact_peer
-            cells.append("" if ratio is None else f"{ratio:.2f}" if ratio >= 1 else f"**{ratio:.2f}**")
-            errors = [f"{result.errors[n][0]:.1e}" for n in (ours, peer) if n in result.errors]
-            if result.errors and result.less_exact(ours):
-                errors[0] = f"**{errors[0]}**"
-            lines.append(f"| {' | '.join([*cells, ', '.join(errors)])} |")
+            if peers:
+                ratio = result.ratio(ours)
+                cells.append("" if ratio is None else f"{ratio:.2f}" if ratio >= 1 else f"**{ratio:.2f}**")
+            if judged:
+                errors = [f"{result.errors[n][0]:.1e}" for n in (ours, result.exact_peer) if n in result.errors]
+                if result.errors and result.less_exact(ours):
+                    errors[0] = f"**{errors[0]}**"
+                cells.append(", ".join(errors))
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def _peer_order(name: str) -> int:
-    known = ("torch", "onnxruntime", "OpenVINO", "JAX", "NumPy")
+    known = ("transformers", "llama.cpp", "torch", "torch by hand", "onnxruntime", "OpenVINO", "JAX", "NumPy")
     return known.index(name) if name in known else len(known)
 
 

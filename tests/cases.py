@@ -61,6 +61,7 @@ X, W, B = normal(rng, 2, 50, 300), normal(rng, 300, 72), normal(rng, 72)
 SPREAD = X[0, :6] * 3
 WEIGHTS = [normal(rng, 60, 60) / np.float32(8) for _ in range(4)]
 NARROWED = [normal(rng, *shape, dtype="float64") for shape in ((45, 700), (2,), (2, 9, 3))]  # into narrower types
+LONG_ROW = {dtype: (3 * np.sin(np.arange(40_003) * 0.7)).astype(DTYPES[dtype]) for dtype in DTYPES}
 _LOGITS = np.concatenate(
     [
         normal(rng, 3, 5003) * np.float32([[1], [4], [1e-40]]),
@@ -163,6 +164,20 @@ def _sampling(dtype: str) -> Any:
     )
 
 
+def _long_row(dtype: str) -> Any:
+    """A vocabulary that threads share; its filters begin with a sample."""
+    row = LONG_ROW[dtype]
+    options = (
+        {},
+        {"top_p": 0.9},
+        {"top_k": 15_000, "min_p": 0.01},
+        {"typical_p": 0.6},
+        {"top_p": 0.3, "eta_cutoff": 1e-4},
+    )
+    drawn = [hw.sample(row, seed=3, position=p, **o) for o in options for p in range(3)]
+    return np.array(drawn), hw.filter_logits(row, **options[2])
+
+
 def _around(dtype: str) -> Any:
     """Penalties, several draws, log-probabilities, speculative sampling."""
     logits = LOGITS[dtype]
@@ -184,6 +199,7 @@ KINDS: dict[str, Callable[[str], Any]] = {
     "linear": _linear,
     "small": _small,
     "sampling": _sampling,
+    "long row": _long_row,
     "around": _around,
 }
 

@@ -149,14 +149,41 @@ def compare_with_reference(data: st.DataObject, V: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize("V", [20_001, 128_256])
-@pytest.mark.parametrize("kind", ["normal", "all equal", "two values", "geometric", "few values", "peaked", "bans"])
-def test_equals_the_reference_on_large_vocabularies(V: int, kind: str) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "normal",
+        "all equal",
+        "two values",
+        "geometric",
+        "few values",
+        "peaked",
+        "bans",
+        "sorted",
+        0.5,
+        1.0,
+        2.0,
+        3.0,
+        6.0,
+    ],
+)
+def test_equals_the_reference_on_large_vocabularies(V: int, kind: str | float) -> None:
+    """Long enough to be shared among threads, and for a sample to stand for them. A number is a standard deviation."""
     rng = np.random.default_rng(V)
-    logits = make_logits(kind, "float32", (V,), rng)
+    if isinstance(kind, float):
+        logits = (rng.standard_normal(V) * kind).astype(np.float32)
+    else:
+        logits = make_logits(kind, "float32", (V,), rng)
     for options in (
         {"temperature": 0.8},
         {"temperature": 0.8, "top_k": 50},
         {"temperature": 1.3, "top_p": 0.9},
+        {"temperature": 0.8, "top_p": 0.5},
+        {"top_p": 0.9999},
+        {"top_k": V - V // 16},
+        {"temperature": 0, "top_p": 0.9},
+        {"typical_p": 0.9},
+        {"min_p": 0.02},
         {"temperature": 0.7, "top_k": 5000, "top_p": 0.5, "min_p": 0.01, "ties": "keep"},
         {"top_p": 0.99, "top_k": V // 2, "nucleus": "joint"},
         {"top_n_sigma": 1.5, "typical_p": 0.7, "min_tokens_to_keep": 9},
@@ -243,6 +270,37 @@ def test_threads_change_nothing(keep_threads: None) -> None:
         results.append(tuple(getattr(hw, name)(logits, seed=4, top_p=0.9) for name in FUNCTIONS))
     assert same_bits(results[0], results[1])
     assert same_bits(results[0], results[2])
+
+
+LONG = np.random.default_rng(3).standard_normal(50_001).astype(np.float32)
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top_k": 20_000}, {"top_p": 0.9}, {"typical_p": 0.9}, {"min_p": 0.01}, {"eta_cutoff": 1e-4, "top_p": 0.8}],
+    ids=str,
+)
+def test_threads_change_nothing_in_one_long_row(spread: float, options: dict[str, Any], keep_threads: None) -> None:
+    rows = np.stack([LONG, -LONG]) * np.float32(spread)  # fewer rows than threads: each is shared among all
+    results = []
+    for n in (1, 2, 3, 7):
+        hw.set_num_threads(n)
+        results.append([hw.sample(row, seed=4, position=i, **options) for row in rows for i in range(40)])
+        results[-1] += hw.sample(rows, seed=4, **options).tolist()
+        results[-1].append(hw.probabilities(rows, **options).tobytes())
+    assert all(result == results[0] for result in results)
+
+
+@pytest.mark.parametrize("place", [0, 8191, 30_000, 50_000])
+def test_threads_find_the_same_fault_in_a_long_row(place: int, keep_threads: None) -> None:
+    for fault, message in ((np.nan, "NaN"), (np.inf, r"\+inf")):
+        row = LONG.copy()
+        row[[place, 50_000]] = fault
+        for n in (1, 2, 7):
+            hw.set_num_threads(n)
+            with pytest.raises(ValueError, match=f"{message} at token {place}"):
+                hw.sample(row, top_p=0.9)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "reversed", "last axis apart", "offset"])

@@ -471,6 +471,13 @@ def test_s37_masses_are_measured_anew() -> None:
     assert masses(logits, **on)[1:] == pytest.approx((q / q.sum()).tolist(), rel=1e-6)
 
 
+def test_s37_temperature_0_has_one_first_token() -> None:
+    for dialect in (None, "vllm", "flashinfer", "sglang", "mlx"):
+        cold = {"temperature": 0, "top_p": 0.5, "dialect": dialect}
+        assert kept([0.0, 1.0, 1.0], **cold) == [1], dialect
+        assert masses([0.0, 1.0, 1.0], **cold) == [0, 1, 0], dialect
+
+
 def test_s38_what_numbers_mean() -> None:
     everything = [0, 1, 2, 3, 4]
     for dialect, options in [
@@ -508,6 +515,17 @@ def test_s38_what_numbers_mean() -> None:
             hw.filter_logits([TIED, TIED], dialect=dialect, **options)
     params = hw.SamplingParams(dialect="hf", top_k=0)
     assert kept(TIED, params=params) == kept(TIED, params=params, top_k=0) == everything
+
+
+def test_s39_what_is_out_is_out() -> None:
+    banned = [2.1, 2.0, 0.0, -np.inf, -np.inf]
+    xtc = {"xtc_probability": 1.0, "xtc_threshold": 0.3, "dialect": "llama.cpp"}
+    assert kept(banned, min_tokens_to_keep=2, **xtc) == [1, 2]
+    assert kept(banned, min_tokens_to_keep=3, **xtc) == [0, 1, 2]
+    assert kept([2.1, 2.0, 0.0, -9.0, -9.0], top_n_sigma=1.5, min_tokens_to_keep=3, **xtc) == [0, 1, 2]
+    for options in ({"typical_p": 0.5}, {"dynamic_temperature_range": 0.5}):
+        alone, among = (masses(row, dialect="llama.cpp", **options) for row in (banned[:3], banned))
+        assert among == [*alone, 0, 0]
 
 
 # The draw -----------------------------------------------------------------------------------------------------------

@@ -191,13 +191,21 @@ struct Plan {
   int64_t workspace;          // bytes per thread, 64-byte aligned
   int64_t work;               // of all units, in multiply-adds or so: whether waking a thread pays
   int64_t shared = 0;         // bytes that all units see, 64-byte aligned, zero at the start
+  bool team = false;          // few units: one after another, each by all threads
   int64_t rows = 0, span = 0; // the kernel's own: what a unit is made of
 };
 // Waking a thread takes some 10 microseconds, in which the caller alone does about as much work as this.
 constexpr int64_t kWorkPerThread = 1 << 18;
 
+// The threads that a unit may share its work with; without `run`, none. It calls part(work, i) for each i below parts,
+// in any order on any of the threads, and returns when all are done.
+struct Team {
+  void (*run)(void* threads, int64_t parts, void (*part)(const void* work, int64_t i), const void* work) = nullptr;
+  void* threads = nullptr;
+};
 struct Memory {
   void *own, *shared;
+  Team team{};
 };
 
 template <class Task> struct Kernel {

@@ -73,14 +73,13 @@ HEADWAY_FLATTEN inline void run_ranking(const Ranking& task, const Plan&, int64_
   if (!task.top) return;
   row.floor = 1;
   keep_first(row, task.top, Ties::lowest_id);
+  close_gaps(row);
   int64_t to = index * task.top;
   for (int64_t i = 0; i < row.tokens.n; ++i) {
     if (row.tokens.z[i] == kNever) continue;
     const float z = row.tokens.z[i];
-    uint32_t key[16];
-    keys(Vec<float>(z)).store(key);
     task.top_id[to] = row.tokens.at(i);
-    task.top_key[to] = key[0];
+    task.top_key[to] = key_of(z);
     task.top_logprob[to++] = logarithm(z, row.tokens.weight[i]);
   }
   for (; to < (index + 1) * task.top; ++to) {

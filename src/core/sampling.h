@@ -46,23 +46,29 @@ inline const float* scores(const Sampling& task, int64_t index, const Workspace&
 }
 
 // The maxima of all blocks, and the row's; NaN where a logit is NaN.
-HEADWAY_FLATTEN inline float survey(const Tokens& tokens, float* block_max) {
-  Mask<float> nan = int32_t(0);
-  float top = kNever;
-  for (int64_t b = 0; b < tokens.blocks(); ++b) {
-    const float* z = tokens.block(b);
-    Vec<float> most = Vec<float>::load(z);
-    nan = nan | (most != most);
-    for (int64_t v = 16; v < kBlock; v += 16) {
-      const Vec<float> x = Vec<float>::load(z + v);
-      nan = nan | (x != x);
-      most = larger(x, most);
+HEADWAY_FLATTEN inline float survey(const Tokens& tokens, const Workspace& space) {
+  float top[kMostParts];
+  const int64_t parts = split(space.team, tokens.blocks(), kPart, [&](int64_t part, int64_t first, int64_t last) {
+    Mask<float> nan = int32_t(0);
+    float best = kNever;
+    for (int64_t b = first; b < last; ++b) {
+      const float* z = tokens.block(b);
+      Vec<float> most = Vec<float>::load(z);
+      nan = nan | (most != most);
+      for (int64_t v = 16; v < kBlock; v += 16) {
+        const Vec<float> x = Vec<float>::load(z + v);
+        nan = nan | (x != x);
+        most = larger(x, most);
+      }
+      space.block_max[b] = maximum(most);
+      if (space.block_max[b] > best) best = space.block_max[b];
     }
-    block_max[b] = maximum(most);
-    if (block_max[b] > top) top = block_max[b];
-  }
-  for (int64_t b = tokens.blocks(); b % kBlock; ++b) block_max[b] = kNever;
-  return any(nan) ? __builtin_nanf("") : top;
+    top[part] = any(nan) ? __builtin_nanf("") : best;
+  });
+  for (int64_t b = tokens.blocks(); b % kBlock; ++b) space.block_max[b] = kNever;
+  for (int64_t i = 1; i < parts; ++i)
+    if (top[i] > top[0] || top[i] != top[i]) top[0] = top[i]; // nothing is above NaN
+  return top[0];
 }
 
 // What is wrong with a row whose maximum is NaN or infinite, and the first token that shows it.
@@ -80,23 +86,41 @@ inline int64_t diagnose(const Sampling& task, int64_t index, const float* z) {
   return int64_t(SamplingFault::empty);
 }
 
-// The first token, in id order, at which the running sum exceeds `target`.
-HEADWAY_FLATTEN inline int64_t token_at(const Tokens& tokens, int64_t target) {
-  for (int64_t b = 0; b < tokens.blocks(); ++b) {
-    const int64_t* w = tokens.weight + b * kBlock;
-    Vec<int64_t> lanes = int64_t(0);
-    for (int64_t v = 0; v < kBlock; v += 16) lanes = lanes + Vec<int64_t>::load(w + v);
-    const int64_t here = sum(lanes);
+constexpr int64_t kStretch = 16; // blocks that share a total
+
+// The first token, in id order, at which the running sum exceeds the word's share of the whole: totals of stretches,
+// then one stretch once more.
+inline int64_t draw(const Row& row, uint64_t word) {
+  const Tokens& tokens = row.tokens;
+  const int64_t blocks = tokens.blocks();
+  int64_t *totals = row.space.mass, total = 0;
+  const int64_t stretches = (blocks + kStretch - 1) / kStretch;
+  split(row.space.team, stretches, kPart / kStretch, [&](int64_t, int64_t t, int64_t last) {
+    Vec<int64_t> w[kBlock / 16];
+    for (; t < last; ++t) {
+      Vec<int64_t> lanes = int64_t(0);
+      for (int64_t b = t * kStretch; b < least(blocks, (t + 1) * kStretch); ++b)
+        lanes = lanes + block_masses(row, b, w);
+      totals[t] = sum(lanes);
+    }
+  });
+  for (int64_t t = 0; t < stretches; ++t) total += totals[t];
+  int64_t target = int64_t(high_product(word, uint64_t(total))), t = 0;
+  while (totals[t] <= target) target -= totals[t++];
+  for (int64_t b = t * kStretch;; ++b) {
+    Vec<int64_t> w[kBlock / 16];
+    const int64_t here = sum(block_masses(row, b, w));
     if (here <= target) {
       target -= here;
       continue;
     }
+    int64_t one[kBlock];
+    memcpy(one, w, sizeof w);
     for (int64_t i = 0;; ++i) {
-      if (w[i] > target) return tokens.at(b * kBlock + i);
-      target -= w[i];
+      if (one[i] > target) return tokens.at(b * kBlock + i);
+      target -= one[i];
     }
   }
-  return -1; // not reached: the target is below the total
 }
 
 // Several draws: from the blocks' masses, so that none looks at the whole vocabulary.
@@ -125,37 +149,6 @@ inline void draw_several(Row& row) {
     total -= weight[i];
     block_mass[b] -= weight[i];
     weight[i] = 0;
-  }
-}
-
-constexpr int64_t kStretch = 16; // blocks that share a total
-
-// Every token is still in and nothing but the token is asked for: totals of stretches, then one stretch once more, so
-// that no weight is written to memory.
-inline int64_t draw_unfiltered(const Tokens& tokens, const Scale& scale, uint64_t word, int64_t* totals) {
-  const int64_t blocks = tokens.blocks(), stretches = (blocks + kStretch - 1) / kStretch;
-  Vec<int64_t> w[kBlock / 16];
-  int64_t total = 0;
-  for (int64_t t = 0; t < stretches; ++t) {
-    Vec<int64_t> lanes = int64_t(0);
-    for (int64_t b = t * kStretch; b < least(blocks, (t + 1) * kStretch); ++b)
-      lanes = lanes + block_weights(tokens.block(b), scale, w);
-    total += totals[t] = sum(lanes);
-  }
-  int64_t target = int64_t(high_product(word, uint64_t(total))), t = 0;
-  while (totals[t] <= target) target -= totals[t++];
-  for (int64_t b = t * kStretch;; ++b) {
-    const int64_t here = sum(block_weights(tokens.block(b), scale, w));
-    if (here <= target) {
-      target -= here;
-      continue;
-    }
-    int64_t one[kBlock];
-    memcpy(one, w, sizeof w);
-    for (int64_t i = 0;; ++i) {
-      if (one[i] > target) return b * kBlock + i;
-      target -= one[i];
-    }
   }
 }
 
@@ -195,8 +188,9 @@ inline void write_filtered(const Row& row) {
   }
 }
 
-inline Plan plan_sampling(const Sampling& task, int64_t) {
+inline Plan plan_sampling(const Sampling& task, int64_t threads) {
   Plan plan{task.batch.size(), 0, rough_product(task.batch.size(), task.V, 8)};
+  plan.team = plan.units < threads;
   Workspace(Arena{nullptr}, task.V, &plan.workspace);
   return plan;
 }
@@ -213,7 +207,7 @@ inline bool begin(Row& row) {
   tokens.last = space.last;
 
   Scale& scale = row.scale;
-  scale.top = survey(tokens, space.block_max);
+  scale.top = survey(tokens, space);
   if (!(scale.top > kNever && scale.top < -kNever)) {
     task.status[row.index] = diagnose(task, row.index, tokens.z);
     return false;
@@ -229,33 +223,28 @@ inline void filter(Row& row, bool token_only = false) {
   for (int64_t i = 0; i < row.task.step_count; ++i) {
     const Step& step = row.task.steps[i];
     row.floor = step.floor ? row.task.min_tokens[row.index] : 1;
+    close_gaps(row);
     kStages[int(step.stage)](row, step);
     if (token_only && row.scale.one_hot >= 0) return; // it outlives every stage that follows
   }
+  if (!token_only) close_gaps(row);
 }
 
 inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memory memory) {
-  const Workspace space(Arena{static_cast<char*>(memory.own)}, task.V);
+  const Workspace space(Arena{static_cast<char*>(memory.own)}, task.V, nullptr, memory.team);
   Row row{task, index, space};
   if (!begin(row)) return;
   const Tokens& tokens = row.tokens;
   const bool token_only = !task.probabilities && !task.filtered && task.draws == 1;
   filter(row, token_only);
 
-  if (token_only && row.scale.one_hot >= 0) {
-    task.tokens[index] = row.scale.one_hot;
+  if (token_only) {
+    task.tokens[index] = row.scale.one_hot >= 0 ? row.scale.one_hot : draw(row, random_word(task, index));
     return;
   }
   if (task.filtered) write_filtered(row);
-  if (token_only && !tokens.id && !tokens.weight) {
-    task.tokens[index] = draw_unfiltered(tokens, row.scale, random_word(task, index), space.mass);
-    return;
-  }
   if (task.tokens || task.probabilities) weigh(row.tokens, row);
-  if (task.tokens && task.draws == 1)
-    task.tokens[index] = token_at(tokens, int64_t(high_product(random_word(task, index), uint64_t(tokens.total))));
-  else if (task.tokens)
-    draw_several(row);
+  if (task.tokens) draw_several(row);
   if (task.probabilities) {
     if (task.logits.dtype == DType::f64)
       write_probabilities(tokens, task.V, static_cast<double*>(task.probabilities) + index * task.V);

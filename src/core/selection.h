@@ -1,7 +1,7 @@
 // What of a row stays. Nothing is sorted: what top_k and top_p keep is a prefix of the order "logit descending, id
 // ascending", so that a radix selection finds its end, by counts or by masses, in time linear in V on any input, equal
-// logits included. The maxima of blocks of 64 logits, a by-product of finding the row's maximum, let most rows skip
-// most blocks.
+// logits included. Before it, a sample tells in a long row between which logits that end must lie. The maxima of blocks
+// of 64 logits, a by-product of finding the row's maximum, let most rows skip most blocks.
 #pragma once
 #include "weights.h"
 
@@ -19,6 +19,12 @@ inline Vec<uint32_t> keys(Vec<float> z) {
   const Vec<int32_t> u = bits<int32_t>(z + Vec<float>(0.0f));
   return bits<uint32_t>(u ^ ((u >> 31) | Vec<int32_t>(INT32_MIN)));
 }
+inline uint32_t key_of(float z) {
+  z += 0.0f;
+  uint32_t u;
+  memcpy(&u, &z, 4);
+  return u ^ (uint32_t(int32_t(u) >> 31) | 0x80000000); // without a branch: signs can be anything
+}
 inline float value_of(uint32_t key) {
   const uint32_t u = key & 0x80000000 ? key ^ 0x80000000 : ~key;
   float z;
@@ -28,11 +34,7 @@ inline float value_of(uint32_t key) {
 
 // The smallest number up to `top` for which `holds`, which a larger one does too.
 template <class Holds> float lowest(float top, Holds holds) {
-  uint32_t below, enough, key[16];
-  keys(Vec<float>(kNever)).store(key);
-  below = key[0];
-  keys(Vec<float>(top)).store(key);
-  enough = key[0];
+  uint32_t below = key_of(kNever), enough = key_of(top);
   while (enough - below > 1) {
     const uint32_t middle = below + (enough - below) / 2;
     (holds(value_of(middle)) ? enough : below) = middle;
@@ -40,25 +42,102 @@ template <class Holds> float lowest(float top, Holds holds) {
   return value_of(enough);
 }
 
-// A bound below which no logit has this weight, for skipping: exp rounds by less than 1e-7, so it may be out of order
-// with its argument by that much, and 2^-20 of slack is plenty.
-HEADWAY_FLATTEN inline float lowest_of_weight(const Scale& scale, int64_t weight) {
-  weight -= (weight >> 20) + 2;
-  return lowest(scale.top, [&](float z) {
-    int64_t w[16];
-    weights(Vec<float>(z), scale).store(w);
-    return w[0] >= weight;
-  });
+// Bounds below which no logit has this weight, and from which on every one has it. exp rounds by less than 1e-7, so it
+// may be out of order with its argument by that much; 2^-20 of slack is plenty. The weight is at most that of the best.
+struct WeightBounds {
+  float low, high;
+};
+HEADWAY_FLATTEN inline WeightBounds bounds_of_weight(const Scale& scale, int64_t weight) {
+  const auto reaches = [&](int64_t enough) {
+    return lowest(scale.top, [&](float z) {
+      int64_t w[16];
+      weights(Vec<float>(z), scale).store(w);
+      return w[0] >= enough;
+    });
+  };
+  const int64_t slack = (weight >> 20) + 2;
+  return {reaches(weight - slack), reaches(weight + slack)};
 }
 
 // Where a token's share of `target` comes from: itself, or its weight.
 struct ByCount {
   int64_t operator()(int64_t) const { return 1; }
+  Vec<int64_t> lanes(int64_t) const { return int64_t(1); }
+  int64_t total(const Tokens& tokens) const { return tokens.n; }
 };
 struct ByMass {
   const int64_t* weight;
   int64_t operator()(int64_t i) const { return weight[i]; }
+  Vec<int64_t> lanes(int64_t i) const { return Vec<int64_t>::load(weight + i); }
+  int64_t total(const Tokens& tokens) const { return tokens.total; }
 };
+
+template <class Mass>
+Boundary select_prefix(const Tokens& tokens, Mass mass, int64_t target, Ties rule, const Workspace& space);
+
+struct Bracket {
+  float low, high;
+};
+// Between which logits the prefix is likely to end, by 16 tokens out of every so many. Nothing but speed depends on it.
+template <class Mass> Bracket guess_end(const Tokens& tokens, Mass mass, int64_t target, const Workspace& space) {
+  Tokens sample;
+  Vec<int64_t> total = int64_t(0);
+  for (; sample.n < kSample; sample.n += 16) {
+    const int64_t i = tokens.n / 16 * sample.n / kSample * 16;
+    const Vec<int64_t> m = mass.lanes(i);
+    Vec<float>::load(tokens.block(i / kBlock) + i % kBlock).store(space.sample_z + sample.n);
+    m.store(space.sample_mass + sample.n);
+    total = total + m;
+  }
+  sample.z = space.sample_z;
+  sample.last = sample.z + kSample - kBlock;
+  const double all = double(sum(total)), share = double(target) / double(mass.total(tokens));
+  const double spread =
+      4 * __builtin_sqrt(share * (1 - share) / kSample); // four standard deviations of a count's share
+  const auto end_of = [&](double part) {
+    return select_prefix(sample, ByMass{space.sample_mass}, most(1, int64_t(part * all)), Ties::keep, space).value;
+  };
+  return {share + spread < 1 && all > 0 ? end_of(share + spread) : kNever,
+          share > spread && all > 0 ? end_of(share - spread) : -kNever};
+}
+
+// A list in space.key and space.mass, in id order.
+struct Listed {
+  int64_t n, above, inside; // above: the mass of what comes before all of them
+};
+template <class Mass>
+HEADWAY_FLATTEN Listed list_between(const Tokens& tokens, Mass mass, Bracket bracket, const Workspace& space) {
+  Listed found[kMostParts];
+  int64_t start[kMostParts];
+  const int64_t parts = split(space.team, tokens.blocks(), kPart, [&](int64_t part, int64_t first, int64_t last) {
+    const Vec<float> low = bracket.low, high = bracket.high;
+    Vec<int64_t> above = int64_t(0);
+    int64_t n = start[part] = first * kBlock, inside = 0;
+    for (int64_t b = first; b < last; ++b) {
+      const float* z = tokens.block(b);
+      uint64_t in = 0;
+      for (int64_t v = 0; v < kBlock; v += 16) {
+        const Vec<float> x = Vec<float>::load(z + v);
+        above = above + (convert<int64_t>(x > high) & mass.lanes(b * kBlock + v));
+        in |= lane_bits((x >= low) & (x <= high)) << v;
+      }
+      if (const int64_t filled = tokens.n - b * kBlock; filled < kBlock) in &= (uint64_t(1) << filled) - 1;
+      while (in) {
+        const int64_t i = take_lowest(in);
+        space.key[n] = key_of(z[i]);
+        inside += space.mass[n++] = mass(b * kBlock + i);
+      }
+    }
+    found[part] = {n - first * kBlock, sum(above), inside};
+  });
+  Listed all{0, 0, 0};
+  for (int64_t p = 0; p < parts; ++p) {
+    memmove(space.key + all.n, space.key + start[p], size_t(found[p].n) * sizeof *space.key);
+    memmove(space.mass + all.n, space.mass + start[p], size_t(found[p].n) * sizeof *space.mass);
+    all = {all.n + found[p].n, all.above + found[p].above, all.inside + found[p].inside};
+  }
+  return all;
+}
 
 // The end of the shortest prefix, best first, whose sum reaches the target (1 <= target <= the sum of all): a radix
 // selection. Each round takes as digit what its keys differ in first, so that keys close together take one round.
@@ -76,7 +155,16 @@ HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Mass mass, int64_t 
     lowest = k < lowest ? k : lowest;
     highest = k > highest ? k : highest;
   };
-  {
+  int64_t left = tokens.n; // those that share all digits so far with the one where the sum crosses, in id order
+  bool listed = false;     // in space.key and space.mass
+  if (tokens.n >= 4 * kSample) {
+    const Listed some = list_between(tokens, mass, guess_end(tokens, mass, target, space), space);
+    listed = some.above < target && target <= some.above + some.inside;
+    if (listed) left = some.n, target -= some.above;
+  }
+  if (listed) {
+    for (int64_t i = 0; i < left; ++i) widen_range(space.key[i]);
+  } else {
     Vec<uint32_t> low = lowest, high = highest;
     for (int64_t b = 0; b < tokens.blocks(); ++b) {
       load_keys(b);
@@ -90,8 +178,6 @@ HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Mass mass, int64_t 
     high.store(key);
     for (int i = 0; i < 16; ++i) widen_range(key[i]);
   }
-  int64_t left = tokens.n; // those that share all digits so far with the one where the sum crosses, in id order
-  bool listed = false;     // in space.key and space.mass
   while (lowest < highest) {
     const int differ = 32 - __builtin_clz(highest - lowest), bits = left < 2048 ? 8 : 11;
     const int shift = differ > bits ? differ - bits : 0, copies = left < 2048 ? 1 : int(kCopies);
@@ -212,7 +298,6 @@ HEADWAY_FLATTEN inline Tokens list_chosen(const Tokens& tokens, const Workspace&
 
 // The whole row with all but the chosen banned, in memory of its own.
 HEADWAY_FLATTEN inline Tokens ban_others(const Tokens& tokens, const Workspace& space) {
-  const Vec<int32_t> lane = lane_powers();
   Tokens kept = tokens;
   kept.z = space.z;
   kept.last = space.z + (kept.blocks() - 1) * kBlock;
@@ -226,7 +311,7 @@ HEADWAY_FLATTEN inline Tokens ban_others(const Tokens& tokens, const Workspace& 
     }
     Vec<float> most = kNever;
     for (int64_t v = 0; v < kBlock; v += 16) {
-      const Mask<float> in = (Vec<int32_t>(int32_t(chosen >> v & 0xffff)) & lane) != Vec<int32_t>(0);
+      const Mask<float> in = lane_mask(chosen >> v);
       const Vec<float> x = select(in, Vec<float>::load(z + v), Vec<float>(kNever));
       x.store(space.z + b * kBlock + v);
       most = larger(x, most);
@@ -244,9 +329,6 @@ HEADWAY_FLATTEN inline Tokens ban_others(const Tokens& tokens, const Workspace& 
 
 // Few tokens are walked as a list, many as a row with gaps.
 inline bool are_few(const Tokens& tokens, int64_t count) { return tokens.id || count < tokens.n / 8; }
-inline Tokens keep_chosen(const Tokens& tokens, int64_t count, const Workspace& space) {
-  return are_few(tokens, count) ? list_chosen(tokens, space) : ban_others(tokens, space);
-}
 
 } // namespace
 } // namespace headway

@@ -50,7 +50,7 @@ inline void run_verification(const Verification& task, const Plan& plan, int64_t
     const RandomBlock random = random_block(task.target, at);
     task.accepted[index] = i;
     if (i == task.n) {
-      task.next[index] = token_at(target, int64_t(high_product(random.word[0], uint64_t(target.total))));
+      task.next[index] = draw(row, random.word[0]);
       return;
     }
     const int64_t token = task.tokens[draft_at];

@@ -23,11 +23,38 @@ struct Row {
   const Workspace& space;
   int64_t floor = 1; // what the stage leaves at least, if there are so many
   Scale scale{};
-  Tokens tokens{}; // those still in
+  Tokens tokens{};   // those still in
+  bool gaps = false; // but of these only what has its bit in space.chosen
 };
 
 inline void weigh(Tokens& tokens, const Row& row) {
-  weigh(tokens, row.scale, tokens.id ? row.space.list_weight : row.space.weight);
+  weigh(tokens, row.scale, tokens.id ? row.space.list_weight : row.space.weight, row.space.team);
+}
+
+// The masses of a block's tokens, as they were weighed or, where nobody needed them so far, now.
+HEADWAY_FLATTEN inline Vec<int64_t> block_masses(const Row& row, int64_t b, Vec<int64_t> (&w)[kBlock / 16]) {
+  const Tokens& tokens = row.tokens;
+  if (!tokens.weight && !row.gaps) return block_weights(tokens.block(b), row.scale, w);
+  if (!tokens.weight) block_weights(tokens.block(b), row.scale, w);
+  Vec<int64_t> sum = int64_t(0);
+  for (int64_t v = 0; v < kBlock / 16; ++v) {
+    if (tokens.weight) w[v] = Vec<int64_t>::load(tokens.weight + b * kBlock + 16 * v);
+    if (row.gaps) w[v] = w[v] & convert<int64_t>(lane_mask(row.space.chosen[b] >> 16 * v));
+    sum = sum + w[v];
+  }
+  return sum;
+}
+
+// The chosen among `from`. Gaps stay bits until somebody needs numbers: the draw, which most often comes next, does
+// not.
+inline void keep_chosen(Row& row, const Tokens& from, int64_t count) {
+  row.tokens = from;
+  row.gaps = !are_few(from, count);
+  if (!row.gaps) row.tokens = list_chosen(from, row.space);
+}
+inline void close_gaps(Row& row) {
+  if (row.gaps) row.tokens = ban_others(row.tokens, row.space);
+  row.gaps = false;
 }
 
 // Sums over what is not banned. A lane adds the tokens whose id leaves the lane's number modulo 16, in order: a fixed
@@ -110,19 +137,19 @@ inline void keep_first(Row& row, int64_t n, Ties ties) {
       const int64_t need = ties == Ties::keep ? equal - over : least(n, equal) - over;
       const int64_t skip = ties == Ties::highest_id ? equal - over - need : 0;
       const int64_t count = choose_inside(tokens, row.space, {bound, skip, need});
-      tokens = keep_chosen(tokens, count, row.space);
-      return;
+      return keep_chosen(row, tokens, count);
     }
-    tokens = keep_chosen(tokens, over, row.space);
+    keep_chosen(row, tokens, over);
+    close_gaps(row);
   }
   const int64_t count = choose_inside(tokens, row.space, select_prefix(tokens, ByCount{}, n, ties, row.space));
-  tokens = keep_chosen(tokens, count, row.space);
+  keep_chosen(row, tokens, count);
 }
 
 // The chosen among `few` tokens that hold all of them, or the first of the order where the floor is higher.
 inline void keep(Row& row, const Tokens& few, int64_t count, Ties ties) {
   if (count < row.floor) return keep_first(row, row.floor, ties);
-  row.tokens = keep_chosen(few, count, row.space);
+  keep_chosen(row, few, count);
 }
 
 // The tokens that reach a bound, where that is a short list; else all.
@@ -132,20 +159,37 @@ inline Tokens reaching(const Row& row, float bound) {
   return are_few(row.tokens, count) ? list_chosen(row.tokens, row.space) : row.tokens;
 }
 
-// What has at least this weight; where that is too few, the first of the order.
-inline void keep_heavy(Row& row, int64_t weight, Ties ties) {
-  Tokens few = row.scale.one_hot < 0 ? reaching(row, lowest_of_weight(row.scale, weight)) : row.tokens;
-  weigh(few, row);
-  const int64_t count = choose(few, row.space, [&](int64_t b) {
-    const Vec<int64_t> least_weight = weight;
-    const uint64_t banned = block_bits(few.block(b), [](Vec<float> z) { return z == Vec<float>(kNever); });
-    return block_bits(few.weight + b * kBlock, [&](Vec<int64_t> w) { return w >= least_weight; }) & ~banned;
+// What has at least this weight; where that is too few, the first of the order. Only what is close to it is weighed.
+HEADWAY_FLATTEN inline void keep_heavy(Row& row, int64_t weight, Ties ties) {
+  const Tokens& tokens = row.tokens;
+  if (weight > int64_t(1) << row.scale.s) return keep_first(row, row.floor, ties);
+  if (row.scale.one_hot >= 0) weigh(row.tokens, row);
+  const WeightBounds bounds = bounds_of_weight(row.scale, weight);
+  const int64_t count = choose(tokens, row.space, [&](int64_t b) -> uint64_t {
+    if (!tokens.id && row.space.block_max[b] < bounds.low) return 0;
+    const Vec<float> low = bounds.low, high = bounds.high;
+    const uint64_t sure = block_bits(tokens.block(b), [&](Vec<float> z) { return z >= high; });
+    uint64_t unsure = block_bits(tokens.block(b), [&](Vec<float> z) { return z >= low; });
+    if (row.scale.one_hot < 0 && sure == unsure) return sure;
+    Vec<int64_t> w[kBlock / 16];
+    const Vec<int64_t> enough = weight;
+    block_masses(row, b, w);
+    for (int64_t v = 0; v < kBlock / 16; ++v)
+      unsure &= lane_bits(w[v] >= enough) << 16 * v | ~(uint64_t(0xffff) << 16 * v);
+    return unsure;
   });
-  keep(row, few, count, ties);
+  keep(row, tokens, count, ties);
 }
 
 // After a stage that may take the best token: where it did, masses are measured anew, with 2^s for the best one left.
 inline void measure_anew(Row& row) {
+  for (int64_t b = 0; row.gaps && b < row.tokens.blocks(); ++b) {
+    const Vec<float> top = row.scale.top;
+    if (row.space.block_max[b] == row.scale.top &&
+        block_bits(row.tokens.block(b), [&](Vec<float> z) { return z == top; }) & row.space.chosen[b])
+      return; // it is still there
+  }
+  close_gaps(row);
   const float best = best_logit(row);
   if (best == row.scale.top) return;
   row.scale.top = best;
@@ -209,32 +253,54 @@ inline void top_k(Row& row, const Step& step) {
 }
 
 HEADWAY_FLATTEN inline int64_t mass_reaching(const Row& row, float bound) {
-  const Vec<float> value = bound;
-  Vec<int64_t> mass = int64_t(0);
-  for (int64_t b = 0; b < row.tokens.blocks(); ++b)
-    for (int64_t v = 0; v < kBlock && row.space.block_max[b] >= bound; v += 16) {
-      const Mask<float> in = Vec<float>::load(row.tokens.block(b) + v) >= value;
-      mass = mass + (convert<int64_t>(in) & Vec<int64_t>::load(row.tokens.weight + b * kBlock + v));
-    }
+  int64_t mass[kMostParts], all = 0;
+  const int64_t parts =
+      split(row.space.team, row.tokens.blocks(), 8 * kPart, [&](int64_t part, int64_t b, int64_t last) {
+        const Vec<float> value = bound;
+        Vec<int64_t> lanes = int64_t(0);
+        for (; b < last; ++b)
+          for (int64_t v = 0; v < kBlock && row.space.block_max[b] >= bound; v += 16) {
+            const Mask<float> in = Vec<float>::load(row.tokens.block(b) + v) >= value;
+            lanes = lanes + (convert<int64_t>(in) & Vec<int64_t>::load(row.tokens.weight + b * kBlock + v));
+          }
+        mass[part] = sum(lanes);
+      });
+  for (int64_t i = 0; i < parts; ++i) all += mass[i];
+  return all;
+}
+
+// The mass of the best token of each block.
+HEADWAY_FLATTEN inline int64_t mass_of_maxima(const Row& row) {
+  Vec<int64_t> w[kBlock / 16], mass = int64_t(0);
+  for (int64_t b = 0; b < row.tokens.blocks(); b += kBlock)
+    mass = mass + block_weights(row.space.block_max + b, row.scale, w);
   return sum(mass);
+}
+
+// Tokens that hold at least this mass and are a short list, as on most rows a few do; or all. The best ones: those that
+// reach the k-th largest block maximum, for growing k.
+inline Tokens holding(const Row& row, int64_t target) {
+  const int64_t blocks = row.tokens.blocks();
+  if (row.tokens.id || mass_of_maxima(row) < target - target / 8) return row.tokens;
+  const int64_t last = blocks - blocks / 16;
+  for (int64_t k = 8; k <= last; k = k < last ? least(8 * k, last) : last + 1) {
+    const float bound = kth_largest(row.space.block_max, blocks, k, row.space);
+    if (mass_reaching(row, bound) >= target) return reaching(row, bound);
+  }
+  return row.tokens;
 }
 
 inline void top_p(Row& row, const Step& step) {
   const double p = step.value[0][row.index];
   if (p == 1.0) return;
   weigh(row.tokens, row);
-  const int64_t target = share(p, row.tokens.total, !step.equal), blocks = row.tokens.blocks();
-  if (target == 0) return keep_first(row, row.floor, step.ties);
-  // On most rows a few tokens hold the mass: try those that reach the k-th largest block maximum, for growing k.
-  Tokens few = row.tokens;
-  for (int64_t k = 8; !few.id && k < blocks / 2; k *= 8) {
-    const float bound = kth_largest(row.space.block_max, blocks, k, row.space);
-    if (mass_reaching(row, bound) < target) continue;
-    few = reaching(row, bound);
-    break;
-  }
-  const Boundary end = select_prefix(few, ByMass{few.weight}, target, step.ties, row.space);
-  keep(row, few, choose_inside(few, row.space, end), step.ties);
+  const int64_t target = share(p, row.tokens.total, !step.equal);
+  // At temperature 0 no token equals the first of the order, which has all the mass.
+  const Ties ties = row.scale.one_hot < 0 ? step.ties : Ties::lowest_id;
+  if (target == 0) return keep_first(row, row.floor, ties);
+  const Tokens few = holding(row, target);
+  const Boundary end = select_prefix(few, ByMass{few.weight}, target, ties, row.space);
+  keep(row, few, choose_inside(few, row.space, end), ties);
 }
 
 inline void min_p(Row& row, const Step& step) {
@@ -243,29 +309,47 @@ inline void min_p(Row& row, const Step& step) {
   keep_heavy(row, share(p, int64_t(1) << row.scale.s), step.ties);
 }
 
+// The same tokens with their distances from the mean for logits: negative, so that the nearest are the best.
+HEADWAY_FLATTEN inline Tokens by_distance(const Row& row, const Tokens& tokens, float mean) {
+  float* distance = row.space.distance;
+  const Vec<float> middle = mean, zero = 0.0f;
+  for (int64_t b = 0; b < tokens.blocks(); ++b)
+    for (int64_t v = 0; v < kBlock; v += 16) {
+      const Vec<float> z = Vec<float>::load(tokens.block(b) + v), apart = exponents(z, row.scale) - middle;
+      select(z == Vec<float>(kNever), z, select(apart > zero, zero - apart, apart)).store(distance + b * kBlock + v);
+    }
+  Tokens near = tokens;
+  near.z = distance;
+  near.last = distance + (near.blocks() - 1) * kBlock;
+  return near;
+}
+
 inline void typical_p(Row& row, const Step& step) {
   const double p = step.value[0][row.index];
   if (p == 1.0) return;
   weigh(row.tokens, row);
-  const Vec<float> mean = float(moments(row).mean), zero = 0.0f;
-  float* distance = row.space.distance; // negative, so that the nearest are the best
-  for (int64_t b = 0; b < row.tokens.blocks(); ++b)
-    for (int64_t v = 0; v < kBlock; v += 16) {
-      const Vec<float> z = Vec<float>::load(row.tokens.block(b) + v), apart = exponents(z, row.scale) - mean;
-      select(z == Vec<float>(kNever), z, select(apart > zero, zero - apart, apart)).store(distance + b * kBlock + v);
-    }
-  Tokens by_distance = row.tokens;
-  by_distance.z = distance;
-  by_distance.last = distance + (by_distance.blocks() - 1) * kBlock;
-  const auto choose_near = [&](Boundary end) {
-    return choose(by_distance, row.space, Inside{by_distance, nullptr, end});
-  };
+  const float mean = float(moments(row).mean);
   const int64_t target = share(p, row.tokens.total, !step.equal), floor = least(row.floor, row.tokens.n);
+  const auto choose_near = [&](const Tokens& tokens, Boundary end) {
+    return choose(tokens, row.space, Inside{tokens, nullptr, end});
+  };
+  // A few tokens that hold the mass will do, if all below them are farther from the mean than what they give.
+  if (const Tokens few = floor == 1 && target > 0 ? holding(row, target) : row.tokens; few.id && !row.tokens.id) {
+    const Tokens near = by_distance(row, few, mean);
+    const Boundary end = select_prefix(near, ByMass{near.weight}, target, step.ties, row.space);
+    float lowest = row.scale.top, farthest[16];
+    for (int64_t i = 0; i < few.n; ++i) lowest = few.z[i] < lowest ? few.z[i] : lowest;
+    (exponents(Vec<float>(lowest), row.scale) - Vec<float>(mean)).store(farthest);
+    if (farthest[0] < 0 && farthest[0] < end.value) {
+      keep_chosen(row, few, choose_near(near, end));
+      return measure_anew(row);
+    }
+  }
+  const Tokens near = by_distance(row, row.tokens, mean);
   int64_t count = 0;
-  if (target > 0)
-    count = choose_near(select_prefix(by_distance, ByMass{row.tokens.weight}, target, step.ties, row.space));
-  if (count < floor) count = choose_near(select_prefix(by_distance, ByCount{}, floor, Ties::lowest_id, row.space));
-  row.tokens = keep_chosen(row.tokens, count, row.space);
+  if (target > 0) count = choose_near(near, select_prefix(near, ByMass{near.weight}, target, step.ties, row.space));
+  if (count < floor) count = choose_near(near, select_prefix(near, ByCount{}, floor, Ties::lowest_id, row.space));
+  keep_chosen(row, row.tokens, count);
   measure_anew(row);
 }
 
@@ -312,7 +396,7 @@ inline void xtc(Row& row, const Step& step) {
     return stays & ~block_bits(z, [](Vec<float> x) { return x == Vec<float>(kNever); });
   });
   if (count < row.floor) return;
-  row.tokens = keep_chosen(tokens, count, row.space);
+  keep_chosen(row, tokens, count);
   measure_anew(row);
 }
 

@@ -16,6 +16,7 @@
 #include <string>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -82,7 +83,7 @@ struct Job {
 
   void take_part(int64_t participant) {
     const StandardFloats floats;
-    const Memory mine{static_cast<char*>(memory.own) + participant * own_bytes(), memory.shared};
+    const Memory mine{static_cast<char*>(memory.own) + participant * own_bytes(), memory.shared, memory.team};
     for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < plan.units;)
       call.run(call.call, plan, unit, mine);
   }
@@ -149,24 +150,48 @@ public:
     int64_t threads = mine ? threads_.load() : 1;
     Job job{call, call.plan(call.call, threads), 1, {}};
     if (job.plan.units == 0) return;
-    threads = std::min({threads, job.plan.units, 1 + job.plan.work / kWorkPerThread});
-    job.participants = threads;
+    threads = std::min(threads, 1 + job.plan.work / kWorkPerThread);
+    const bool team = job.plan.team && threads > 1;
+    if (!team) threads = std::min(threads, job.plan.units);
+    job.participants = team ? 1 : threads;
     if (threads == 1 && mine) mine.unlock();
     static thread_local Workspace own;
     Workspace& workspace = mine ? workspace_ : own;
     job.place(workspace.at_least(job.bytes()));
-    if (threads > 1) job.participants = threads = std::min(threads, int64_t(1 + workers(int(threads - 1))));
-    if (threads == 1) {
+    if (threads > 1) threads = std::min(threads, int64_t(1 + workers(int(threads - 1))));
+    if (team && threads > 1) {
+      job.memory.team = {[](void* pool, int64_t parts, Part part, const void* work) {
+                           static_cast<Pool*>(pool)->run_parts(parts, part, work);
+                         },
+                         this};
       job.take_part(0);
     } else {
-      share(&job);
-      job.take_part(0);
-      finish();
+      job.participants = threads;
+      run(job);
     }
     workspace.keep_at_most(kKeptWorkspace);
   }
 
 private:
+  void run(Job& job) {
+    if (job.participants > 1) share(&job);
+    job.take_part(0);
+    if (job.participants > 1) finish();
+  }
+  // On behalf of a unit that runs alone, while its caller holds busy_.
+  using Part = void (*)(const void* work, int64_t i);
+  void run_parts(int64_t parts, Part part, const void* work) {
+    const std::pair<Part, const void*> both{part, work};
+    const Call call{nullptr,
+                    [](const void* c, const Plan&, int64_t i, Memory) {
+                      const auto& [part, work] = *static_cast<const std::pair<Part, const void*>*>(c);
+                      part(work, i);
+                    },
+                    &both};
+    Job job{call, Plan{parts, 0, 0}, threads_, {}};
+    run(job);
+  }
+
   void share(Job* job) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);

@@ -155,6 +155,20 @@ inline Vec<double> widen(Vec<float> v) {
 #endif
 }
 
+// The nearest whole number, to even where two are; of 0 <= v < 2^52.
+inline Vec<int64_t> nearest_integer(Vec<float> v) {
+#if defined(__AVX512F__)
+  Vec<int64_t> r;
+  r.part[0] = (Vec<int64_t>::Reg)_mm512_maskz_cvtps_epi64(0xff, _mm512_castps512_ps256((__m512)v.part[0]));
+  r.part[1] = (Vec<int64_t>::Reg)_mm512_maskz_cvtps_epi64(0xff, _mm512_extractf32x8_ps((__m512)v.part[0], 1));
+  return r;
+#else
+  // From 2^52 on the doubles are whole numbers: adding 2^52 rounds and leaves the number in the low bits.
+  const Vec<double> whole = widen(v) + Vec<double>(0x1p+52);
+  return bits<int64_t>(whole) - bits<int64_t>(Vec<double>(0x1p+52));
+#endif
+}
+
 // The larger of two ----------------------------------------------------------------------------------------------
 
 // What a > b ? a : b says, b where either is NaN, is the definition of x86's instruction, but not of Arm's.

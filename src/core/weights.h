@@ -34,6 +34,16 @@ inline Vec<int32_t> lane_powers() { // 1, 2, 4, ...
   for (int i = 0; i < 16; ++i) power[i] = 1 << i;
   return Vec<int32_t>::load(power);
 }
+// And back: the lanes of 16 bits.
+inline Mask<float> lane_mask(uint64_t found) {
+#if defined(__AVX512F__)
+  Mask<float> mask;
+  mask.part[0] = (Mask<float>::Reg)_mm512_movm_epi32(__mmask16(found));
+  return mask;
+#else
+  return (Vec<int32_t>(int32_t(found & 0xffff)) & lane_powers()) != Vec<int32_t>(0);
+#endif
+}
 // One bit for each token of a block.
 template <class T, class Test> uint64_t block_bits(const T* block, Test test) {
   uint64_t found = 0;
@@ -62,14 +72,18 @@ struct Tokens {
 // Four copies of the radix histogram, a cache line out of step: equal digits in a row would wait for each other's sums.
 constexpr int64_t kCopies = 4, kCopySize = (1 << 11) + 8;
 
+// Tokens that stand for a long row, to guess from where something lies in it.
+constexpr int64_t kSample = 4096;
+
 struct Workspace {
-  float *z, *last, *block_max, *list_z, *distance;
+  float *z, *last, *block_max, *list_z, *distance, *sample_z;
   int32_t* list_id;
-  int64_t *weight, *list_weight, *mass, *histogram;
+  int64_t *weight, *list_weight, *mass, *histogram, *sample_mass;
   uint32_t* key;
   uint64_t* chosen; // a bit for each token, by blocks
+  Team team;
 
-  Workspace(Arena arena, int64_t V, int64_t* bytes = nullptr) {
+  Workspace(Arena arena, int64_t V, int64_t* bytes = nullptr, Team threads = {}) : team(threads) {
     const int64_t n = round_up(V, kBlock), blocks = round_up(n / kBlock, kBlock);
     z = arena.take<float>(n);
     last = arena.take<float>(kBlock);
@@ -83,9 +97,36 @@ struct Workspace {
     key = arena.take<uint32_t>(n);
     chosen = arena.take<uint64_t>(blocks);
     histogram = arena.take<int64_t>(kCopies * kCopySize);
+    sample_z = arena.take<float>(kSample);
+    sample_mass = arena.take<int64_t>(kSample);
     if (bytes) *bytes = arena.used;
   }
 };
+
+// Calls body(part, first, last) for ranges that make up 0 .. n, each of at least `least` where there is more than one,
+// and returns how many there are: on all threads of the team. What a part finds is a whole number or a maximum, so that
+// it matters to nothing how a row is cut.
+constexpr int64_t kMostParts = 32;
+template <class Body> int64_t split(const Team& team, int64_t n, int64_t smallest, const Body& body) {
+  const int64_t parts = team.run ? most(1, least(kMostParts, n / smallest)) : 1;
+  if (parts == 1) {
+    body(int64_t(0), int64_t(0), n);
+    return 1;
+  }
+  struct Work {
+    const Body& body;
+    int64_t n, parts;
+  } work{body, n, parts};
+  team.run(
+      team.threads, parts,
+      [](const void* work, int64_t i) {
+        const Work& w = *static_cast<const Work*>(work);
+        w.body(i, w.n * i / w.parts, w.n * (i + 1) / w.parts);
+      },
+      &work);
+  return parts;
+}
+constexpr int64_t kPart = 128; // blocks: some 4 microseconds of work
 
 // Elementary functions, for the few numbers that need them -------------------------------------------------------
 
@@ -163,24 +204,24 @@ inline Vec<int64_t> weights_at(Vec<float> x, const Scale& scale) {
   q = q * r + F(0.5f);
   const F y = (r * r * q + r) + F(1.0f);
   // Times 2^(n + s) by adding to the exponent: the low bits of `shifted` are n in two's complement.
-  const F w = bits<float>(bits<int32_t>(y) + ((bits<int32_t>(shifted) + Vec<int32_t>(scale.s)) << 23));
-  // From 2^52 on the doubles are whole numbers: adding 2^52 rounds to nearest even and leaves the integer in the low
-  // bits.
-  const Vec<double> whole = widen(w) + Vec<double>(0x1p+52);
-  return bits<int64_t>(whole) - bits<int64_t>(Vec<double>(0x1p+52));
+  return nearest_integer(bits<float>(bits<int32_t>(y) + ((bits<int32_t>(shifted) + Vec<int32_t>(scale.s)) << 23)));
 }
 inline Vec<int64_t> weights(Vec<float> z, const Scale& scale) { return weights_at(exponents(z, scale), scale); }
 
 HEADWAY_FLATTEN inline Vec<int64_t> block_weights(const float* z, const Scale& scale, Vec<int64_t> (&w)[kBlock / 16]) {
+  using F = Vec<float>;
   Vec<int64_t> sum = int64_t(0);
+  const F top = scale.top, inverse = scale.inverse;
+  const bool usual = scale.inverse > 0x1p-100f; // what -inf is in exponents(), -FLT_MAX, gives -40 by itself
   for (int64_t v = 0; v < kBlock / 16; ++v) {
-    w[v] = weights(Vec<float>::load(z + 16 * v), scale);
+    const F x = F::load(z + 16 * v);
+    w[v] = weights_at(usual ? larger((x - top) * inverse, F(-40.0f)) : exponents(x, scale), scale);
     sum = sum + w[v];
   }
   return sum;
 }
 
-inline void weigh(Tokens& tokens, const Scale& scale, int64_t* out) {
+inline void weigh(Tokens& tokens, const Scale& scale, int64_t* out, const Team& team) {
   if (tokens.weight) return;
   tokens.weight = out;
   if (scale.one_hot >= 0) {
@@ -190,13 +231,18 @@ inline void weigh(Tokens& tokens, const Scale& scale, int64_t* out) {
     tokens.total = int64_t(1) << scale.s; // the best token outlives every stage
     return;
   }
-  Vec<int64_t> total = int64_t(0);
-  for (int64_t b = 0; b < tokens.blocks(); ++b) {
-    Vec<int64_t> w[kBlock / 16];
-    total = total + block_weights(tokens.block(b), scale, w);
-    memcpy(out + b * kBlock, w, sizeof w);
-  }
-  tokens.total = sum(total);
+  int64_t total[kMostParts];
+  const int64_t parts = split(team, tokens.blocks(), kPart, [&](int64_t part, int64_t first, int64_t last) {
+    Vec<int64_t> lanes = int64_t(0);
+    for (int64_t b = first; b < last; ++b) {
+      Vec<int64_t> w[kBlock / 16];
+      lanes = lanes + block_weights(tokens.block(b), scale, w);
+      memcpy(out + b * kBlock, w, sizeof w);
+    }
+    total[part] = sum(lanes);
+  });
+  tokens.total = 0;
+  for (int64_t i = 0; i < parts; ++i) tokens.total += total[i];
 }
 
 // The smallest whole number >= p * total, exactly, for 0 <= p <= 1; > p * total where `equal` is false. p is m 2^-e,

@@ -116,7 +116,7 @@ DIALECTS = {
         },
         also=("min_tokens_to_keep",),
     ),
-    # vLLM: v1/sample, the path in plain torch.
+    # vLLM 0.33: v1/sample, the path in plain torch.
     "vllm": Dialect(
         (Step("temperature"), Step("min_p"), Step("top_k", "keep"), Step("top_p", "highest_id")),
         {
@@ -124,7 +124,7 @@ DIALECTS = {
             "top_k": (Reading(-1, 0, INF),),
         },
     ),
-    # llama.cpp: src/llama-sampling.cpp, in the default order of common/sampling.cpp.
+    # llama.cpp as in llama-cpp-python 0.3.36: src/llama-sampler.cpp, in the default order of common/common.h.
     "llama.cpp": Dialect(
         (
             Step("top_n_sigma", floor=False),
@@ -148,9 +148,9 @@ DIALECTS = {
         },
         also=OPTIONAL,
     ),
-    # FlashInfer: sampling.py with filter_apply_order="top_k_first". Its rejection loops compare with a pivot's value.
+    # FlashInfer 0.7: sampling.py with filter_apply_order="top_k_first". It compares with a pivot's value.
     "flashinfer": Dialect((Step("temperature"), Step("top_k", "keep"), Step("top_p", "keep"), Step("min_p"))),
-    # SGLang: srt/layers/sampler.py, the path in plain torch: p is measured over all tokens.
+    # SGLang 0.5: srt/layers/sampler.py, the path in plain torch: p is measured over all tokens.
     "sglang": Dialect(
         (Step("temperature"), Step("top_p", equal=True), Step("top_k"), Step("min_p")),
         {"temperature": (Reading(0, math.nextafter(1e-6, 0), 0),), "top_k": (Reading(-1, -1, INF),)},

@@ -371,6 +371,8 @@ def _through_stages(
         value = settings["temperature" if step.option == "greedy" else step.option]
         if value is not None:
             ties = "keep" if step.option == "top_k" and settings["ties"] == "keep" else step.ties
+            if step.option == "top_p" and row.temperature == 0:
+                ties = "lowest_id"  # no token equals the first of the order, which has all the mass
             row.floor = settings["min_tokens_to_keep"] if step.floor else 1
             step = step._replace(ties=ties)
             watch(row, step, value)
