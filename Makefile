@@ -4,6 +4,7 @@
 #   make test     the tests, against the peers that run here
 #   make check    lint, types, formatting, freshness of the generated stub
 #   make bench    headway beside its peers, into docs/performance.md; BENCH='layers --only L=512' for a part
+#   make vectors  the conformance vectors, from the reference; make conformance: who passes them, into docs/conformance.md
 #   make versions build and test on the oldest and the newest Python
 #   make cross    the same bits on 64-bit Arm, under emulation
 
@@ -18,7 +19,7 @@ CXX_FILES := $(shell find src/core tests -name '*.h' -o -name '*.cpp')
 PEERS := torch==2.13.0 transformers>=5,<6 mlx[cpu]>=0.29 mlx-lm>=0.28
 BENCH_PEERS := onnx>=1.18 onnxruntime>=1.23 openvino>=2025.0 jax>=0.6 llama-cpp-python>=0.3.16
 
-.PHONY: demo test check bench versions cross stub format clean
+.PHONY: demo test check bench vectors conformance versions cross stub format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -39,6 +40,13 @@ check: $(VENV)/check
 
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks $(BENCH) --write
+
+vectors: $(VENV)/test
+	$(BIN)/python tools/make_vectors.py
+
+conformance: $(VENV)/peers
+	for peer in llama-cpp-python msgspec '--no-deps sglang'; do $(PIP) $$peer || echo "no $$peer here"; done
+	$(BIN)/python tools/conformance.py
 
 versions:
 	$(MAKE) VENV=.venv-3.10 PYTHON=python3.10 PEERS= test
