@@ -280,6 +280,12 @@ template <class T> T* rows_out(const std::optional<Out>& a, const char* name, in
 
 using StepTuple = std::tuple<int, int, bool, bool, std::vector<In>>; // Step of kernels.h
 
+// What is removed and how: the same object serves many calls where nothing of it is a row's own.
+struct Stages {
+  std::vector<StepTuple> steps;
+  In min_tokens;
+};
+
 // What penalties know of rows, counted on by penalize, read by the sampling functions. It keeps the arrays alive.
 struct RowHistories {
   In slot, first, length, tokens, breakers;
@@ -313,8 +319,7 @@ struct Rows {
   In logits;
   std::optional<In> bias, allowed;
   bool packed;
-  std::vector<StepTuple> steps;
-  In min_tokens;
+  Stages stages;
   std::optional<RowHistories> histories;
   std::optional<In> seed, position;
   int64_t rows_per_stream;
@@ -336,7 +341,7 @@ struct Rows {
     if (allowed && t.allowed.dtype != DType::boolean) throw std::invalid_argument("allowed: expected uint8");
     t.packed = packed;
     list.clear();
-    for (const auto& [stage, ties, equal, floor, values] : steps) {
+    for (const auto& [stage, ties, equal, floor, values] : stages.steps) {
       if (stage < 0 || stage >= int(Stage::count) || ties < 0 || ties >= int(Ties::count) || values.empty() ||
           values.size() > size_t(kStepValues))
         throw std::invalid_argument("steps: no such stage");
@@ -345,7 +350,7 @@ struct Rows {
       list.push_back(step);
     }
     t.steps = list.data(), t.step_count = int64_t(list.size());
-    t.min_tokens = per_row<int64_t>(min_tokens, "min_tokens", rows);
+    t.min_tokens = per_row<int64_t>(stages.min_tokens, "min_tokens", rows);
     if (seed) t.seed = per_row<uint64_t>(*seed, "seed", rows);
     if (position) t.position = per_row<uint64_t>(*position, "position", rows);
     t.rows_per_stream = rows_per_stream;
@@ -515,14 +520,15 @@ NB_MODULE(_native, m) {
   m.def("rotary_frequencies", &rotary_frequencies, "base"_a, "frequencies"_a);
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "wide"_a, "y"_a);
   m.def("swiglu", &swiglu, "gate"_a, "up"_a, "wide"_a, "y"_a);
+  nb::class_<Stages>(m, "Stages").def(nb::init<std::vector<StepTuple>, In>(), nb::kw_only(), "steps"_a, "min_tokens"_a);
   nb::class_<RowHistories>(m, "Histories")
       .def(nb::init<In, In, In, In, In, Out, Out, Out, Out, Out, Out>(), nb::kw_only(), "slot"_a, "first"_a, "length"_a,
            "tokens"_a, "breakers"_a, "counted"_a, "distinct"_a, "id"_a, "times"_a, "same"_a, "logit"_a);
   nb::class_<Rows>(m, "Rows").def(
-      nb::init<In, std::optional<In>, std::optional<In>, bool, std::vector<StepTuple>, In, std::optional<RowHistories>,
-               std::optional<In>, std::optional<In>, int64_t, std::optional<In>, Out>(),
-      nb::kw_only(), "logits"_a, "bias"_a.none(), "allowed"_a.none(), "packed"_a, "steps"_a, "min_tokens"_a,
-      "histories"_a.none(), "seed"_a.none(), "position"_a.none(), "rows_per_stream"_a, "uniform"_a.none(), "status"_a);
+      nb::init<In, std::optional<In>, std::optional<In>, bool, Stages, std::optional<RowHistories>, std::optional<In>,
+               std::optional<In>, int64_t, std::optional<In>, Out>(),
+      nb::kw_only(), "logits"_a, "bias"_a.none(), "allowed"_a.none(), "packed"_a, "stages"_a, "histories"_a.none(),
+      "seed"_a.none(), "position"_a.none(), "rows_per_stream"_a, "uniform"_a.none(), "status"_a);
   m.def("sample", &sample, "rows"_a, "draws"_a, "replacement"_a, "tokens"_a.none(), "probabilities"_a.none(),
         "filtered"_a.none());
   m.def("penalize", &penalize, "logits"_a, "histories"_a, "window"_a, "repetition"_a, "frequency"_a, "presence"_a,

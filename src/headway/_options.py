@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -206,11 +207,23 @@ def checked(options: Mapping[str, Any], dialect: str | None = None) -> Settings:
     readings: Mapping[str, tuple[Reading, ...]] = DIALECTS[name].readings if name else {}
     settings = {}
     for name, value in options.items():
-        check = CHECKS.get(name)
-        if check is None:
+        if name not in CHECKS:
             raise TypeError(f"{name}: no such option; expected one of {', '.join(CHECKS)}")
-        settings[name] = check(name, value, readings.get(name, ()))
+        if type(value) in (float, int) and name not in (
+            "seed",
+            "position",
+            "uniform",
+        ):  # those differ from call to call
+            settings[name] = _checked_number(name, type(value), value, readings.get(name, ()))
+        else:
+            settings[name] = CHECKS[name](name, value, readings.get(name, ()))
     return settings
+
+
+@lru_cache(4096)
+def _checked_number(name: str, kind: Hashable, value: float, readings: tuple[Reading, ...]) -> Any:
+    """Check a number once, and not again in each call. `kind` tells 1 from 1.0."""
+    return CHECKS[name](name, value, readings)
 
 
 def check_together(settings: Settings) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 import numpy as np
@@ -289,8 +289,6 @@ class _Run:
         uniform: Array | None = None,
     ) -> _native.Rows:
         """Return the rows as the kernels take them; they write what is wrong with each into status."""
-        for name in ("dynamic_temperature_exponent", "xtc_threshold"):
-            self.per_row(name)  # of the right shape, whether a stage asks for it or not
         data, bias, (allowed, packed) = self.data, self.bias(), self.allowed()
         if len(self.lead) > 8:  # more axes than the kernel walks
             data = flat(data)
@@ -301,8 +299,7 @@ class _Run:
             bias=bias,
             allowed=allowed,
             packed=packed,
-            steps=self.steps(),
-            min_tokens=self.per_row("min_tokens_to_keep"),
+            stages=self.stages(),
             histories=histories,
             seed=seed,
             position=position,
@@ -311,21 +308,14 @@ class _Run:
             status=status,
         )
 
-    def steps(self) -> list[tuple[int, int, bool, bool, list[Array]]]:
+    def stages(self) -> _native.Stages:
         """Return the stages that do something, in order, with their values for each row."""
-        steps: list[tuple[int, int, bool, bool, list[Array]]] = []
         settings = self.settings
-        keep = settings["ties"] == "keep"
-        for stage, names, off, ties, equal, floor in _plan(settings["dialect"], settings["nucleus"]):
-            value = settings[names[0]]
-            if value is None:
-                continue
-            if names[0] == "temperature" and settings["dynamic_temperature_range"] is None:
-                names = names[:1]
-            if len(names) == 3 or value.ndim or value != off:
-                values = [self.per_row(name).astype(np.float64, copy=False) for name in names]
-                steps.append((stage, _KEEP if keep and names[0] == "top_k" else ties, equal, floor, values))
-        return steps
+        how = settings["dialect"], settings["nucleus"], settings["ties"]
+        values = [settings[name] for name in _NUMBERS]
+        if all(value is None or value.ndim == 0 for value in values):
+            return _stages_of_all(*how, tuple(None if value is None else value.item() for value in values))
+        return _stages(*how, [None if value is None else self.per_row(name) for name, value in zip(_NUMBERS, values)])
 
     def coin(self) -> dict[str, Any]:
         """Return the source of random numbers where xtc needs one, although no token is drawn."""
@@ -394,29 +384,38 @@ class _Run:
         raise ValueError(f"{name}: expected at least one token that is not banned{where}, got none; allow one")
 
 
-# The options that a stage takes, where that is not the one it is named after alone.
+# The numbers that stages take, and which of them those do that take another than the one they are named after.
+_NUMBERS = (*OFF, "dynamic_temperature_exponent", "xtc_threshold", "min_tokens_to_keep")
 _VALUES = {
     "greedy": ("temperature",),
     "temperature": ("temperature", "dynamic_temperature_range", "dynamic_temperature_exponent"),
     "xtc_probability": ("xtc_probability", "xtc_threshold"),
 }
-_KEEP = _native.SAMPLING_TIES.index("keep")
 
 
-@cache
-def _plan(dialect: str | None, nucleus: str) -> list[tuple[int, tuple[str, ...], float | None, int, bool, bool]]:
-    """Return the stages as the kernel numbers them, each with its options and the value that switches it off."""
-    return [
-        (
-            _native.SAMPLING_STAGES.index(step.option),
-            _VALUES.get(step.option, (step.option,)),
-            OFF.get(step.option),
-            _native.SAMPLING_TIES.index(step.ties),
-            step.equal,
-            step.floor,
-        )
-        for step in rules(dialect, nucleus).steps
-    ]
+def _stages(dialect: str | None, nucleus: str, ties: str, values: Sequence[Array | None]) -> _native.Stages:
+    """Return what the kernel does: the stages as it numbers them, each with its options, (1,) or (rows,)."""
+    given = {name: value for name, value in zip(_NUMBERS, values) if value is not None}
+    steps: list[tuple[int, int, bool, bool, list[Array]]] = []
+    for step in rules(dialect, nucleus).steps:
+        names = [name for name in _VALUES.get(step.option, (step.option,)) if name in given]
+        if names[:1] == ["temperature"] and "dynamic_temperature_range" not in names:
+            names = names[:1]
+        if names and names[0] in (step.option, "temperature"):
+            value = given[names[0]]
+            if len(names) < 3 and value.size == 1 and value[0] == OFF.get(step.option):
+                continue
+            rule = "keep" if ties == "keep" and step.option == "top_k" else step.ties
+            numbers = [given[name].astype(np.float64, copy=False) for name in names]
+            place = _native.SAMPLING_STAGES.index(step.option), _native.SAMPLING_TIES.index(rule)
+            steps.append((*place, step.equal, step.floor, numbers))
+    return _native.Stages(steps=steps, min_tokens=given["min_tokens_to_keep"])
+
+
+@lru_cache(1024)
+def _stages_of_all(dialect: str | None, nucleus: str, ties: str, numbers: tuple[float | None, ...]) -> _native.Stages:
+    """Return them where all rows have the same numbers, as they have in most calls."""
+    return _stages(dialect, nucleus, ties, [None if number is None else np.array([number]) for number in numbers])
 
 
 _DEFAULTS = checked({f.name: f.default for f in fields(SamplingParams) if f.init})
