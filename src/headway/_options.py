@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -214,15 +214,15 @@ def checked(options: Mapping[str, Any], dialect: str | None = None) -> Settings:
             "position",
             "uniform",
         ):  # those differ from call to call
-            settings[name] = _checked_number(name, type(value), value, readings.get(name, ()))
+            settings[name] = _checked_number(name, isinstance(value, int), value, readings.get(name, ()))
         else:
             settings[name] = CHECKS[name](name, value, readings.get(name, ()))
     return settings
 
 
 @lru_cache(4096)
-def _checked_number(name: str, kind: Hashable, value: float, readings: tuple[Reading, ...]) -> Any:
-    """Check a number once, and not again in each call. `kind` tells 1 from 1.0."""
+def _checked_number(name: str, whole: bool, value: float, readings: tuple[Reading, ...]) -> Any:
+    """Check a number once, and not again in each call. `whole` tells 1 from 1.0."""
     return CHECKS[name](name, value, readings)
 
 
