@@ -282,13 +282,17 @@ LONG = np.random.default_rng(3).standard_normal(50_001).astype(np.float32)
     ids=str,
 )
 def test_threads_change_nothing_in_one_long_row(spread: float, options: dict[str, Any], keep_threads: None) -> None:
-    rows = np.stack([LONG, -LONG]) * np.float32(spread)  # fewer rows than threads: each is shared among all
+    rows = np.stack([LONG, -LONG]) * np.float32(spread)
     results = []
     for n in (1, 2, 3, 7):
         hw.set_num_threads(n)
         results.append([hw.sample(row, seed=4, position=i, **options) for row in rows for i in range(40)])
         results[-1] += hw.sample(rows, seed=4, **options).tolist()
-        results[-1].append(hw.probabilities(rows, **options).tobytes())
+        results[-1] += [hw.probabilities(row, **options).tobytes() for row in rows]
+        results[-1] += [hw.logprobs(row, 5, top=3, processed=True, **options) for row in rows][0].top_tokens.tolist()
+        draft = rows[0] * np.float32(0.9)
+        verified = hw.verify_draft(rows, draft[None], [hw.sample(draft, seed=2, **options)], seed=2, **options)
+        results[-1].append((verified.accepted, verified.tokens.tolist()))
     assert all(result == results[0] for result in results)
 
 

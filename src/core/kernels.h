@@ -196,7 +196,7 @@ struct Plan {
   int64_t workspace;          // bytes per thread, 64-byte aligned
   int64_t work;               // of all units, in multiply-adds or so: whether waking a thread pays
   int64_t shared = 0;         // bytes that all units see, 64-byte aligned, zero at the start
-  bool team = false;          // few units: one after another, each by all threads
+  bool team = false;          // the units run one after another, each shared among the threads
   int64_t rows = 0, span = 0; // the kernel's own: what a unit is made of
 };
 // Waking a thread takes some 10 microseconds, in which the caller alone does about as much work as this.

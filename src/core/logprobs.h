@@ -54,7 +54,7 @@ inline Plan plan_ranking(const Ranking& task, int64_t threads) {
 }
 
 HEADWAY_FLATTEN inline void run_ranking(const Ranking& task, const Plan&, int64_t index, Memory memory) {
-  const Workspace space(Arena{static_cast<char*>(memory.own)}, task.rows.V);
+  const Workspace space(Arena{static_cast<char*>(memory.own)}, task.rows.V, nullptr, memory.team);
   Row row{task.rows, index, space};
   if (!begin(row)) return;
   filter(row);

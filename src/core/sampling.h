@@ -106,21 +106,20 @@ inline int64_t draw(const Row& row, uint64_t word) {
   });
   for (int64_t t = 0; t < stretches; ++t) total += totals[t];
   int64_t target = int64_t(high_product(word, uint64_t(total))), t = 0;
-  while (totals[t] <= target) target -= totals[t++];
-  for (int64_t b = t * kStretch;; ++b) {
+  while (t + 1 < stretches && totals[t] <= target) target -= totals[t++];
+  for (int64_t b = t * kStretch; b < blocks; ++b) {
     Vec<int64_t> w[kBlock / 16];
     const int64_t here = sum(block_masses(row, b, w));
     if (here <= target) {
       target -= here;
       continue;
     }
-    int64_t one[kBlock];
+    int64_t one[kBlock], i = 0;
     memcpy(one, w, sizeof w);
-    for (int64_t i = 0;; ++i) {
-      if (one[i] > target) return tokens.at(b * kBlock + i);
-      target -= one[i];
-    }
+    while (i + 1 < kBlock && one[i] <= target) target -= one[i++];
+    return tokens.at(least(b * kBlock + i, tokens.n - 1));
   }
+  return tokens.at(tokens.n - 1); // only where another thread has written to the logits since they were added up
 }
 
 // Several draws: from the blocks' masses, so that none looks at the whole vocabulary.
@@ -190,7 +189,7 @@ inline void write_filtered(const Row& row) {
 
 inline Plan plan_sampling(const Sampling& task, int64_t threads) {
   Plan plan{task.batch.size(), 0, rough_product(task.batch.size(), task.V, 8)};
-  plan.team = plan.units < threads;
+  plan.team = plan.units == 1 && threads > 1;
   Workspace(Arena{nullptr}, task.V, &plan.workspace);
   return plan;
 }

@@ -79,7 +79,7 @@ struct Bracket {
   float low, high;
 };
 // Between which logits the prefix is likely to end, by 16 tokens out of every so many. Nothing but speed depends on it.
-template <class Mass> Bracket guess_end(const Tokens& tokens, Mass mass, int64_t target, const Workspace& space) {
+template <class Mass> HEADWAY_APART Bracket guess_end(const Tokens& tokens, Mass mass, int64_t target, const Workspace& space) {
   Tokens sample;
   Vec<int64_t> total = int64_t(0);
   for (; sample.n < kSample; sample.n += 16) {
@@ -101,12 +101,21 @@ template <class Mass> Bracket guess_end(const Tokens& tokens, Mass mass, int64_t
           share > spread && all > 0 ? end_of(share - spread) : -kNever};
 }
 
-// A list in space.key and space.mass, in id order.
+// Tokens as keys and masses, in space.key and space.mass, in id order.
 struct Listed {
   int64_t n, above, inside; // above: the mass of what comes before all of them
 };
+template <class Mass> HEADWAY_FLATTEN int64_t list_all(const Tokens& tokens, Mass mass, const Workspace& space) {
+  for (int64_t b = 0; b < tokens.blocks(); ++b)
+    for (int64_t v = b * kBlock; v < (b + 1) * kBlock; v += 16) {
+      keys(Vec<float>::load(tokens.block(b) + v % kBlock)).store(space.key + v);
+      mass.lanes(v).store(space.mass + v);
+    }
+  return tokens.n;
+}
 template <class Mass>
-HEADWAY_FLATTEN Listed list_between(const Tokens& tokens, Mass mass, Bracket bracket, const Workspace& space) {
+HEADWAY_APART HEADWAY_FLATTEN Listed list_between(const Tokens& tokens, Mass mass, Bracket bracket,
+                                                  const Workspace& space) {
   Listed found[kMostParts];
   int64_t start[kMostParts];
   const int64_t parts = split(space.team, tokens.blocks(), kPart, [&](int64_t part, int64_t first, int64_t last) {
@@ -142,94 +151,50 @@ HEADWAY_FLATTEN Listed list_between(const Tokens& tokens, Mass mass, Bracket bra
 // The end of the shortest prefix, best first, whose sum reaches the target (1 <= target <= the sum of all): a radix
 // selection. Each round takes as digit what its keys differ in first, so that keys close together take one round.
 template <class Mass>
-HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Mass mass, int64_t target, Ties rule,
-                                       const Workspace& space) {
-  uint32_t key[kBlock], lowest = ~uint32_t(0), highest = 0;
-  const auto load_keys = [&](int64_t b) {
-    for (int64_t v = 0; v < kBlock; v += 16) keys(Vec<float>::load(tokens.block(b) + v)).store(key + v);
-    const int64_t n = least(kBlock, tokens.n - b * kBlock);
-    for (int64_t i = n; i < kBlock; ++i) key[i] = key[0]; // what fills the last block widens no range
-    return n;
-  };
-  const auto widen_range = [&](uint32_t k) {
-    lowest = k < lowest ? k : lowest;
-    highest = k > highest ? k : highest;
-  };
-  int64_t left = tokens.n; // those that share all digits so far with the one where the sum crosses, in id order
-  bool listed = false;     // in space.key and space.mass
+HEADWAY_APART HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Mass mass, int64_t target, Ties rule,
+                                                     const Workspace& space) {
+  int64_t left = 0; // those listed share all digits so far with the one where the sum crosses
   if (tokens.n >= 4 * kSample) {
     const Listed some = list_between(tokens, mass, guess_end(tokens, mass, target, space), space);
-    listed = some.above < target && target <= some.above + some.inside;
-    if (listed) left = some.n, target -= some.above;
+    if (some.above < target && target <= some.above + some.inside) left = some.n, target -= some.above;
   }
-  if (listed) {
-    for (int64_t i = 0; i < left; ++i) widen_range(space.key[i]);
-  } else {
-    Vec<uint32_t> low = lowest, high = highest;
-    for (int64_t b = 0; b < tokens.blocks(); ++b) {
-      load_keys(b);
-      for (int64_t v = 0; v < kBlock; v += 16) {
-        const Vec<uint32_t> k = Vec<uint32_t>::load(key + v);
-        low = select(k < low, k, low), high = select(k > high, k, high);
-      }
+  if (!left) left = list_all(tokens, mass, space);
+  for (;;) {
+    uint32_t lowest = ~uint32_t(0), highest = 0;
+    for (int64_t i = 0; i < left; ++i) {
+      lowest = space.key[i] < lowest ? space.key[i] : lowest;
+      highest = space.key[i] > highest ? space.key[i] : highest;
     }
-    low.store(key);
-    for (int i = 0; i < 16; ++i) widen_range(key[i]);
-    high.store(key);
-    for (int i = 0; i < 16; ++i) widen_range(key[i]);
-  }
-  while (lowest < highest) {
+    if (lowest == highest) break;
     const int differ = 32 - __builtin_clz(highest - lowest), bits = left < 2048 ? 8 : 11;
     const int shift = differ > bits ? differ - bits : 0, copies = left < 2048 ? 1 : int(kCopies);
-    const uint32_t base = lowest;
+    const auto digit_of = [&](int64_t i) { return (space.key[i] - lowest) >> shift; };
     for (int c = 0; c < copies; ++c)
       for (int64_t i = 0; i < int64_t(1) << bits; ++i) space.histogram[c * kCopySize + i] = 0;
-    const auto add = [&](uint32_t k, int64_t i, int64_t m) {
-      space.histogram[(i & (copies - 1)) * kCopySize + ((k - base) >> shift)] += m;
-    };
-    if (listed) {
-      for (int64_t i = 0; i < left; ++i) add(space.key[i], i, space.mass[i]);
-    } else {
-      for (int64_t b = 0; b < tokens.blocks(); ++b) {
-        const int64_t n = load_keys(b);
-        for (int64_t i = 0; i < n; ++i) add(key[i], i, mass(b * kBlock + i));
-      }
-    }
-    uint32_t digit = uint32_t(1) << bits;
-    for (int64_t here = 0; digit-- > 0; target -= here) {
+    for (int64_t i = 0; i < left; ++i) space.histogram[(i & (copies - 1)) * kCopySize + digit_of(i)] += space.mass[i];
+    uint32_t crossing = uint32_t(1) << bits;
+    for (int64_t here = 0; crossing-- > 0; target -= here) {
       here = 0;
-      for (int c = 0; c < copies; ++c) here += space.histogram[c * kCopySize + digit];
+      for (int c = 0; c < copies; ++c) here += space.histogram[c * kCopySize + crossing];
       if (here >= target) break;
     }
-    const int64_t many = left;
-    left = 0;
-    lowest = ~uint32_t(0), highest = 0;
-    const auto take = [&](uint32_t k, int64_t m) {
-      space.key[left] = k;
-      space.mass[left++] = m;
-      widen_range(k);
-    };
-    if (listed) {
-      for (int64_t i = 0; i < many; ++i)
-        if ((space.key[i] - base) >> shift == digit) take(space.key[i], space.mass[i]);
-    } else {
-      const Vec<uint32_t> from = base, crossing = digit;
-      for (int64_t b = 0; b < tokens.blocks(); ++b) {
-        const int64_t n = load_keys(b);
-        uint64_t found = block_bits(key, [&](Vec<uint32_t> k) { return (k - from) >> shift == crossing; });
-        if (n < kBlock) found &= (uint64_t(1) << n) - 1;
-        while (found) {
-          const int64_t i = take_lowest(found);
-          take(key[i], mass(b * kBlock + i));
-        }
+    int64_t taken = 0;
+    for (int64_t b = 0; b < left; b += kBlock) {
+      const Vec<uint32_t> from = lowest, here = crossing;
+      uint64_t found = block_bits(space.key + b, [&](Vec<uint32_t> k) { return (k - from) >> shift == here; });
+      if (left - b < kBlock) found &= (uint64_t(1) << (left - b)) - 1;
+      for (; found; ++taken) {
+        const int64_t i = b + take_lowest(found);
+        space.key[taken] = space.key[i];
+        space.mass[taken] = space.mass[i];
       }
-      listed = true;
     }
+    left = taken;
   }
   int64_t ties = 0;
-  while (ties < left && target > 0) target -= listed ? space.mass[ties++] : mass(ties++);
+  while (ties < left && target > 0) target -= space.mass[ties++];
   if (rule == Ties::keep) ties = left;
-  return {value_of(lowest), rule == Ties::highest_id ? left - ties : 0, ties};
+  return {value_of(space.key[0]), rule == Ties::highest_id ? left - ties : 0, ties};
 }
 
 inline float kth_largest(const float* z, int64_t n, int64_t k, const Workspace& space) { // z: padded to whole blocks

@@ -30,8 +30,9 @@ template <class Visit> void each_residual(const Tokens& target, const Tokens& dr
   }
 }
 
-inline Plan plan_verification(const Verification& task, int64_t) {
+inline Plan plan_verification(const Verification& task, int64_t threads) {
   Plan plan{task.rows, 0, rough_product(task.rows, task.n + 1, task.target.V, 16)};
+  plan.team = plan.units == 1 && threads > 1;
   Workspace(Arena{nullptr}, task.target.V, &plan.workspace);
   plan.workspace *= 2;
   return plan;
@@ -39,7 +40,8 @@ inline Plan plan_verification(const Verification& task, int64_t) {
 
 inline void run_verification(const Verification& task, const Plan& plan, int64_t index, Memory memory) {
   char* own = static_cast<char*>(memory.own);
-  const Workspace space(Arena{own}, task.target.V), draft_space(Arena{own + plan.workspace / 2}, task.target.V);
+  const Workspace space(Arena{own}, task.target.V, nullptr, memory.team);
+  const Workspace draft_space(Arena{own + plan.workspace / 2}, task.target.V, nullptr, memory.team);
   for (int64_t i = 0;; ++i) {
     const int64_t at = index * (task.n + 1) + i, draft_at = index * task.n + i;
     Row row{task.target, at, space};

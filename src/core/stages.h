@@ -113,13 +113,32 @@ inline Moments moments(Row& row) {
   return {mass, all.first / double(mass), all.count};
 }
 
+// The logits that are left where they are a list, else the maxima of blocks; filled up with kNever.
+struct Leaders {
+  const float* z;
+  int64_t n;
+  explicit Leaders(const Row& row)
+      : z(row.tokens.id ? row.tokens.z : row.space.block_max), n(row.tokens.id ? row.tokens.n : row.tokens.blocks()) {}
+};
 inline float best_logit(const Row& row) {
-  const bool list = row.tokens.id;
-  const int64_t n = list ? row.tokens.n : row.tokens.blocks(); // both lists are filled up with kNever
+  const Leaders leaders(row);
   Vec<float> top = kNever;
-  for (int64_t v = 0; v < n; v += 16)
-    top = larger(Vec<float>::load((list ? row.tokens.z : row.space.block_max) + v), top);
+  for (int64_t v = 0; v < leaders.n; v += 16) top = larger(Vec<float>::load(leaders.z + v), top);
   return maximum(top);
+}
+// What Scale::tiny is, as far as leaders tell.
+inline float tiny_difference(const Row& row) {
+  const Scale& scale = row.scale;
+  if (!(scale.inverse > 0x1p-100f && scale.inverse < 0x1p60f)) return 0;
+  const Leaders leaders(row);
+  const float tiny = -0x1p-50f / scale.inverse;
+  const Vec<float> top = scale.top, bound = tiny;
+  Mask<float> close = int32_t(0);
+  for (int64_t v = 0; v < leaders.n; v += 16) {
+    const Vec<float> d = Vec<float>::load(leaders.z + v) - top;
+    close = close | ((d > bound) & (d < Vec<float>(0.0f)));
+  }
+  return any(close) ? tiny : 0;
 }
 
 // The first `n` tokens of the order, or the floor if that is more.
@@ -160,7 +179,7 @@ inline Tokens reaching(const Row& row, float bound) {
 }
 
 // What has at least this weight; where that is too few, the first of the order. Only what is close to it is weighed.
-HEADWAY_FLATTEN inline void keep_heavy(Row& row, int64_t weight, Ties ties) {
+inline void keep_heavy(Row& row, int64_t weight, Ties ties) {
   const Tokens& tokens = row.tokens;
   if (weight > int64_t(1) << row.scale.s) return keep_first(row, row.floor, ties);
   if (row.scale.one_hot >= 0) weigh(row.tokens, row);
@@ -203,6 +222,7 @@ inline void measure(Row& row, double temperature) {
   tokens.weight = nullptr;
   scale.top = best_logit(row);
   scale.inverse = inverse_temperature(temperature);
+  scale.tiny = tiny_difference(row);
   scale.one_hot = -1;
   for (int64_t b = 0; temperature == 0 && scale.one_hot < 0; ++b) {
     if (!tokens.id && row.space.block_max[b] != scale.top) continue;
