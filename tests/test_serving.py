@@ -527,6 +527,26 @@ def test_rows_with_different_filters_share_a_call() -> None:
     assert len(sampler._groups) == 4
 
 
+def test_a_row_with_a_bias_or_mask_costs_the_others_nothing() -> None:
+    """The others keep what they share, and have no (V,) each; a row that comes or goes leaves the rest as it was."""
+    sampler, V, rng = hw.Sampler(70), 70, np.random.default_rng(5)
+    special = {2: {"logit_bias": {5: 1.0}}, 3: {"logit_bias": {6: 1.0}}, 5: {"allowed": [1, 2, 5]}}
+    each = [hw.SamplingParams(seed=i, top_k=9, **special.get(i, {})) for i in range(8)]
+    for params in each:
+        sampler.admit(params)
+    sizes = [sum(np.size(value) for value in group.settings.values()) for group in sampler._groups]
+    assert [len(group.handles) for group in sampler._groups] == [2, 2, 1, 1, 2]
+    assert [size > V for size in sizes] == [False, True, False, True, False]
+    logits = rng.standard_normal((8, V))
+    assert sampler.step(logits).tolist() == [hw.sample(z, p) for z, p in zip(logits, each, strict=True)]
+    before = [group.settings for group in sampler._groups]
+    sampler.retire(0)
+    assert [new is old for new, old in zip([g.settings for g in sampler._groups], before, strict=True)] == [
+        False,
+        *[True] * 4,
+    ]
+
+
 def test_a_sampler_costs_little_more_than_the_draw() -> None:
     """32 rows of 128,256 with penalties over a history of 500. The limit leaves room for a busy machine."""
     rows, V = 32, 128_256
@@ -566,7 +586,8 @@ BAD_ROWS = [
     ({"prompt_tokens": [0.5]}, TypeError, r"^prompt_tokens: expected integers"),
     ({"frequency": [1.0]}, ValueError, r"^frequency: expected one value for the row"),
     ({"repetition": 0}, ValueError, r"^repetition: expected"),
-    ({"presense": 1}, TypeError, r"^presense: no such penalty"),
+    ({"presense": 1}, TypeError, r"^presense: no such penalty; expected one of"),
+    ({"temperature": 0.5}, TypeError, r"^temperature: no such penalty; give params=SamplingParams\(temperature=0.5\)"),
 ]
 
 
