@@ -528,23 +528,27 @@ def test_rows_with_different_filters_share_a_call() -> None:
 
 
 def test_a_row_with_a_bias_or_mask_costs_the_others_nothing() -> None:
-    """The others keep what they share, and have no (V,) each; a row that comes or goes leaves the rest as it was."""
-    sampler, V, rng = hw.Sampler(70), 70, np.random.default_rng(5)
-    special = {2: {"logit_bias": {5: 1.0}}, 3: {"logit_bias": {6: 1.0}}, 5: {"allowed": [1, 2, 5]}}
-    each = [hw.SamplingParams(seed=i, top_k=9, **special.get(i, {})) for i in range(8)]
-    for params in each:
-        sampler.admit(params)
-    sizes = [sum(np.size(value) for value in group.settings.values()) for group in sampler._groups]
-    assert [len(group.handles) for group in sampler._groups] == [2, 2, 1, 1, 2]
-    assert [size > V for size in sizes] == [False, True, False, True, False]
-    logits = rng.standard_normal((8, V))
-    assert sampler.step(logits).tolist() == [hw.sample(z, p) for z, p in zip(logits, each, strict=True)]
-    before = [group.settings for group in sampler._groups]
-    sampler.retire(0)
-    assert [new is old for new, old in zip([g.settings for g in sampler._groups], before, strict=True)] == [
-        False,
-        *[True] * 4,
-    ]
+    """The others have none of (V,) each, unless few would be left to a call. Who goes leaves the rest as it was."""
+    V, rng = 70, np.random.default_rng(5)
+
+    def groups(special: dict[int, dict[str, Any]]) -> tuple[list[int], list[bool]]:
+        sampler = hw.Sampler(V)
+        each = [hw.SamplingParams(seed=i, top_k=9, **special.get(i, {})) for i in range(24)]
+        for params in each:
+            sampler.admit(params)
+        found = sampler._groups
+        logits = rng.standard_normal((24, V))
+        assert sampler.step(logits).tolist() == [hw.sample(z, p) for z, p in zip(logits, each, strict=True)]
+        sampler.retire(23)
+        kept = [new.settings is old.settings for new, old in zip(sampler._groups, found, strict=True)]
+        assert kept == [True] * (len(found) - 1) + [False]
+        dense = [any(np.size(value) >= V for value in group.settings.values()) for group in found]
+        return [len(group.handles) for group in found], dense
+
+    bias, mask = {"logit_bias": {5: 1.0}}, {"allowed": [1, 2, 5]}
+    assert groups({}) == ([24], [False])
+    assert groups({2: bias, 3: bias, 5: mask}) == ([2, 2, 1, 1, 18], [False, True, False, True, False])
+    assert groups(dict.fromkeys(range(0, 24, 2), bias)) == ([24], [True])
 
 
 def test_a_sampler_costs_little_more_than_the_draw() -> None:

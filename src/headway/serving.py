@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Sampler"]
 
 _WORDS = ("ties", "nucleus", "dialect")  # the settings that cannot be one per row
+_ROWS_PER_CALL = 4  # at least, on average: calls of fewer leave threads idle, which costs more than masks and biases do
 
 
 class _Row(NamedTuple):
@@ -33,10 +34,13 @@ class _Row(NamedTuple):
     penalties: dict[str, Array]
     breakers: frozenset[int]
 
+    def words(self) -> tuple[str | None, ...]:
+        """Return what rows must share to be sampled by one call."""
+        return tuple(self.settings[name] for name in _WORDS)
+
     def kind(self) -> tuple[str | bool | None, ...]:
-        """Return what neighbours share where one call samples them. A mask or bias (V,) costs the other rows nothing."""
-        words = tuple(self.settings[name] for name in _WORDS)
-        return *words, *(self.settings[name] is not None for name in ("allowed", "logit_bias"))
+        """Return what rows should share to be sampled by one call: those without a mask or bias (V,) get none."""
+        return *self.words(), self.settings["allowed"] is None, self.settings["logit_bias"] is None
 
 
 class _Group(NamedTuple):
@@ -179,7 +183,8 @@ class Sampler:
         """Draw one token for each active row.
 
         logits (rows, V), in the order of `handles` -> int64 (rows,), the same kind of array. Where a row has an error,
-        no row draws: the message names it and its handle, and the step may be taken again with other logits or after a `retire`.
+        no row draws: the message names it and its handle, and the step may be taken again with other logits or after
+        a `retire`.
 
         allowed is for this step alone, such as a grammar's: which tokens each row may draw, of those that its params
         allow. A bool array (rows, V); an int32 or uint32 array (rows, ceil(V / 32)) with token 0 in the lowest bit of
@@ -270,15 +275,21 @@ class Sampler:
         off = {"repetition": 1, "frequency": 0, "presence": 0, "dry_multiplier": 0}
         self._penalized = any(row.penalties[name] != value for row in rows for name, value in off.items())
         before = {group.handles: group.settings for group in self._groups}
+        runs = [list(run) for _, run in groupby(rows, _Row.kind)]
+        if len(rows) < _ROWS_PER_CALL * len(runs):
+            runs = [list(run) for _, run in groupby(rows, _Row.words)]
         self._groups, end = [], 0
-        for _, neighbours in groupby(rows, _Row.kind):
-            members = list(neighbours)
+        for members in runs:
             handles = tuple(row.handle for row in members)
             start, end = end, end + len(members)
             settings = before[handles] if handles in before else self._batched(members)
             self._groups.append(_Group(handles, slice(start, end), settings))
 
     def _batched(self, members: list[_Row]) -> Settings:
+        off: Settings = OFF | {
+            "allowed": np.full(self.vocabulary, True),
+            "logit_bias": np.zeros(self.vocabulary, np.float32),
+        }
         batched: Settings = {}
         for name, first in members[0].settings.items():
             values = [row.settings[name] for row in members]
@@ -287,5 +298,5 @@ class Sampler:
             elif all(value is None for value in values):
                 batched[name] = None
             else:
-                batched[name] = np.array([OFF[name] if value is None else value for value in values])
+                batched[name] = np.array([off[name] if value is None else value for value in values])
         return batched
