@@ -527,7 +527,7 @@ def test_rows_with_different_filters_share_a_call() -> None:
     assert len(sampler._groups) == 4
 
 
-def test_a_row_with_a_bias_or_mask_costs_the_others_nothing() -> None:
+def test_rows_without_bias_or_mask_are_not_given_one() -> None:
     """The others have none of (V,) each, unless few would be left to a call. Who goes leaves the rest as it was."""
     V, rng = 70, np.random.default_rng(5)
 
