@@ -527,6 +527,30 @@ def test_rows_with_different_filters_share_a_call() -> None:
     assert len(sampler._groups) == 4
 
 
+def test_rows_without_bias_or_mask_are_not_given_one() -> None:
+    """The others have none of (V,) each, unless few would be left to a call. Who goes leaves the rest as it was."""
+    V, rng = 70, np.random.default_rng(5)
+
+    def groups(special: dict[int, dict[str, Any]]) -> tuple[list[int], list[bool]]:
+        sampler = hw.Sampler(V)
+        each = [hw.SamplingParams(seed=i, top_k=9, **special.get(i, {})) for i in range(24)]
+        for params in each:
+            sampler.admit(params)
+        found = sampler._groups
+        logits = rng.standard_normal((24, V))
+        assert sampler.step(logits).tolist() == [hw.sample(z, p) for z, p in zip(logits, each, strict=True)]
+        sampler.retire(23)
+        kept = [new.settings is old.settings for new, old in zip(sampler._groups, found, strict=True)]
+        assert kept == [True] * (len(found) - 1) + [False]
+        dense = [any(np.size(value) >= V for value in group.settings.values()) for group in found]
+        return [len(group.handles) for group in found], dense
+
+    bias, mask = {"logit_bias": {5: 1.0}}, {"allowed": [1, 2, 5]}
+    assert groups({}) == ([24], [False])
+    assert groups({2: bias, 3: bias, 5: mask}) == ([2, 2, 1, 1, 18], [False, True, False, True, False])
+    assert groups(dict.fromkeys(range(0, 24, 2), bias)) == ([24], [True])
+
+
 def test_a_sampler_costs_little_more_than_the_draw() -> None:
     """32 rows of 128,256 with penalties over a history of 500. The limit leaves room for a busy machine."""
     rows, V = 32, 128_256
@@ -566,7 +590,8 @@ BAD_ROWS = [
     ({"prompt_tokens": [0.5]}, TypeError, r"^prompt_tokens: expected integers"),
     ({"frequency": [1.0]}, ValueError, r"^frequency: expected one value for the row"),
     ({"repetition": 0}, ValueError, r"^repetition: expected"),
-    ({"presense": 1}, TypeError, r"^presense: no such penalty"),
+    ({"presense": 1}, TypeError, r"^presense: no such penalty; expected one of"),
+    ({"temperature": 0.5}, TypeError, r"^temperature: no such penalty; give params=SamplingParams\(temperature=0.5\)"),
 ]
 
 

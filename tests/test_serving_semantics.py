@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -434,7 +435,11 @@ def test_p34_an_error_draws_nothing() -> None:
         sampler.admit(hw.SamplingParams(ties=ties), seed=1)
     rows = ROWS[0].copy()
     rows[1, 7] = NAN
-    with pytest.raises(ValueError, match=r"^logits: expected numbers, got NaN at token 7 in row 1"):
+    with pytest.raises(ValueError, match=r"^logits: expected numbers, got NaN at token 7 in row 1;.* handle is 1$"):
+        sampler.step(rows)
+    sampler.retire(0)
+    sampler.admit(seed=1)
+    with pytest.raises(ValueError, match=r"^logits: expected numbers, got NaN at token 7 in row 1;.* handle is 2$"):
         sampler.step(rows)
     nothing, dead_end = np.ones((3, 70), bool), [None, None, [7]]
     nothing[1] = False
@@ -489,8 +494,57 @@ def test_p36_copies() -> None:
     for other in (pickle.loads(pickle.dumps(sampler)), copy.deepcopy(sampler)):
         other.retire(1)
         other.step(ROWS[0][:2])
-    again = [pickle.loads(pickle.dumps(sampler)), copy.deepcopy(sampler)]
+    again = [pickle.loads(pickle.dumps(sampler)), copy.deepcopy(sampler), copy.copy(sampler)]
     for _ in range(5):
         tokens = sampler.step(ROWS[1]).tolist()
-        assert [other.step(ROWS[1]).tolist() for other in again] == [tokens] * 2
-    assert [other.admit() for other in again] == [3, 3]
+        assert [other.step(ROWS[1]).tolist() for other in again] == [tokens] * 3
+    assert [other.admit() for other in again] == [3, 3, 3]
+
+
+def test_p37_threads_take_turns() -> None:
+    """Each step's tokens are those of one of the steps that one thread would take, and none is missing or twice."""
+    rows, params = np.zeros((4, 70), np.float32), [hw.SamplingParams(seed=i) for i in range(4)]
+    sampler, alone = hw.Sampler(70), hw.Sampler(70)
+    for one in params:
+        for each in (sampler, alone):
+            each.admit(one, repetition=1.5, dry_multiplier=0.5)
+    drawn: list[tuple[int, ...]] = []
+    errors: list[Exception] = []
+
+    def calls() -> None:
+        try:
+            for _ in range(100):
+                drawn.append(tuple(sampler.step(rows).tolist()))
+                pickle.loads(pickle.dumps(sampler)).step(rows)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=calls) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert sorted(drawn) == sorted(tuple(alone.step(rows).tolist()) for _ in range(400))
+
+
+def test_p37_a_call_from_within_another() -> None:
+    sampler = hw.Sampler(2)
+    handle = sampler.admit(hw.SamplingParams(temperature=0))
+
+    class Retiring:
+        """Retires the row as it becomes an array."""
+
+        def __init__(self, values: Any) -> None:
+            self.values = np.array(values)
+
+        def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+            sampler.retire(handle)
+            return self.values
+
+    with pytest.raises(RuntimeError, match=r"^Sampler: expected a call after the last one, got one from within it"):
+        sampler.step([[0.0, 1.0]], allowed=Retiring([[True, True]]))
+    assert sampler.handles == [handle]
+    assert sampler.step([[0.0, 1.0]]).tolist() == [1]
+    with pytest.raises(ValueError, match=r"^logits: expected shape \(0, 2\)"):  # nothing had begun
+        sampler.step(Retiring([[0.0, 1.0]]))

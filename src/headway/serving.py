@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Sampler"]
 
 _WORDS = ("ties", "nucleus", "dialect")  # the settings that cannot be one per row
+_ROWS_PER_CALL = 4  # at least, on average: calls of fewer leave threads idle, which costs more than masks and biases do
 
 
 class _Row(NamedTuple):
@@ -30,16 +34,47 @@ class _Row(NamedTuple):
     penalties: dict[str, Array]
     breakers: frozenset[int]
 
-    def kind(self) -> tuple[str | None, ...]:
+    def words(self) -> tuple[str | None, ...]:
         """Return what rows must share to be sampled by one call."""
         return tuple(self.settings[name] for name in _WORDS)
 
+    def kind(self) -> tuple[str | bool | None, ...]:
+        """Return what rows should share to be sampled by one call: those without a mask or bias (V,) get none."""
+        return *self.words(), self.settings["allowed"] is None, self.settings["logit_bias"] is None
+
 
 class _Group(NamedTuple):
-    """Rows that one call samples, and their settings, one of each row."""
+    """Neighbours that one call samples, and their settings, one of each row."""
 
-    rows: Array | slice
+    handles: tuple[int, ...]
+    rows: slice  # not an array of numbers, which would copy their logits
     settings: Settings
+
+
+class _Turns:
+    """Lets one thread at a time in. A copy is free.
+
+    A thread that is in comes again only from code that the first call runs, such as a `__dlpack__`: in a plain lock it
+    would wait for itself, and let in it would find things half changed.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._taken = False
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        if self._taken:
+            self._lock.release()
+            raise RuntimeError("Sampler: expected a call after the last one, got one from within it; let it end first")
+        self._taken = True
+
+    def __exit__(self, *_: object) -> None:
+        self._taken = False
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[_Turns], tuple[()]]:
+        return _Turns, ()
 
 
 class Sampler:
@@ -50,7 +85,7 @@ class Sampler:
 
         sample(penalize(logits, history, **penalties), params, seed=seed, position=params.position + j)
 
-    where history is its prompt and what it has drawn so far.
+    where history is its prompt and what it has drawn so far. Calls from several threads take turns.
 
     >>> import headway as hw
     >>> sampler = hw.Sampler(4)
@@ -74,6 +109,11 @@ class Sampler:
         self._penalties: dict[str, Array] = {}
         self._penalized = False  # whether any row has penalties
         self._groups: list[_Group] = []
+        self._turns = _Turns()  # kernels run without the GIL, and all of the above belongs together
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._turns:  # a copy, since the state goes on changing while it is pickled
+            return copy.deepcopy(self.__dict__)
 
     @property
     def handles(self) -> list[int]:
@@ -102,6 +142,9 @@ class Sampler:
         for name, value in alone.settings.items():
             if isinstance(value, np.ndarray) and value.ndim and name not in ("allowed", "logit_bias"):
                 raise ValueError(f"{name}: expected one value for the row, got shape {value.shape}")
+        for name, value in penalties.items():
+            if name in CHECKS:
+                raise TypeError(f"{name}: no such penalty; give params=SamplingParams({name}={shown(value)})")
         own = checked(penalties)
         for name, value in own.items():
             if value.ndim:
@@ -115,35 +158,33 @@ class Sampler:
         allowed, packed = alone.allowed()
         if allowed is not None:
             allowed = unpacked(allowed, self.vocabulary) if packed else allowed.view(np.bool_)
-        row = _Row(
-            self._admitted,
-            self._histories.admit(prompt, np.isin(prompt, breakers)),
-            alone.settings
-            | {"seed": source["seed"][0], "position": source["position"][0]}
-            | {"allowed": allowed, "logit_bias": bias},
-            own,
-            frozenset(breakers.tolist()),
-        )
-        self._position = np.append(self._position, source["position"])
-        self._admitted += 1
-        self._regroup([*self._rows, row])
-        return row.handle
+        settings = alone.settings | {"seed": source["seed"][0], "position": source["position"][0]}
+        settings |= {"allowed": allowed, "logit_bias": bias}
+        with self._turns:
+            slot = self._histories.admit(prompt, np.isin(prompt, breakers))
+            row = _Row(self._admitted, slot, settings, own, frozenset(breakers.tolist()))
+            self._position = np.append(self._position, source["position"])
+            self._admitted += 1
+            self._regroup([*self._rows, row])
+            return row.handle
 
     def retire(self, handle: int) -> None:
         """Remove a row: those after it move up by one."""
         whole = isinstance(handle, (int, np.integer)) and not isinstance(handle, bool)
-        if not whole or handle not in self.handles:
-            raise ValueError(f"handle: expected one of the active rows, {self.handles}, got {shown(handle)}")
-        at = self.handles.index(handle)
-        self._histories.retire(self._rows[at].slot)
-        self._position = np.delete(self._position, at)
-        self._regroup(self._rows[:at] + self._rows[at + 1 :])
+        with self._turns:
+            if not whole or handle not in self.handles:
+                raise ValueError(f"handle: expected one of the active rows, {self.handles}, got {shown(handle)}")
+            at = self.handles.index(handle)
+            self._histories.retire(self._rows[at].slot)
+            self._position = np.delete(self._position, at)
+            self._regroup(self._rows[:at] + self._rows[at + 1 :])
 
     def step(self, logits: ArrayLike, *, allowed: Any = None) -> Any:
         """Draw one token for each active row.
 
         logits (rows, V), in the order of `handles` -> int64 (rows,), the same kind of array. Where a row has an error,
-        no row draws: the message names it, and the step may be taken again with other logits or after a `retire`.
+        no row draws: the message names it and its handle, and the step may be taken again with other logits or after
+        a `retire`.
 
         allowed is for this step alone, such as a grammar's: which tokens each row may draw, of those that its params
         allow. A bool array (rows, V); an int32 or uint32 array (rows, ceil(V / 32)) with token 0 in the lowest bit of
@@ -156,6 +197,11 @@ class Sampler:
         array([2, 1])
         """
         operand = _arrays.unwrap(logits, "logits")
+        with self._turns:
+            tokens = self._step(operand, allowed)
+        return operand.wrap(tokens, "int64")
+
+    def _step(self, operand: _arrays.Operand, allowed: Any) -> Array:
         rows = len(self._rows)
         if operand.data.shape != (rows, self.vocabulary):
             raise ValueError(
@@ -171,18 +217,23 @@ class Sampler:
             run.settings = group.settings | {"position": self._position[group.rows]}
             if mask is not None:
                 run.settings["allowed"] = self._both(group.settings["allowed"], mask[group.rows])
-            drawn, status = np.empty(run.rows, np.int64), np.zeros(rows, np.int64)
             own = histories.of(self._slots[group.rows]) if self._penalized else None
-            faults = np.empty(run.rows, np.int64)
-            if not _native.sample(run.native(faults, own, **run.source()), 1, True, drawn, None, None):
-                status[group.rows] = faults
-                run.lead = (rows,)
-                run.fail(status)
-            tokens[group.rows] = drawn
+            status = np.zeros(rows, np.int64)
+            stages = run.native(status[group.rows], own, **run.source())
+            if not _native.sample(stages, 1, True, tokens[group.rows], None, None):
+                self._fail(run, status)
         breaks = [token in row.breakers for token, row in zip(tokens.tolist(), self._rows)]
         histories.append(self._slots, tokens, np.array(breaks, np.bool_))
         self._position += np.uint64(1)
-        return operand.wrap(tokens.copy(), "int64")
+        return tokens
+
+    def _fail(self, run: _Run, status: Array) -> None:
+        run.lead = status.shape
+        row = self._rows[int(status.nonzero()[0][0])]
+        try:
+            run.fail(status)
+        except ValueError as error:
+            raise ValueError(f"{error}; the row's handle is {row.handle}") from None
 
     def _mask(self, allowed: Any) -> Array | None:
         """Return a step's masks: bool (rows, V), or uint32 (rows, ceil(V / 32))."""
@@ -223,21 +274,25 @@ class Sampler:
         self._penalties = {name: np.array([row.penalties[name] for row in rows]) for name in checked({})}
         off = {"repetition": 1, "frequency": 0, "presence": 0, "dry_multiplier": 0}
         self._penalized = any(row.penalties[name] != value for row in rows for name, value in off.items())
-        kinds = [row.kind() for row in rows]
-        self._groups = []
-        for kind in dict.fromkeys(kinds):
-            members = [i for i, other in enumerate(kinds) if other == kind]
-            everyone = len(members) == len(rows)
-            self._groups.append(_Group(slice(None) if everyone else np.array(members), self._batched(members)))
+        before = {group.handles: group.settings for group in self._groups}
+        runs = [list(run) for _, run in groupby(rows, _Row.kind)]
+        if len(rows) < _ROWS_PER_CALL * len(runs):
+            runs = [list(run) for _, run in groupby(rows, _Row.words)]
+        self._groups, end = [], 0
+        for members in runs:
+            handles = tuple(row.handle for row in members)
+            start, end = end, end + len(members)
+            settings = before[handles] if handles in before else self._batched(members)
+            self._groups.append(_Group(handles, slice(start, end), settings))
 
-    def _batched(self, members: list[int]) -> Settings:
+    def _batched(self, members: list[_Row]) -> Settings:
         off: Settings = OFF | {
             "allowed": np.full(self.vocabulary, True),
             "logit_bias": np.zeros(self.vocabulary, np.float32),
         }
         batched: Settings = {}
-        for name, first in self._rows[members[0]].settings.items():
-            values = [self._rows[i].settings[name] for i in members]
+        for name, first in members[0].settings.items():
+            values = [row.settings[name] for row in members]
             if name in _WORDS:
                 batched[name] = first
             elif all(value is None for value in values):
