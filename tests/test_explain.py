@@ -213,6 +213,11 @@ def test_the_table_fits_a_terminal() -> None:
         assert text.count("\n") < 30
 
 
+def test_one_stage_is_not_stages() -> None:
+    for options, stages in (({}, "0 stages"), ({"top_k": 2}, "1 stage"), ({"top_k": 2, "top_p": 0.9}, "2 stages")):
+        assert repr(hw.explain([1.0, 0.9, 0.8], **options)).endswith(f" of 3 tokens left after {stages}>")
+
+
 def test_words_and_html_are_quoted() -> None:
     found = hw.explain(TIED, top=2, top_k=2, tokens=["<b>", "\n", "x", "y", "z"])
     assert [one.word for one in found.head] == ["<b>", "x"]

@@ -240,7 +240,7 @@ def test_biases(name: str, function: Function, shape: tuple[int, ...]) -> None:
     for value in bad_ones:
         refused("logit_bias", lambda value=value: function(logits, logit_bias=value))
     for key in ("a", 0.5, True, 2**70, (1,)):
-        with pytest.raises(ValueError, match=r"^logit_bias(\[\d\])?: expected"):
+        with pytest.raises(ValueError if key == 2**70 else TypeError, match=r"^logit_bias(\[\d\])?: expected"):
             function(logits, logit_bias={key: 1.0})
 
 

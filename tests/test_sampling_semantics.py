@@ -5,7 +5,10 @@ Small numbers on purpose: a sentence should be checkable by eye. The other test 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
+import pickle
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -139,6 +142,11 @@ def test_s6_masks_per_row_and_bad_ids() -> None:
     for bad in (-1, 70):
         with pytest.raises(ValueError, match=rf"^allowed: expected ids from 0 to 69, got {bad}"):
             hw.sample(ROWS, allowed=[3, bad])
+    for mixed in ([True, False, 1], {True, 3}):
+        with pytest.raises(TypeError, match=r"^allowed: .*mixture"):
+            hw.sample(ROWS, allowed=mixed)
+    for dtype in (np.int32, np.uint32):  # as many words as 70 tokens take: no ids
+        assert np.flatnonzero(hw.probabilities(ROWS[0, 0], allowed=np.array([1, 3, 0], dtype))).tolist() == [0, 32, 33]
 
 
 # Order and mass -----------------------------------------------------------------------------------------------------
@@ -517,6 +525,25 @@ def test_s38_what_numbers_mean() -> None:
     assert kept(TIED, params=params) == kept(TIED, params=params, top_k=0) == everything
 
 
+def test_s38_a_keyword_says_what_the_numbers_of_params_mean() -> None:
+    logits, cold = [1.0, 1.001, 0.5], hw.SamplingParams(temperature=0.0005)
+    for params in (cold, hw.SamplingParams(temperature=0.0005, dialect="vllm")):
+        for dialect in ("vllm", None):
+            want = masses(logits, temperature=0.0005, dialect=dialect)
+            assert masses(logits, params=params, dialect=dialect) == want
+            assert reference.probabilities(logits, params, dialect=dialect).tolist() == want
+            explained = hw.explain(logits, params, dialect=dialect)
+            assert [one.probability for one in explained.head] == sorted(filter(None, want), reverse=True)
+    for params in (hw.SamplingParams(temperature=0), hw.SamplingParams(temperature=0, dialect="vllm")):
+        with pytest.raises(ValueError, match=r"^temperature: .*got 0; .*dialect='hf'"):
+            hw.sample(logits, params, dialect="hf")
+    with pytest.raises(ValueError, match=r"^top_k: .*got 0"):
+        hw.sample(logits, hw.SamplingParams(top_k=0, dialect="hf"), dialect=None)
+    with pytest.raises(ValueError, match=r"^typical_p: .*dialect 'vllm'"):
+        hw.sample(logits, hw.SamplingParams(typical_p=0.5), dialect="vllm")
+    assert hw.sample(logits, hw.SamplingParams(top_k=0, dialect="hf"), dialect="sglang", top_k=1) == 1
+
+
 def test_s39_what_is_out_is_out() -> None:
     banned = [2.1, 2.0, 0.0, -np.inf, -np.inf]
     xtc = {"xtc_probability": 1.0, "xtc_threshold": 0.3, "dialect": "llama.cpp"}
@@ -616,6 +643,39 @@ def test_s24_params() -> None:
         params.top_k = 5  # type: ignore[misc]
     with pytest.raises(ValueError, match=r"^top_k: "):
         hw.SamplingParams(top_k=0)
+
+
+def test_s24_params_cannot_be_changed() -> None:
+    options = {"logit_bias": {5: 1.0, 6: np.array(2.0)}, "allowed": np.ones(70, bool), "min_p": [0.1], "top_k": 3}
+    params = hw.SamplingParams(**options)
+    copies = pickle.loads(pickle.dumps(params)), copy.copy(params), copy.deepcopy(params), dataclasses.replace(params)
+    for one in (params, *copies, hw.SamplingParams(**dataclasses.asdict(params))):
+        assert one == params
+        assert hash(one) == hash(params)
+        assert one.logit_bias == {5: 1.0, 6: 2.0}
+        with pytest.raises(TypeError):
+            one.logit_bias[5] = 99.0
+        for array in (one.allowed, one.logit_bias[6]):
+            with pytest.raises(ValueError, match="read-only"):
+                array[...] = 0
+        assert np.array_equal(hw.probabilities(ROWS[0], one), hw.probabilities(ROWS[0], **options))
+    assert b"_settings" not in pickle.dumps(params)
+    assert params != hw.SamplingParams(**{**options, "logit_bias": {5: 1.0, 6: np.array(3.0)}})
+
+
+def test_s24_equal_ids_are_equal_params() -> None:
+    same = [hw.SamplingParams(allowed=ids) for ids in ([2, 1], (1, 2), {1, 2}, [1, 2, 2], np.array([1, 2]))]
+    other = [hw.SamplingParams(allowed=ids) for ids in ([1], [False, True, True], np.array([6], np.int32), None)]
+    assert set(same) == {same[0]}
+    assert len({*same, *other}) == 1 + len(other)
+
+
+def test_params_show_what_is_not_the_default() -> None:
+    assert repr(hw.SamplingParams()) == repr(hw.SamplingParams(temperature=1, top_k=None)) == "SamplingParams()"
+    params = hw.SamplingParams(temperature=0.5, min_p=np.array([0.1, 0.2]), logit_bias={1: 2.0}, dialect="vllm")
+    assert repr(params) == (
+        "SamplingParams(temperature=0.5, min_p=array([0.1, 0.2]), logit_bias={1: 2.0}, dialect='vllm')"
+    )
 
 
 def test_s25_a_row_does_not_depend_on_its_batch() -> None:

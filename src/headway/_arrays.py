@@ -65,10 +65,11 @@ def unwrap(x: Any, name: str) -> Operand:
     elif kind == "f":
         raise TypeError(f"{name}: expected one of {', '.join(FLOATING)}, got {data.dtype.name}; convert it first")
     else:
-        raise TypeError(
-            f"{name}: expected floating-point numbers, got {data.dtype.name}; convert it with "
-            f"np.asarray({name}, dtype=np.float32)"
-        )
+        got = "text" if kind in "US" else data.dtype.name
+        if not data.ndim and kind == "O":  # no array at all
+            got = "None" if x is None else type(x).__name__
+        cure = f"; convert it with np.asarray({name}, dtype=np.float32)" if data.ndim else ""
+        raise TypeError(f"{name}: expected floating-point numbers, got {got}{cure}")
     return Operand(_addressable(data), dtype, wrap)
 
 

@@ -30,11 +30,15 @@ class Step(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Numbers from low to high mean `means`; None: the library refuses them. The first reading that fits counts."""
+    """Numbers from low to high mean `means`. The first reading that fits counts.
+
+    None: the library refuses them, and `cure` says what to do.
+    """
 
     low: float
     high: float
     means: float | None
+    cure: str = ""
 
 
 class Dialect(NamedTuple):
@@ -107,7 +111,7 @@ DIALECTS = {
             Step("eta_cutoff", "keep"),
         ),
         {
-            "temperature": (Reading(0, 0, None),),
+            "temperature": (Reading(0, 0, None, "use top_k=1, or leave dialect='hf' out"),),
             "top_k": (Reading(0, 0, INF),),
             "top_p": (Reading(0, 0, 0),),
             "typical_p": (Reading(1, INF, 1),),

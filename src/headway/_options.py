@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -46,8 +46,8 @@ class Reals:
             for reading in readings:
                 if reading.low <= value <= reading.high and reading.means is not None:
                     return np.array(reading.means, np.float64)
-            if not self.holds(value) or (value > sys.float_info.max and value != math.inf) or _refused(value, readings):
-                raise ValueError(f"{name}: expected {self.expected}, got {value!r}; {self.cure}")
+            if not self.holds(value) or (value > sys.float_info.max and value != math.inf) or _reading(value, readings):
+                raise self._out_of_range(name, value, readings)
             return np.array(value, np.float64)
         if value is None or isinstance(value, (str, bool, np.bool_, complex)):
             raise TypeError(f"{name}: expected {self.expected}, or an array of them, got {shown(value)}")
@@ -61,8 +61,15 @@ class Reals:
             out = np.where(fits, np.float64(reading.means or 0), out)
         if not holds.all():
             index, bad = _first(array, ~holds)
-            raise ValueError(f"{name}{_place(index)}: expected {self.expected}, got {bad!r}; {self.cure}")
+            raise self._out_of_range(f"{name}{_place(index)}", bad, readings)
         return out
+
+    def _out_of_range(self, name: str, value: Any, readings: tuple[Reading, ...]) -> ValueError:
+        reading = _reading(value, readings)
+        expected, cure = self.expected, self.cure
+        if reading is not None:  # one that the dialect refuses
+            expected, cure = "a number that the dialect takes", reading.cure
+        return ValueError(f"{name}: expected {expected}, got {value!r}; {cure}")
 
     def _each(self, name: str, items: Array) -> Array:
         """Return Python numbers as floats, one by one, so that an error names the place of what is none."""
@@ -87,14 +94,15 @@ class Integers:
     dtype: type[np.integer[Any]]
     clip: bool = False  # a larger number than the type holds means no more than its largest
     optional: bool = True  # None switches it off
+    other_kind: type[Exception] = TypeError  # what is raised for what is no integer
 
     def __call__(self, name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array | None:
         if value is None and self.optional:
             return None
-        if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-            return np.array(self.one(name, value, (), readings), self.dtype)
+        if _whole(value):
+            return np.array(self._in_range(name, value, (), readings), self.dtype)
         if value is None or isinstance(value, (str, bool)) or str(getattr(value, "dtype", "")).endswith("bfloat16"):
-            raise ValueError(f"{name}: expected {self.expected}, got {shown(value)}; {self.cure}")
+            raise self.other_kind(self._message(name, value, ()))
         # Lists as objects, so that no number above 2^63 becomes a float on the way.
         array = np.array(value, object) if isinstance(value, (list, tuple)) else _arrays.plain(value, name)
         whole = array.dtype.kind in "iu" and array.size
@@ -106,19 +114,30 @@ class Integers:
         return out
 
     def one(self, name: str, value: Any, index: tuple[int, ...], readings: tuple[Reading, ...] = ()) -> int:
+        if not _whole(value):
+            raise self.other_kind(self._message(name, value, index))
+        return self._in_range(name, value, index, readings)
+
+    def _in_range(self, name: str, value: Any, index: tuple[int, ...], readings: tuple[Reading, ...]) -> int:
         largest = _LARGEST[self.dtype]
-        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        if whole:
-            for reading in readings:
-                if reading.low <= value <= reading.high and reading.means is not None:
-                    return largest if reading.means == math.inf else int(reading.means)
-        if not whole or value < self.least or (value > largest and not self.clip):
-            raise ValueError(f"{name}{_place(index)}: expected {self.expected}, got {shown(value)}; {self.cure}")
+        reading = _reading(value, readings) if readings else None
+        if reading is not None and reading.means is not None:
+            return largest if reading.means == math.inf else int(reading.means)
+        if value < self.least or (value > largest and not self.clip):
+            raise ValueError(self._message(name, value, index))
         return min(int(value), largest)
 
+    def _message(self, name: str, value: Any, index: tuple[int, ...]) -> str:
+        return f"{name}{_place(index)}: expected {self.expected}, got {shown(value)}; {self.cure}"
 
-def _refused(value: float, readings: tuple[Reading, ...]) -> bool:
-    return any(reading.low <= value <= reading.high for reading in readings)
+
+def _whole(value: Any) -> bool:
+    """Whether it is an integer; to NumPy, durations are."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.timedelta64))
+
+
+def _reading(value: float, readings: tuple[Reading, ...]) -> Reading | None:
+    return next((reading for reading in readings if reading.low <= value <= reading.high), None)
 
 
 def _choice(*choices: str | None) -> Callable[[str, Any, tuple[Reading, ...]], str | None]:
@@ -130,12 +149,19 @@ def _choice(*choices: str | None) -> Callable[[str, Any, tuple[Reading, ...]], s
     return check
 
 
+_BOOLEANS = {bool, np.bool_}
+
+
 def _allowed(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array | None:
     """None, or an array whose dtype says what it is: bool a mask, uint32 a packed one, int64 ids."""
     if value is None:
         return None
     if isinstance(value, (set, frozenset)):
         value = list(value)
+    if isinstance(value, (list, tuple)):
+        kinds = set(map(type, value))
+        if kinds & _BOOLEANS and kinds - _BOOLEANS:  # NumPy would take True for 1
+            raise TypeError(f"{name}: expected a mask of booleans, or ids, got a mixture; give one of them")
     array = _arrays.plain(value, name) if not isinstance(value, (str, Mapping)) else np.array(None)
     if isinstance(value, (list, tuple)) and not array.size:
         array = array.astype(np.int64)
@@ -147,7 +173,7 @@ def _allowed(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array
         return array
     raise TypeError(
         f"{name}: expected a bool mask (..., V), a packed int32 mask (..., ceil(V / 32)), or a flat list of ids, got "
-        f"{shown(value)}"
+        f"{shown(value)}; make a mask of 0 and 1 one of bool with .astype(bool)"
     )
 
 
@@ -195,8 +221,12 @@ CHECKS: dict[str, Callable[[str, Any, tuple[Reading, ...]], Any]] = {
     "ties": _choice("lowest_id", "keep"),
     "nucleus": _choice("after_top_k", "joint"),
     "dialect": _choice(None, *DIALECTS),
-    "seed": Integers("an integer from 0 to 2^64 - 1", "use None for fresh entropy", 0, np.uint64),
-    "position": Integers("an integer from 0 to 2^64 - 1", "use the number of the step", 0, np.uint64),
+    "seed": Integers(
+        "an integer from 0 to 2^64 - 1", "use None for fresh entropy", 0, np.uint64, other_kind=ValueError
+    ),
+    "position": Integers(
+        "an integer from 0 to 2^64 - 1", "use the number of the step", 0, np.uint64, other_kind=ValueError
+    ),
     "uniform": Reals("a number in [0, 1)", "use seed instead", lambda u: (u >= 0) & (u < 1)),
 }
 
@@ -291,7 +321,7 @@ def mask_bytes(name: str, allowed: Array, shape: tuple[int, ...]) -> tuple[Array
     if allowed.ndim == 0 or allowed.shape[-1] != words:
         raise ValueError(
             f"{name}: expected a packed mask of {words} 32-bit words for {vocabulary} tokens, got shape "
-            f"{allowed.shape}; give ids as a list or an int64 array"
+            f"{allowed.shape}; int32 and uint32 arrays are always such masks: give ids as a list or an int64 array"
         )
     packed = np.ascontiguousarray(allowed).view(np.uint8)
     return broadcast(name, packed, (*lead, packed.shape[-1])), True
@@ -300,6 +330,11 @@ def mask_bytes(name: str, allowed: Array, shape: tuple[int, ...]) -> tuple[Array
 def unpacked(packed: Array, vocabulary: int) -> Array:
     """Return a packed mask, bytes of eight tokens, as bool (..., V)."""
     return np.unpackbits(packed, axis=-1, count=vocabulary, bitorder="little").view(np.bool_)
+
+
+def with_n(lead: tuple[int, ...]) -> str:
+    """Return the shape (..., n) as an error message says it."""
+    return f"({', '.join([*map(str, lead), 'n'])}{'' if lead else ','})"
 
 
 def flat(array: Array) -> Array:
@@ -315,6 +350,25 @@ def in_row(row: int, lead: tuple[int, ...]) -> str:
     return f" in row {index[0] if len(index) == 1 else index}"
 
 
+class FrozenDict(Mapping[Any, Any]):
+    """A dict that nobody can change. A MappingProxyType cannot be pickled, nor copied as dataclasses.asdict does."""
+
+    def __init__(self, items: Mapping[Any, Any]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
 def frozen(value: Any, name: str) -> Any:
     """Return a copy that its owner cannot change: of lists, dicts and arrays; numbers and strings are themselves."""
     if value is None or isinstance(value, (str, int, float, np.generic)):
@@ -324,7 +378,7 @@ def frozen(value: Any, name: str) -> Any:
     if isinstance(value, (set, frozenset)):
         return frozenset(value)
     if isinstance(value, Mapping):
-        return dict(value)
+        return FrozenDict({key: frozen(item, name) for key, item in value.items()})
     array = _arrays.plain(value, name).copy()
     array.flags.writeable = False
     return array
@@ -335,7 +389,9 @@ def identity(value: Any) -> Any:
         return value.shape, value.dtype.str, value.tobytes()
     if isinstance(value, tuple):
         return tuple(map(identity, value))
-    return frozenset(value.items()) if isinstance(value, dict) else value
+    if isinstance(value, FrozenDict):
+        return frozenset((key, identity(item)) for key, item in value.items())
+    return value
 
 
 def _first(array: Array, wrong: Array) -> tuple[tuple[int, ...], Any]:
@@ -349,6 +405,8 @@ def _place(index: tuple[int, ...]) -> str:
 
 def shown(value: Any) -> str:
     """Return a value as an error message shows it: a number or a string itself, of all else the kind."""
+    if isinstance(value, (np.timedelta64, np.datetime64)):
+        return repr(value)
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, (str, bool, int, float)):

@@ -202,7 +202,8 @@ class Explanation:
         return filter_stages(self)
 
     def __repr__(self) -> str:
-        return f"<Explanation: {self.kept.size} of {self.vocabulary} tokens left after {len(self.stages)} stages>"
+        stages = f"{len(self.stages)} stage{'' if len(self.stages) == 1 else 's'}"
+        return f"<Explanation: {self.kept.size} of {self.vocabulary} tokens left after {stages}>"
 
     def __str__(self) -> str:
         stages, head = self._tables()

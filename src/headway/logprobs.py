@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _arrays, _check, _native
-from ._options import Array, in_row
+from ._options import Array, in_row, with_n
 from .sampling import Options, SamplingParams, _Run, _shows_options
 
 if TYPE_CHECKING:
@@ -101,10 +101,9 @@ def logprobs(
 def _tokens(tokens: ArrayLike, run: _Run) -> Array:
     ids = _arrays.plain(tokens, "tokens")
     if ids.shape[: len(run.lead)] != run.lead or ids.ndim > len(run.lead) + 1:
-        shape = ", ".join(map(str, run.lead))
         raise ValueError(
-            f"tokens: expected one id for each row, of shape ({shape}), or n in ({shape}{', ' * bool(shape)}n), got "
-            f"shape {ids.shape}"
+            f"tokens: expected one id for each row, of shape {run.lead}, or n in {with_n(run.lead)}, got shape "
+            f"{ids.shape}"
         )
     if ids.dtype.kind not in "iu" and ids.size:
         raise TypeError(f"tokens: expected token ids, got {ids.dtype}")

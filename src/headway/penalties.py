@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _arrays, _check, _native
-from ._options import Array, Integers, Reals, broadcast, in_row
+from ._options import Array, Integers, Reals, broadcast, in_row, shown, with_n
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -245,10 +245,9 @@ def _histories(
         for row, to in zip(rows, tokens, strict=True):
             to[: row.size] = row
     else:
-        array = _arrays.plain(token_ids, "token_ids")
+        array = _ordered(token_ids, "token_ids")
         if array.ndim != len(lead) + 1 or array.shape[:-1] != lead:
-            shape = f"({', '.join([*map(str, lead), 'n'])})"
-            raise ValueError(f"token_ids: expected an array of shape {shape}, got shape {array.shape}")
+            raise ValueError(f"token_ids: expected an array of shape {with_n(lead)}, got shape {array.shape}")
         tokens = np.ascontiguousarray(_ids(array.reshape(-1), ()).reshape(math.prod(lead), array.shape[-1]))
         held = np.full(len(tokens), tokens.shape[-1], np.int64)
     length = held
@@ -286,9 +285,15 @@ def _rows(token_ids: Any, lead: tuple[int, ...], where: tuple[int, ...]) -> Iter
         yield from _rows(part, lead, (*where, i))
 
 
+def _ordered(tokens: Any, name: str) -> Array:
+    if isinstance(tokens, (set, frozenset)):
+        raise TypeError(f"{name}: expected a list of ids, the oldest first, got {shown(tokens)}, which has no order")
+    return _arrays.plain(tokens, name)
+
+
 def _ids(row: Any, where: tuple[int, ...]) -> Array:
     name = f"token_ids{''.join(f'[{i}]' for i in where)}"
-    array = _arrays.plain(row, name)
+    array = _ordered(row, name)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise TypeError(
             f"{name}: expected a list of token ids, got {array.ndim} axes of {array.dtype}; a row of the logits has a "

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 import numpy as np
@@ -72,7 +72,7 @@ class Options(TypedDict, total=False):
     uniform: ArrayLike | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SamplingParams:
     """How to sample: checked once, frozen, hashable; the options that `sample` takes as keywords.
 
@@ -92,7 +92,8 @@ class SamplingParams:
     xtc_threshold: in [0, 1], a share of the mass; 0.1 unless given.
     min_tokens_to_keep: at least 1. Every stage leaves so many tokens, where there are so many.
     allowed: which tokens may be drawn: a bool array (..., V), an int32 or uint32 array (..., ceil(V / 32)) with
-        token 0 in the lowest bit of the first word, or a list, tuple, set or int64 array of ids.
+        token 0 in the lowest bit of the first word, or a list, tuple, set or int64 array of ids. An int32 or uint32
+        array is always a packed mask, never ids.
     logit_bias: added to the logits before all else: an array (V,) or (..., V), or a dict {id: bias}; -inf bans.
     ties: "lowest_id", exactly k tokens; "keep", also all tokens equal to the k-th.
     nucleus: "after_top_k" measures top_p over what top_k left, "joint" over all tokens that are not banned.
@@ -140,10 +141,22 @@ class SamplingParams:
 
     @cached_property
     def _settings(self) -> Settings:
-        return checked({name: getattr(self, name) for name in CHECKS})
+        return checked(self._fields())
+
+    def _fields(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in CHECKS}
+
+    def _given(self) -> dict[str, Any]:
+        """Return the options that are not at their defaults."""
+        defaults = {f.name: f.default for f in fields(self)}
+        return {name: value for name, value in self._fields().items() if identity(value) != defaults[name]}
 
     def _key(self) -> tuple[Any, ...]:
-        return tuple(identity(getattr(self, name)) for name in CHECKS)
+        key = {name: identity(value) for name, value in self._fields().items()}
+        allowed = self._settings["allowed"]
+        if allowed is not None and allowed.dtype == np.int64:  # ids, of which the order says nothing
+            key["allowed"] = frozenset(allowed.tolist())
+        return tuple(key.values())
 
     def __eq__(self, other: object) -> bool:
         """Equal values are equal, arrays included."""
@@ -152,6 +165,14 @@ class SamplingParams:
     def __hash__(self) -> int:
         """Equal values have equal hashes, arrays and dicts included."""
         return hash(self._key())
+
+    def __repr__(self) -> str:
+        """Show the options that are not at their defaults."""
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._given().items())})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy the options, and check and freeze them again."""
+        return partial(type(self), **self._given()), ()
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -425,6 +446,8 @@ def _resolve(params: SamplingParams | None, options: Mapping[str, Any]) -> Setti
     """Return the settings of one call: the keywords, then params, then the defaults."""
     if params is None:
         settings = _DEFAULTS | checked(options)
+    elif isinstance(params, SamplingParams) and "dialect" in options:  # it says what the numbers of params mean too
+        settings = checked({**params._fields(), **options})
     elif isinstance(params, SamplingParams):
         settings = params._settings | checked(options, params.dialect)
     else:
