@@ -289,7 +289,7 @@ def test_threads_change_nothing_in_one_long_row(spread: float, options: dict[str
         results.append([hw.sample(row, seed=4, position=i, **options) for row in rows for i in range(40)])
         results[-1] += hw.sample(rows, seed=4, **options).tolist()
         results[-1] += [hw.probabilities(row, **options).tobytes() for row in rows]
-        results[-1] += [hw.logprobs(row, 5, top=3, processed=True, **options) for row in rows][0].top_tokens.tolist()
+        results[-1] += hw.logprobs(rows[0], 5, top=3, processed=True, **options).top_tokens.tolist()
         draft = rows[0] * np.float32(0.9)
         verified = hw.verify_draft(rows, draft[None], [hw.sample(draft, seed=2, **options)], seed=2, **options)
         results[-1].append((verified.accepted, verified.tokens.tolist()))
