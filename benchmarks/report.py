@@ -79,9 +79,11 @@ def write(rows: list[Row], threads: int) -> None:
     stored = load()
     order = {(row.section, row.name): place for place, row in enumerate(rows)}
     sections: dict[str, list[tuple[str, Stored]]] = {}
-    for section, entries in stored["rows"].items():
-        named = sorted(entries.items(), key=lambda entry: order.get((section, entry[0]), len(order)))
-        sections[section] = [entry for entry in named if (section, entry[0]) in order]
+    for section in dict.fromkeys(row.section for row in rows):
+        entries = stored["rows"].get(section, {}).items()
+        known = [entry for entry in entries if (section, entry[0]) in order]
+        if known:
+            sections[section] = sorted(known, key=lambda entry: order[section, entry[0]])
     about = stored["machine"]
     peers = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     limits = about["limits"]

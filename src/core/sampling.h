@@ -34,7 +34,11 @@ inline const float* scores(const Sampling& task, int64_t index, const Workspace&
   const bool changed = task.bias.data || task.allowed.data || penalized;
   if (task.logits.dtype == DType::f32 && task.logits.stride[0] == 1 && !changed)
     return reinterpret_cast<const float*>(logits);
-  read_row(logits, task.logits.dtype, task.logits.stride[0], task.V, space.z);
+  split(space.team, (task.V + kBlock - 1) / kBlock, kPart, [&](int64_t, int64_t first, int64_t last) {
+    const int64_t from = first * kBlock, n = least(task.V, last * kBlock) - from;
+    const char* at = logits + from * task.logits.stride[0] * item_size(task.logits.dtype);
+    read_row(at, task.logits.dtype, task.logits.stride[0], n, space.z + from);
+  });
   const int64_t first = penalized ? histories.first[slot] : 0;
   for (int64_t i = first; i < first + penalized; ++i) space.z[histories.id[i]] = float(histories.logit[i]);
   if (task.bias.data) {

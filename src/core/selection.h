@@ -79,7 +79,8 @@ struct Bracket {
   float low, high;
 };
 // Between which logits the prefix is likely to end, by 16 tokens out of every so many. Nothing but speed depends on it.
-template <class Mass> HEADWAY_APART Bracket guess_end(const Tokens& tokens, Mass mass, int64_t target, const Workspace& space) {
+template <class Mass>
+HEADWAY_APART Bracket guess_end(const Tokens& tokens, Mass mass, int64_t target, const Workspace& space) {
   Tokens sample;
   Vec<int64_t> total = int64_t(0);
   for (; sample.n < kSample; sample.n += 16) {
