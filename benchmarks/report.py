@@ -91,8 +91,8 @@ def write(rows: list[Row], threads: int) -> None:
         BEGIN,
         "",
         f"Measured on {threads} threads of a processor that calls itself {about['processor']}; {peers}. "
-        f"Limits measured in the same run: {limits.get('fma', 0):.0f} GFLOP/s of fused multiply-adds in float32, "
-        f"{limits.get('read', 0):.0f} GB/s read.",
+        f"Limits, measured last: {limits.get('fma', 0):.0f} GFLOP/s of fused multiply-adds in float32, "
+        f"{limits.get('read', 0):.0f} GB/s read; each share is of those measured with its row.",
         "",
     ]
     for section, entries in sections.items():

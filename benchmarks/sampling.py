@@ -67,15 +67,13 @@ def rows() -> Iterator[Row]:
                     yield Row(section, f"V={vocabulary}, {kind}, {label}", partial(contest, make, options))
     for corner, at in CORNERS.items():
         for label, options in {**USUAL, **OTHERS}.items():
-            make = partial(lambda at: at(128_256)[None], at)
-            yield Row("sampling, corners", f"V=128256, {corner}, {label}", partial(contest, make, options, peers=False))
+            lone = partial(contest, partial(at, 128_256), options, peers=False)
+            yield Row("sampling, corners", f"V=128256, {corner}, {label}", lone)
 
 
 def contest(make: Callable[[], Array], options: Options, peers: bool = True) -> Contest:
     """Draw a token for each row; reading the logits once is the floor."""
-    logits = make()
-    if len(logits) == 1:
-        logits = logits[0]
+    logits = make().squeeze()  # one row is (V,)
     builders = {"headway": partial(_headway, logits, options)}
     if peers and _has_ties(logits):
         builders["headway, bfloat16"] = partial(_headway, _as_bfloat16(logits), options)
@@ -247,7 +245,7 @@ def _llama_cpp(logits: Array, options: Options) -> Candidate:
             candidates["id"], candidates["logit"] = ids, row  # a draw moves them about, and begins with a full array
             array = llama.llama_token_data_array(data=first, size=len(candidates), selected=-1, sorted=False)
             llama.llama_sampler_apply(chain, byref(array))
-            drawn.append(int(candidates["id"][array.selected]))
+            drawn.append(array.data[array.selected].id)  # not of candidates: xtc moves data on
         return drawn
 
     return Candidate(run)

@@ -4,7 +4,7 @@ Run ``make conformance``. Each library runs its own code, from the numbers that 
 it draws from; an adapter below only hands the numbers over. What cannot be imported is "not installed", and nothing is
 guessed about it.
 
-transformers comes with ``make test``; ``make conformance`` adds mlx-lm, llama-cpp-python and SGLang's wheel. vLLM is
+transformers and mlx-lm come with ``make test``; ``make conformance`` adds llama-cpp-python and SGLang's wheel. vLLM is
 taken where it can be imported: ``pip install --no-deps vllm`` and what its sampler imports is enough.
 """
 
@@ -399,9 +399,9 @@ LIBRARIES = (
 
 HEAD = """# Which cases installed libraries pass
 
-`make conformance` writes this page: it runs the libraries that are installed on levels 1 and 2 of the
-[vectors](../vectors) {version}, twice: against the native contract, and against the library's own dialect, its
-rules as its source states them. Levels 3 and 4 are headway's own arithmetic; headway passes them
+`make conformance` runs these libraries on levels 1 and 2 of the [vectors](../vectors) {version} and writes this
+page, unless one that it has is not installed. Each is run twice: against the native contract, and against its own
+dialect, its rules as its source states them. Levels 3 and 4 are headway's own arithmetic; headway passes them
 (`tests/test_vectors.py`), and nobody else is asked to.
 
 Each library runs its own code, from the parameters that a user gives to the distribution that it draws from;

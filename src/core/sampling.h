@@ -191,9 +191,9 @@ inline void write_filtered(const Row& row) {
   }
 }
 
-inline Plan plan_sampling(const Sampling& task, int64_t threads) {
+inline Plan plan_sampling(const Sampling& task, int64_t) {
   Plan plan{task.batch.size(), 0, rough_product(task.batch.size(), task.V, 8)};
-  plan.team = plan.units == 1 && threads > 1;
+  plan.team = plan.units == 1;
   Workspace(Arena{nullptr}, task.V, &plan.workspace);
   return plan;
 }

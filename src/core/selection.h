@@ -159,7 +159,7 @@ HEADWAY_APART HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Mass 
     const Listed some = list_between(tokens, mass, guess_end(tokens, mass, target, space), space);
     if (some.above < target && target <= some.above + some.inside) left = some.n, target -= some.above;
   }
-  if (!left) left = list_all(tokens, mass, space);
+  if (!left) left = list_all(tokens, mass, space); // a short row, or a wrong guess
   for (;;) {
     uint32_t lowest = ~uint32_t(0), highest = 0;
     for (int64_t i = 0; i < left; ++i) {

@@ -34,9 +34,12 @@ inline void weigh(Tokens& tokens, const Row& row) {
 // The masses of a block's tokens, as they were weighed or, where nobody needed them so far, now.
 HEADWAY_FLATTEN inline Vec<int64_t> block_masses(const Row& row, int64_t b, Vec<int64_t> (&w)[kBlock / 16]) {
   const Tokens& tokens = row.tokens;
-  if (!tokens.weight && !row.gaps) return block_weights(tokens.block(b), row.scale, w);
-  if (!tokens.weight) block_weights(tokens.block(b), row.scale, w);
   Vec<int64_t> sum = int64_t(0);
+  if (!tokens.weight) {
+    sum = block_weights(tokens.block(b), row.scale, w);
+    if (!row.gaps) return sum;
+    sum = int64_t(0);
+  }
   for (int64_t v = 0; v < kBlock / 16; ++v) {
     if (tokens.weight) w[v] = Vec<int64_t>::load(tokens.weight + b * kBlock + 16 * v);
     if (row.gaps) w[v] = w[v] & convert<int64_t>(lane_mask(row.space.chosen[b] >> 16 * v));

@@ -105,9 +105,9 @@ struct Workspace {
   }
 };
 
-// Calls body(part, first, last) for ranges that make up 0 .. n, each of at least `least` where there is more than one,
-// and returns how many there are: on all threads of the team. What a part finds is a whole number or a maximum, so that
-// it matters to nothing how a row is cut.
+// Calls body(part, first, last) for ranges that make up 0 .. n, each of at least `smallest` where there is more than
+// one, and returns how many there are: on all threads of the team. What a part finds is a whole number or a maximum, so
+// that it matters to nothing how a row is cut.
 constexpr int64_t kMostParts = 32;
 template <class Body> int64_t split(const Team& team, int64_t n, int64_t smallest, const Body& body) {
   const int64_t parts = team.run ? most(1, least(kMostParts, n / smallest)) : 1;

@@ -419,17 +419,17 @@ def _stages(dialect: str | None, nucleus: str, ties: str, values: Sequence[Array
     given = {name: value for name, value in zip(_NUMBERS, values) if value is not None}
     steps: list[tuple[int, int, bool, bool, list[Array]]] = []
     for step in rules(dialect, nucleus).steps:
-        names = [name for name in _VALUES.get(step.option, (step.option,)) if name in given]
-        if names[:1] == ["temperature"] and "dynamic_temperature_range" not in names:
+        names = _VALUES.get(step.option, (step.option,))
+        dynamic = step.option == "temperature" and "dynamic_temperature_range" in given
+        if step.option == "temperature" and not dynamic:
             names = names[:1]
-        if names and names[0] in (step.option, "temperature"):
-            value = given[names[0]]
-            if len(names) < 3 and value.size == 1 and value[0] == OFF.get(step.option):
-                continue
-            rule = "keep" if ties == "keep" and step.option == "top_k" else step.ties
-            numbers = [given[name].astype(np.float64, copy=False) for name in names]
-            place = _native.SAMPLING_STAGES.index(step.option), _native.SAMPLING_TIES.index(rule)
-            steps.append((*place, step.equal, step.floor, numbers))
+        value = given.get(names[0])
+        if value is None or (value.size == 1 and value[0] == OFF.get(step.option) and not dynamic):
+            continue
+        rule = "keep" if ties == "keep" and step.option == "top_k" else step.ties
+        numbers = [given[name].astype(np.float64, copy=False) for name in names]
+        place = _native.SAMPLING_STAGES.index(step.option), _native.SAMPLING_TIES.index(rule)
+        steps.append((*place, step.equal, step.floor, numbers))
     return _native.Stages(steps=steps, min_tokens=given["min_tokens_to_keep"])
 
 

@@ -219,8 +219,8 @@ class Sampler:
                 run.settings["allowed"] = self._both(group.settings["allowed"], mask[group.rows])
             own = histories.of(self._slots[group.rows]) if self._penalized else None
             status = np.zeros(rows, np.int64)
-            stages = run.native(status[group.rows], own, **run.source())
-            if not _native.sample(stages, 1, True, tokens[group.rows], None, None):
+            native = run.native(status[group.rows], own, **run.source())
+            if not _native.sample(native, 1, True, tokens[group.rows], None, None):
                 self._fail(run, status)
         breaks = [token in row.breakers for token, row in zip(tokens.tolist(), self._rows)]
         histories.append(self._slots, tokens, np.array(breaks, np.bool_))
