@@ -51,10 +51,6 @@ class TestTorch:
         assert z.is_neg()
         assert hw.filter_logits(z).tolist() == z.tolist() == [-2, 3, -1]
 
-    def test_gradients_are_left_behind(self, torch):
-        x = torch.ones(1, 2, 4, requires_grad=True)
-        assert not hw.attention(x, x, x).requires_grad
-
     def test_a_device_without_memory_is_refused(self, torch):
         with pytest.raises(TypeError, match="q: expected an array in CPU memory"):
             hw.attention(torch.ones(1, 2, 4, device="meta"), np.ones((1, 2, 4)), np.ones((1, 2, 4)))

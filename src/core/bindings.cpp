@@ -543,6 +543,9 @@ NB_MODULE(_native, m) {
   m.def("fast", [] { return std::string(fast_attention().name); });
   m.def("get_num_threads", &get_num_threads);
   m.def("set_num_threads", &set_num_threads, "n"_a, nb::call_guard<nb::gil_scoped_release>());
+  // f(x). Tracers of Python code, such as torch.compile, cannot look in, and run it instead.
+  m.def("untraced", [](nb::callable f, nb::handle x) { return f(x); }, "f"_a, "x"_a.none());
+
   // A bfloat16 tensor of another library, as its bits: NumPy has no name for the type and refuses it.
   m.def("bfloat16_bits", [](nb::ndarray<nb::ro, nb::device::cpu> x) {
     if (x.dtype() != nb::dlpack::dtype{uint8_t(nb::dlpack::dtype_code::Bfloat), 16, 1})

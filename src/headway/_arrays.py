@@ -6,8 +6,10 @@ bits. No framework is imported here: a framework that made an array is in ``sys.
 
 from __future__ import annotations
 
+import operator
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +21,10 @@ FLOATING = ("float64", "float32", "float16", "bfloat16")
 _NAMES = {np.dtype(name): name for name in FLOATING[:3]}
 _STORAGE = {name: np.dtype(np.uint16 if name == "bfloat16" else name) for name in FLOATING}
 _CPU = (1, 3)  # DLPack's kDLCPU and kDLCUDAHost: memory that the processor can read
+_DEEPEST = 32  # how deep lists may be nested: as many axes as every NumPy has
+
+_SCALARS = {float, int, bool, str}
+Wrap = Callable[[NDArray[Any], str], Any]  # of a result, a NumPy array and the name of its type
 
 
 class Operand(NamedTuple):
@@ -30,7 +36,7 @@ class Operand(NamedTuple):
 
     data: NDArray[Any]
     dtype: str
-    wrap: Callable[[NDArray[Any], str], Any]
+    wrap: Wrap
 
     def astype(self, dtype: str) -> NDArray[Any]:
         """Return the numbers in another of the four types, rounded to nearest even where they narrow."""
@@ -54,28 +60,38 @@ def unwrap(x: Any, name: str) -> Operand:
         return x
     if type(x) is np.ndarray and (dtype := _NAMES.get(x.dtype)):  # the common case, without asking twice
         return Operand(_addressable(x), dtype, as_numpy)
-    data, wrap = _to_numpy(x, name)
-    kind = data.dtype.kind
-    if _is_bfloat16(x):
-        data, dtype = data.view(np.uint16), "bfloat16"
-    elif data.dtype.name in FLOATING:
-        dtype = data.dtype.name
-    elif kind in "iu" or (data.size == 0 and isinstance(x, (list, tuple))):
+    try:
+        data, dtype, wrap = _taken(x, name)
+    except TypeError as error:
+        raise TypeError(f"{error}{_cure(x, name)}") from error
+    if dtype not in FLOATING:
+        if data.dtype.kind not in "iu" and not (data.size == 0 and isinstance(x, (list, tuple))):
+            one_of = f"one of {', '.join(FLOATING)}" if data.dtype.kind == "f" else "floating-point numbers"
+            raise TypeError(f"{name}: expected {one_of}, got {kind(data)}{_cure(x, name) if data.ndim else ''}")
         data, dtype = data.astype(np.float64), "float64"
-    elif kind == "f":
-        raise TypeError(f"{name}: expected one of {', '.join(FLOATING)}, got {data.dtype.name}; convert it first")
-    else:
-        got = "text" if kind in "US" else data.dtype.name
-        if not data.ndim and kind == "O":  # no array at all
-            got = "None" if x is None else type(x).__name__
-        cure = f"; convert it with np.asarray({name}, dtype=np.float32)" if data.ndim else ""
-        raise TypeError(f"{name}: expected floating-point numbers, got {got}{cure}")
     return Operand(_addressable(data), dtype, wrap)
 
 
-def plain(x: Any, name: str) -> NDArray[Any]:
-    """Take any array in as NumPy sees it: for masks, positions, lengths and ids."""
-    return _addressable(_to_numpy(x, name)[0])
+def plain(x: Any, name: str) -> tuple[NDArray[Any], str]:
+    """Take any array in as NumPy sees it, for masks, positions, lengths and ids, and say what it holds.
+
+    NumPy has no bfloat16: those numbers come as float32, which has them all.
+    """
+    data, dtype, _ = _taken(x, name)
+    if dtype == "bfloat16":
+        return Operand(data, dtype, as_bits).astype("float32"), dtype
+    return _addressable(data), kind(data)
+
+
+def kind(data: NDArray[Any]) -> str:
+    """Return what an array holds, as an error message says it."""
+    if data.dtype.kind in "US":
+        return "text"
+    if data.dtype.kind == "O" and not data.ndim:  # no array at all
+        return "None" if data.item() is None else type(data.item()).__name__
+    if data.dtype.kind == "O" and data.size and all(type(item) is int for item in data.flat):
+        return "integers beyond 64 bits"
+    return data.dtype.name
 
 
 def promote(*dtypes: str) -> str:
@@ -101,47 +117,170 @@ def storage(dtype: str) -> np.dtype[Any]:
     return _STORAGE[dtype]
 
 
-def _is_bfloat16(x: Any) -> bool:
-    return str(getattr(x, "dtype", "")).rpartition(".")[2] == "bfloat16"
+def _taken(x: Any, name: str) -> tuple[NDArray[Any], str, Wrap]:
+    """Take in what a user hands over, whatever argument it is for: this is the one door.
 
-
-def _to_numpy(x: Any, name: str) -> tuple[NDArray[Any], Callable[[NDArray[Any], str], Any]]:
+    Returns an array of one of NumPy's own types, or of bfloat16 as its bits, the name of the type, and how to wrap a
+    result. What cannot be read as it is meant is a TypeError here.
+    """
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected a plain array, got a masked one, whose mask would be lost; pass it apart")
+    wrap: Wrap = as_numpy
     if isinstance(x, np.ndarray):
-        return np.asarray(x), as_numpy
-    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
-        if not _in_cpu_memory(x):
-            raise TypeError(f"{name}: expected an array in CPU memory, got one on another device; copy it to the CPU")
-        makers = (base.__module__.partition(".")[0] for base in type(x).__mro__)
-        return _from_dlpack(x, name), next((_KINDS[maker] for maker in makers if maker in _KINDS), as_numpy)
+        data, dtype = np.asarray(x), x.dtype.name
+    elif isinstance(x, (list, tuple)):
+        data = _listed(x, name)
+        dtype = data.dtype.name
+    else:
+        data, dtype, wrap = _foreign(x, name)
+    if data.dtype.type.__module__ != "numpy":  # a type of ml_dtypes
+        if dtype != "bfloat16":
+            raise TypeError(f"{name}: expected one of NumPy's types, or bfloat16, got {dtype}")
+        data = data.view(np.uint16)
+    return data, dtype, wrap
+
+
+def _listed(x: list[Any] | tuple[Any, ...], name: str) -> NDArray[Any]:
+    """Return nested lists as an array. They may hold arrays of any kind; bfloat16 in lists counts as float32."""
+    rows = readable(x, name)
     try:
-        return np.asarray(x), as_numpy
+        data = np.asarray(rows)
     except ValueError as error:
         raise ValueError(f"{name}: expected an array, got nested lists of unequal lengths; pad them") from error
+    return data.astype(np.float32) if data.dtype.name == "bfloat16" else data
 
 
-def _in_cpu_memory(x: Any) -> bool:
+def readable(x: Sequence[Any], name: str, depth: int = 1) -> Sequence[Any]:
+    """Return nested lists in which every array of another library's is one that NumPy reads as it is meant."""
+    kinds = set(map(type, x))
+    if kinds <= _SCALARS:
+        return x
+    if depth == _DEEPEST and kinds & {list, tuple}:
+        raise ValueError(f"{name.partition('[')[0]}: expected at most {_DEEPEST} axes, got lists nested more deeply")
+    rows: list[Any] = []
+    for i, item in enumerate(x):
+        if isinstance(item, (list, tuple)):
+            rows.append(readable(item, f"{name}[{i}]", depth + 1))
+        elif type(item) in _SCALARS or isinstance(item, np.generic):
+            rows.append(item)
+        else:
+            data, dtype, _ = _taken(item, f"{name}[{i}]")
+            if dtype == "bfloat16":
+                data = Operand(data, dtype, as_bits).astype("float32")
+            rows.append(item if dtype == "object" and not data.ndim else data)
+    return rows
+
+
+def _foreign(x: Any, name: str) -> tuple[NDArray[Any], str, Wrap]:
+    """Take in what is neither an array of NumPy's nor a list: another library's memory, or what NumPy makes of it."""
+    is_torch = isinstance(x, getattr(sys.modules.get("torch"), "Tensor", ()))
+    makers = ["torch"] if is_torch else [base.__module__.partition(".")[0] for base in type(x).__mro__]
     try:
-        return int(x.__dlpack_device__()[0]) in _CPU
-    except (BufferError, ValueError):  # a device that DLPack has no number for
-        return False
-
-
-def _from_dlpack(x: Any, name: str) -> NDArray[Any]:
-    if getattr(x, "requires_grad", False):
-        x = x.detach()  # headway computes no gradients, and torch exports no tensor that waits for one
-    if getattr(x, "is_neg", bool)():
-        x = x.resolve_neg()  # torch exports the imaginary part of a conjugate without its sign
-    try:
-        if _is_bfloat16(x):
-            return _native.bfloat16_bits(x)
-        return np.from_dlpack(x)
-    except (BufferError, RuntimeError, TypeError) as error:
+        expected = _torch_expected(x, name) if is_torch else _jax_expected(x)
+        if expected is None and not (hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__")):
+            data = np.asarray(x)
+            return data, data.dtype.name, as_numpy
+        if expected is None and _device(x) in _CPU:
+            data, dtype = _from_dlpack(x.detach().resolve_neg() if is_torch else x)
+            return data, dtype, next((_KINDS[maker] for maker in makers if maker in _KINDS), as_numpy)
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
         raise TypeError(
-            f"{name}: expected an array that DLPack can hand over, got {type(x).__name__} ({error}); "
-            f"convert it to NumPy first"
+            f"{name}: expected an array that can be read, got {type(x).__name__} ({reason:.100})"
         ) from error
+    raise TypeError(f"{name}: expected {expected or _ON_THE_CPU}")
+
+
+_ON_THE_CPU = "an array in CPU memory, got one on another device; copy it to the CPU"
+
+
+# Through functions that torch.compile cannot look into: it would compute with tensors that hold nothing.
+def _device(x: Any) -> int:
+    """Return the kind of device that an array is on, as DLPack numbers them."""
+    place: Any = _native.untraced(operator.methodcaller("__dlpack_device__"), x)
+    return int(place[0])
+
+
+def _from_dlpack(x: Any) -> tuple[NDArray[Any], str]:
+    if str(getattr(x, "dtype", "")).rpartition(".")[2] == "bfloat16":
+        return _native.bfloat16_bits(x), "bfloat16"
+    data: Any = _native.untraced(np.from_dlpack, x)
+    return data, data.dtype.name
+
+
+def _torch_expected(x: Any, name: str) -> str | None:
+    """Say what was expected instead of a tensor of torch's that cannot be read, or that would lose its gradient."""
+    _hide_from_dynamo()
+    torch = sys.modules["torch"]
+    if x.device.type != "cpu":
+        return _ON_THE_CPU
+    try:
+        memory = x.data_ptr()
+    except RuntimeError:
+        memory = 0
+    if not memory and x.layout != torch.strided:
+        return f"a dense tensor, got one of layout {x.layout}; pass `{name}.to_dense()`"
+    if not memory and (torch._C._functorch.is_functorch_wrapped_tensor(x) or x.numel()):
+        return (
+            "a tensor with memory of its own, got one inside torch.vmap, torch.func.grad or another transformation, or "
+            "one that only stands for another; call headway outside of it, where leading axes are batch axes"
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        return (
+            f"a tensor that waits for no gradient, got one with requires_grad in grad mode, and headway is forward "
+            f"only; call it under torch.no_grad(), or pass `{name}.detach()`"
+        )
+    return None
+
+
+_hidden = False
+
+
+def _hide_from_dynamo() -> None:
+    """Let torch.compile, where it is in use, call headway as it is: there is no tensor code to be found in here."""
+    global _hidden
+    rules = sys.modules.get("torch._dynamo.trace_rules")
+    if rules is not None and not _hidden:
+        _hidden = True
+        _native.untraced(rules.add, "headway")
+
+
+_hide_from_dynamo()
+
+
+def _jax_expected(x: Any) -> str | None:
+    """Say what was expected instead of one of JAX's tracers, which stand for arrays inside its transformations."""
+    if not any(base.__name__ == "Tracer" and base.__module__.startswith("jax") for base in type(x).__mro__):
+        return None
+    return (
+        "an array, got a tracer inside jax.jit, jax.vmap, jax.grad or another transformation; call headway outside of "
+        "it, where leading axes are batch axes, or inside jax.jit through jax.pure_callback"
+    )
+
+
+def _cure(x: Any, name: str) -> str:
+    """Return what to pass instead of x, if there is something that works: each way is tried on x itself."""
+    for way, code in _WAYS:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # that a part is lost, say
+                works = np.asarray(way(x)).dtype.name in FLOATING
+        except Exception:
+            continue
+        if works:
+            return f"; convert it with `{code.format(name)}`"
+    return ""
+
+
+_WAYS: tuple[tuple[Callable[[Any], Any], str], ...] = (
+    (lambda x: x.dequantize(), "{}.dequantize()"),
+    (lambda x: x.float(), "{}.float()"),
+    (lambda x: x.real, "{}.real"),
+    (lambda x: np.asarray(x, dtype=np.float32), "np.asarray({}, dtype=np.float32)"),
+    (lambda x: np.asarray(x).astype(np.float32), "np.asarray({}).astype(np.float32)"),
+)
 
 
 def _addressable(data: NDArray[Any]) -> NDArray[Any]:
@@ -184,4 +323,4 @@ def _as_jax(data: NDArray[Any], dtype: str) -> Any:
     return sys.modules["jax"].numpy.asarray(as_numpy(data, dtype))
 
 
-_KINDS: dict[str, Callable[[NDArray[Any], str], Any]] = {"torch": _as_torch, "jaxlib": _as_jax, "jax": _as_jax}
+_KINDS: dict[str, Wrap] = {"torch": _as_torch, "jaxlib": _as_jax, "jax": _as_jax}

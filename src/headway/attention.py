@@ -25,6 +25,7 @@ _LARGEST_HEAD = 2**24  # a chunk of keys must fit the address space many times o
 _CAUSAL = (None, False, True, "top_left", "bottom_right")
 _PRECISION = ("exact", "fast")
 _FARTHEST = 2**53  # positions, so that no sum of two leaves int64
+_NO_VALUES = object()  # for v, where only scores matter
 
 
 class Keys(NamedTuple):
@@ -59,11 +60,21 @@ class Call(NamedTuple):
         return compute_dtype(self.dtype)
 
 
+def with_heads(operand: Operand, given: Any, name: str, expected: str) -> Operand:
+    """Return the operand if it has an axis for the heads."""
+    missing = 3 - operand.data.ndim
+    if missing > 0:
+        array = f"np.asarray({name})" if isinstance(given, (list, tuple)) else name
+        raise ValueError(
+            f"{name}: expected shape {expected}, got {operand.data.shape}; add an axis for the heads, "
+            f"`{array}[{', '.join(['None'] * missing)}]`"
+        )
+    return operand
+
+
 def key_array(k: Any) -> Keys:
     """Take k (..., G, S, D) in."""
-    operand = unwrap(k, "k")
-    if operand.data.ndim < 3:
-        raise ValueError(f"k: expected shape (..., G, S, D), got {operand.data.shape}; add an axis for the heads")
+    operand = with_heads(unwrap(k, "k"), k, "k", "(..., G, S, D)")
     *batch, heads, length, size = operand.data.shape
     return Keys(operand, tuple(batch), heads, length, size)
 
@@ -97,8 +108,6 @@ def _plan(
     precision: str,
     key_offset: int,
 ) -> Plan:
-    if len(q) < 3:
-        raise ValueError(f"q: expected shape (..., H, L, D), got {q}; add an axis for the heads")
     *batch, q_heads, length, q_size = q
     if q_size < 1:
         raise ValueError(f"q: expected a head size D of at least 1, got shape {q}")
@@ -156,7 +165,7 @@ def _plan(
 
 def prepare(
     q: Any,
-    keys: Keys,
+    k: Any,
     v: Any,
     *,
     mask: Any = None,
@@ -171,9 +180,10 @@ def prepare(
     key_offset: int = 0,
     of_a_part: bool = False,
 ) -> Call:
-    """Check a call of any of the attention functions. v may be None, where only scores matter."""
-    query = unwrap(q, "q")
-    value = None if v is None else unwrap(v, "v")
+    """Check a call of any of the attention functions. k may be Keys, v _NO_VALUES."""
+    query = with_heads(unwrap(q, "q"), q, "q", "(..., H, L, D)")
+    keys = k if type(k) is Keys else key_array(k)
+    value = None if v is _NO_VALUES else unwrap(v, "v")
     dtypes = (query.dtype, keys.operand.dtype) if value is None else (query.dtype, keys.operand.dtype, value.dtype)
     plan = _plan(
         query.data.shape,
@@ -196,7 +206,7 @@ def prepare(
     if mask is not None:
         allowed = _check.mask(mask, "mask").view(np.uint8)
         scores = (*plan.lead, keys.length)
-        mask = _check.broadcast(allowed, scores, "mask", "(..., H, L, S)", "; a mask per batch item is mask[:, None]")
+        mask = allowed if allowed.shape == scores else _broadcast_mask(allowed, scores, mask)
     if bias is not None:
         bias = _check.broadcast(_added(bias, compute), (*plan.lead, keys.length), "bias", "(..., H, L, S)")
     if sinks is not None:
@@ -217,8 +227,24 @@ def prepare(
     )
 
 
+def _broadcast_mask(mask: NDArray[Any], scores: tuple[int, ...], given: Any) -> NDArray[Any]:
+    """Return the mask for all scores. One (..., L, S) or (..., S) of the batch's items lacks axes in between."""
+    batch = scores[:-3]
+    cure = ""
+    for axes in (1, 2):
+        code = f"[{':, ' * len(batch)}{', '.join(['None'] * axes)}]"
+        spread = (*batch, *[1] * axes, *mask.shape[len(batch) :])
+        if batch and mask.shape[: len(batch)] == batch and len(spread) == len(scores):
+            fits = all(n in (1, whole) for n, whole in zip(spread, scores))
+            array = "np.asarray(mask)" if isinstance(given, (list, tuple)) else "mask"
+            cure = f"; a mask per batch item is `{array}{code}`" if fits else cure
+    return _check.broadcast(mask, scores, "mask", "(..., H, L, S)", cure)
+
+
 # What becomes part of a plan's key is a plain value: a tensor, say, may change later and still be the same key.
 def _plain(x: Any, name: str, options: tuple[Any, ...]) -> Any:
+    if type(x) is np.bool_:
+        return bool(x)
     if type(x) not in (str, bool, NoneType):
         _check.choice(x, name, options)
     return x
@@ -236,7 +262,7 @@ def _window(window: Any) -> tuple[int | None, int | None]:
     if window is None:
         return None, None
     if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise TypeError(f"window: expected (left, right), each an integer >= 0 or None, got {window!r}")
+        raise TypeError(f"window: expected (left, right), each an integer >= 0 or None, got {_check.shown(window)}")
     left, right = (
         None if side is None else _check.integer(side, "window", 0, _FARTHEST, "; None opens a side") for side in window
     )
@@ -275,6 +301,7 @@ def run(call: Call, return_lse: bool, out: NDArray[Any] | None = None) -> Any:
     return result if lse is None else (result, call.like.wrap(lse, call.compute))
 
 
+@_check.public
 def attention(
     q: Any,
     k: Any,
@@ -328,7 +355,7 @@ def attention(
     """
     call = prepare(
         q,
-        key_array(k),
+        k,
         v,
         mask=mask,
         bias=bias,
@@ -340,9 +367,10 @@ def attention(
         kv_lengths=kv_lengths,
         precision=precision,
     )
-    return run(call, return_lse)
+    return run(call, _check.boolean(return_lse, "return_lse"))
 
 
+@_check.public
 def attention_weights(
     q: Any,
     k: Any,
@@ -368,8 +396,8 @@ def attention_weights(
     """
     call = prepare(
         q,
-        key_array(k),
-        None,
+        k,
+        _NO_VALUES,
         mask=mask,
         bias=bias,
         causal=causal,
@@ -405,6 +433,7 @@ class AttentionState:
         return {**self.__dict__, "_wrap": as_numpy}
 
     @staticmethod
+    @_check.public
     def from_lse(out: Any, lse: Any) -> AttentionState:
         """Make a state of another library's partial result: out (..., H, L, E), lse (..., H, L), natural logarithm.
 
@@ -423,6 +452,7 @@ class AttentionState:
         return AttentionState(maximum, total, weighted, None, 0, result.dtype, result.wrap)
 
 
+@_check.public
 def partial_attention(
     q: Any,
     k: Any,
@@ -465,18 +495,18 @@ def partial_attention(
     offset = _check.integer(key_offset, "key_offset", 0, _FARTHEST)
     if offset % CHUNK:
         raise ValueError(f"key_offset: expected a multiple of the chunk length {CHUNK}, got {offset}; split there")
-    if causal is True:
+    if isinstance(causal, (bool, np.bool_)) and causal:
         raise ValueError("causal: expected None, 'top_left' or 'bottom_right' for a part of the keys, got True")
-    if causal == "bottom_right" and kv_lengths is None:
+    if isinstance(causal, str) and causal == "bottom_right" and kv_lengths is None:
         raise ValueError(
             "kv_lengths: expected the number of keys of the whole beside causal='bottom_right', got None; "
             "a part does not know where the keys end"
         )
-    if _window(window) != (None, None) and causal in (None, False):
+    if _window(window) != (None, None) and (causal is None or causal is False):
         raise ValueError("window: expected causal='top_left' or 'bottom_right' beside it for a part, got None")
     call = prepare(
         q,
-        key_array(k),
+        k,
         v,
         mask=mask,
         bias=bias,
@@ -500,6 +530,7 @@ def partial_attention(
     return AttentionState(maximum, total, weighted, chunks, end, call.dtype, call.like.wrap)
 
 
+@_check.public
 def merge_attention(states: Iterable[AttentionState], *, sinks: Any = None, return_lse: bool = False) -> Any:
     """Merge the states of all parts of the keys into attention's result.
 
@@ -511,9 +542,12 @@ def merge_attention(states: Iterable[AttentionState], *, sinks: Any = None, retu
     Returns:
         (..., H, L, E), and (..., H, L) with return_lse: the bits of `attention` over the whole.
     """
-    states = list(states)
+    if isinstance(states, AttentionState):
+        raise TypeError("states: expected a list of AttentionState, got one alone; pass `[states]`")
+    states = list(states) if isinstance(states, Iterable) else []
     if not states or not all(isinstance(state, AttentionState) for state in states):
         raise TypeError("states: expected some AttentionState, from partial_attention or AttentionState.from_lse")
+    return_lse = _check.boolean(return_lse, "return_lse")
     first = states[0]
     for state in states[1:]:
         if state.weighted_sum.shape[1:] != first.weighted_sum.shape[1:]:

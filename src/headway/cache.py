@@ -43,6 +43,7 @@ class KVCache:
     True
     """
 
+    @_check.public
     def __init__(
         self,
         num_kv_heads: int,
@@ -55,7 +56,9 @@ class KVCache:
     ) -> None:
         """Make an empty cache."""
         if not isinstance(batch_shape, (tuple, list)):
-            raise TypeError(f"batch_shape: expected a tuple of integers, got {batch_shape!r}; one axis is (n,)")
+            raise TypeError(
+                f"batch_shape: expected a tuple of integers, got {_check.shown(batch_shape)}; one axis is (n,)"
+            )
         self._heads = _check.integer(num_kv_heads, "num_kv_heads", 1)
         self._key_size = _check.integer(head_dim, "head_dim", 1)
         self._value_size = self._key_size if value_dim is None else _check.integer(value_dim, "value_dim", 0)
@@ -86,6 +89,7 @@ class KVCache:
         """A copy of the values (..., G, S, E)."""
         return as_numpy(self._values[..., : self._length, :].copy(), self._dtype)
 
+    @_check.public
     def append(self, k: Any, v: Any) -> None:
         """Add the keys (..., G, L, D) and values (..., G, L, E) of L more tokens, converted to the cache's type.
 
@@ -103,6 +107,7 @@ class KVCache:
         self._values[..., self._length : end, :] = new_values
         self._length = end
 
+    @_check.public
     def attend(
         self,
         q: Any,
@@ -140,12 +145,14 @@ class KVCache:
             kv_lengths=kv_lengths,
             precision=precision,
         )
-        return run(call, return_lse)
+        return run(call, _check.boolean(return_lse, "return_lse"))
 
+    @_check.public
     def truncate(self, length: int) -> None:
         """Forget all tokens but the first ``length``."""
         self._length = _check.integer(length, "length", 0, self._length)
 
+    @_check.public
     def fork(self) -> KVCache:
         """Return a second cache with the same tokens. They share memory until either is written to."""
         twin = object.__new__(type(self))
@@ -190,5 +197,5 @@ def _dtype_name(dtype: Any) -> str:
         with contextlib.suppress(TypeError):
             name = np.dtype(dtype).name
     if name not in FLOATING:
-        raise ValueError(f"dtype: expected one of {', '.join(FLOATING)}, got {dtype!r}")
+        raise ValueError(f"dtype: expected one of {', '.join(FLOATING)}, got {_check.shown(dtype)}")
     return name

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _arrays, _check
+from ._check import shown
 from ._dialects import OFF, Step
-from ._options import Array, shown, unpacked
+from ._options import Array, unpacked
 from .reference import sampling as definition
 from .sampling import Options, SamplingParams, _Run, _shows_options
 
@@ -363,6 +364,7 @@ class _Look:
         return what, Fraction(int(row.mass[earlier].sum()), row.total), Fraction(self.value)
 
 
+@_check.public
 @_shows_options
 def explain(
     logits: ArrayLike,

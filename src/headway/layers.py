@@ -37,6 +37,7 @@ def product(x: Operand, w: Operand, b: Operand | None, dtype: str, names: tuple[
     return y.reshape(*leading, w.data.shape[1])
 
 
+@_check.public
 def linear(x: Any, w: Any, b: Any = None) -> Any:
     """Return y = x @ w + b.
 
@@ -62,6 +63,7 @@ def linear(x: Any, w: Any, b: Any = None) -> Any:
     return left.wrap(product(left, right, offset, dtype, ("x", "w", "b")), dtype)
 
 
+@_check.public
 def rotary(x: Any, *, positions: Any = None, base: float = 10000.0, frequencies: Any = None) -> Any:
     """Turn pairs of features by angles that grow with the position (Su et al., 2021, RoFormer).
 
@@ -94,6 +96,8 @@ def rotary(x: Any, *, positions: Any = None, base: float = 10000.0, frequencies:
         )
         if not np.isfinite(turns).all():
             raise ValueError("frequencies: expected finite numbers, got NaN or inf")
+    if positions is None and length > MAX_ANGLE:
+        raise ValueError(f"x: expected at most {MAX_ANGLE} rows where positions are their numbers, got {length}")
     places = np.arange(length) if positions is None else _check.integers(positions, "positions", 0, MAX_ANGLE - 1)
     places = _check.broadcast(places, (*batch, length), "positions", "(..., L)")
     if turns.size and places.size and np.abs(turns).max() * int(places.max()) >= MAX_ANGLE:
@@ -105,6 +109,7 @@ def rotary(x: Any, *, positions: Any = None, base: float = 10000.0, frequencies:
     return operand.wrap(y, operand.dtype)
 
 
+@_check.public
 def rms_norm(x: Any, weight: Any, *, eps: float = 1e-6) -> Any:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich, 2019).
 
@@ -135,6 +140,7 @@ def rms_norm(x: Any, weight: Any, *, eps: float = 1e-6) -> Any:
     return operand.wrap(y.reshape(operand.data.shape), dtype)
 
 
+@_check.public
 def swiglu(gate: Any, up: Any) -> Any:
     """Return gate * sigmoid(gate) * up, the gated unit of Llama's feed-forward layer (Shazeer, 2020).
 

@@ -8,12 +8,13 @@ import numpy as np
 
 from . import _check, _native
 from ._arrays import Operand, as_bits, compute_dtype, promote, storage, unwrap
-from .attention import key_array, prepare, run
+from .attention import prepare, run
 from .layers import product
 
 __all__ = ["multi_head_attention"]
 
 
+@_check.public
 def multi_head_attention(
     q: Any,
     k: Any,
@@ -110,9 +111,17 @@ def multi_head_attention(
         name: _split(_project(x, weights[name], biases[name], compute, name), heads_of[name], name)
         for name, x in inputs.items()
     }
+    size, other = (projected[name].data.shape[-1] for name in "qk")
+    if size != other:
+        named = next((f"w_{name}" for name in "kq" if weights[name] is not None), "k")
+        raise ValueError(
+            f"{named}: expected one head size of the projected q and k, got D = {size} in {heads} heads of q and "
+            f"{other} in {groups} of k"
+        )
+    return_lse = _check.boolean(return_lse, "return_lse")
     call = prepare(
         projected["q"],
-        key_array(projected["k"]),
+        projected["k"],
         projected["v"],
         mask=mask,
         bias=bias,

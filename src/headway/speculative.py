@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _arrays, _native
-from ._options import Array, in_row, shown
+from . import _check, _native
+from ._check import shown
+from ._options import Array, in_row
 from .sampling import Options, SamplingParams, _Run, _shows_options
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Verified(NamedTuple):
     tokens: Any
 
 
+@_check.public
 @_shows_options
 def verify_draft(
     target_logits: ArrayLike,
@@ -149,13 +151,11 @@ def _of_draft(source: dict[str, Any], n: int) -> dict[str, Any]:
 
 
 def _draft_tokens(tokens: ArrayLike, lead: tuple[int, ...], n: int, vocabulary: int) -> Array:
-    ids = _arrays.plain(tokens, "draft_tokens")
+    ids = _check.whole(tokens, "draft_tokens", "token ids")
     if ids.shape != (*lead, n):
         raise ValueError(
             f"draft_tokens: expected shape {(*lead, n)}, one place less than target_logits has, got {ids.shape}"
         )
-    if ids.size and ids.dtype.kind not in "iu":
-        raise TypeError(f"draft_tokens: expected token ids, got {ids.dtype}")
     wrong = (ids < 0) | (ids >= vocabulary)
     if wrong.any():
         at = int(np.flatnonzero(wrong)[0])
