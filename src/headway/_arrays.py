@@ -24,6 +24,7 @@ _CPU = (1, 3)  # DLPack's kDLCPU and kDLCUDAHost: memory that the processor can 
 _DEEPEST = 32  # how deep lists may be nested: as many axes as every NumPy has
 
 _SCALARS = {float, int, bool, str}
+TOO_LARGE = "integers beyond 64 bits"  # what NumPy keeps as objects
 Wrap = Callable[[NDArray[Any], str], Any]  # of a result, a NumPy array and the name of its type
 
 
@@ -89,8 +90,8 @@ def kind(data: NDArray[Any]) -> str:
         return "text"
     if data.dtype.kind == "O" and not data.ndim:  # no array at all
         return "None" if data.item() is None else type(data.item()).__name__
-    if data.dtype.kind == "O" and data.size and all(type(item) is int for item in data.flat):
-        return "integers beyond 64 bits"
+    if data.dtype.kind == "O" and all(type(item) is int for item in data.flat):
+        return TOO_LARGE if any(not -(2**63) <= item < 2**63 for item in data.flat) else "object"
     return data.dtype.name
 
 
@@ -167,7 +168,7 @@ def readable(x: Sequence[Any], name: str, depth: int = 1) -> Sequence[Any]:
             data, dtype, _ = _taken(item, f"{name}[{i}]")
             if dtype == "bfloat16":
                 data = Operand(data, dtype, as_bits).astype("float32")
-            rows.append(item if dtype == "object" and not data.ndim else data)
+            rows.append(data if data.ndim else item if dtype == "object" else data[()])
     return rows
 
 

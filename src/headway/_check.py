@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ._arrays import plain, unrepeated, unwrap
+from ._arrays import TOO_LARGE, plain, unrepeated, unwrap
 
 Shape = tuple[int, ...]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -199,8 +199,8 @@ def mask(x: Any, name: str) -> NDArray[np.bool_]:
 def whole(x: Any, name: str, expected: str = "integers") -> NDArray[np.integer[Any]]:
     """Return an array of integers as it is; a list or an array without items counts as one of integers."""
     array, kind = plain(x, name)
-    if array.dtype.kind == "O" and array.size and all(type(item) is int for item in array.flat):
-        raise ValueError(f"{name}: expected {expected} within 64 bits, got larger ones")
+    if array.dtype == object and kind == TOO_LARGE:
+        raise ValueError(f"{name}: expected {expected} below 2^63, got {kind}")
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"{name}: expected {expected}, got {kind}")
     return array if array.dtype.kind in "iu" else array.astype(np.int64)
