@@ -1,5 +1,10 @@
 """Kinds of arrays: what goes in as it is meant, and comes back as the same kind."""
 
+import copy
+import importlib
+import importlib.util
+import pickle
+
 import numpy as np
 import pytest
 
@@ -27,6 +32,26 @@ def test_a_conversion_does_not_write_out_what_was_repeated():
     )
     mask = np.broadcast_to(np.array([1, 0, 1, 1, 0]), (3, 4, 5))
     np.testing.assert_array_equal(hw.attention(q, k, k, mask=mask), hw.attention(q, k, k, mask=mask.astype(bool)))
+
+
+def test_params_keep_the_numbers_of_bfloat16():
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    numbers = np.array([0.5, 2.0])
+    want = hw.SamplingParams(temperature=numbers.astype(np.float32), logit_bias={1: 0.5})
+    kinds = [numbers.astype(bfloat16)]
+    if importlib.util.find_spec("torch"):
+        torch = importlib.import_module("torch")
+        kinds.append(torch.tensor(numbers, dtype=torch.bfloat16))
+    if importlib.util.find_spec("jax"):
+        kinds.append(importlib.import_module("jax.numpy").asarray(numbers, bfloat16))
+    for given in kinds:
+        params = hw.SamplingParams(temperature=given, logit_bias={1: given[0]})
+        for one in (params, pickle.loads(pickle.dumps(params)), copy.deepcopy(params)):
+            assert one == want
+            assert hash(one) == hash(want)
+            assert repr(one).startswith("SamplingParams(temperature=array([0.5, 2. ], dtype=float32), logit_bias={1: ")
+            assert hw.sample([LOGITS] * 2, one, seed=1).tolist() == hw.sample([LOGITS] * 2, want, seed=1).tolist()
+    assert hw.SamplingParams(temperature=[kinds[-1][0], 2.0]) == hw.SamplingParams(temperature=[np.float32(0.5), 2.0])
 
 
 class TestTorch:

@@ -217,21 +217,24 @@ def _torch_expected(x: Any, name: str) -> str | None:
     torch = sys.modules["torch"]
     if x.device.type != "cpu":
         return _ON_THE_CPU
+    own = type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # else it stands for others, or for none
     try:
-        memory = x.data_ptr()
+        memory = x.data_ptr() if own else 0
     except RuntimeError:
         memory = 0
     if not memory and x.layout != torch.strided:
         return f"a dense tensor, got one of layout {x.layout}; pass `{name}.to_dense()`"
-    if not memory and (torch._C._functorch.is_functorch_wrapped_tensor(x) or x.numel()):
+    if not memory and (not own or torch._C._functorch.is_functorch_wrapped_tensor(x) or x.numel()):
         return (
             "a tensor with memory of its own, got one inside torch.vmap, torch.func.grad or another transformation, or "
             "one that only stands for another; call headway outside of it, where leading axes are batch axes"
         )
-    if x.requires_grad and torch.is_grad_enabled():
+    forward = torch.autograd.forward_ad
+    dual = forward._current_level >= 0 and forward.unpack_dual(x).tangent is not None
+    if dual or (x.requires_grad and torch.is_grad_enabled()):
         return (
-            f"a tensor that waits for no gradient, got one with requires_grad in grad mode, and headway is forward "
-            f"only; call it under torch.no_grad(), or pass `{name}.detach()`"
+            f"a tensor that waits for no gradient, got one {'with a tangent' if dual else 'that requires grad'}, and "
+            f"headway is forward only; call it under torch.no_grad(), or pass `{name}.detach()`"
         )
     return None
 
