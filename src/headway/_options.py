@@ -410,7 +410,7 @@ def frozen(value: Any, name: str) -> Any:
 
 def identity(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        return value.shape, value.dtype.str, value.tobytes()
+        return (value.shape, value.dtype.str, value.tobytes()) if value.ndim else value.item()
     if isinstance(value, tuple):
         return tuple(map(identity, value))
     if isinstance(value, FrozenDict):

@@ -290,7 +290,7 @@ def _rows(token_ids: Any, lead: tuple[int, ...], where: tuple[int, ...]) -> Iter
 def _ordered(tokens: Any, name: str) -> Array:
     if isinstance(tokens, (set, frozenset)):
         raise TypeError(f"{name}: expected a list of ids, the oldest first, got {shown(tokens)}, which has no order")
-    return _check.whole(tokens, name, "token ids")
+    return _check.whole(tokens, name, "a list of token ids")
 
 
 def _ids(row: Any, where: tuple[int, ...]) -> Array:
