@@ -598,7 +598,7 @@ BAD_ROWS = [
     (
         {"temperature": 0.5},
         TypeError,
-        r"^temperature: no such penalty; give `params=hw.SamplingParams\(temperature=0.5\)`",
+        r"^temperature: no such penalty; give `params=hw.SamplingParams\(t",
     ),
 ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,8 @@ _STORAGE = {name: np.dtype(np.uint16 if name == "bfloat16" else name) for name i
 _CPU = (1, 3)  # DLPack's kDLCPU and kDLCUDAHost: memory that the processor can read
 _DEEPEST = 32  # how deep lists may be nested: as many axes as every NumPy has
 
-_SCALARS = {float, int, bool, str}
+_BOOLEANS = {bool, np.bool_}
+_SCALARS = {float, int, str, *_BOOLEANS}
 TOO_LARGE = "integers beyond 64 bits"  # what NumPy keeps as objects
 Wrap = Callable[[NDArray[Any], str], Any]  # of a result, a NumPy array and the name of its type
 
@@ -61,10 +62,7 @@ def unwrap(x: Any, name: str) -> Operand:
         return x
     if type(x) is np.ndarray and (dtype := _NAMES.get(x.dtype)):  # the common case, without asking twice
         return Operand(_addressable(x), dtype, as_numpy)
-    try:
-        data, dtype, wrap = _taken(x, name)
-    except TypeError as error:
-        raise TypeError(f"{error}{_cure(x, name)}") from error
+    data, dtype, wrap = _taken(x, name, floating=True)
     if dtype not in FLOATING:
         if data.dtype.kind not in "iu" and not (data.size == 0 and isinstance(x, (list, tuple))):
             one_of = f"one of {', '.join(FLOATING)}" if data.dtype.kind == "f" else "floating-point numbers"
@@ -89,10 +87,24 @@ def kind(data: NDArray[Any]) -> str:
     if data.dtype.kind in "US":
         return "text"
     if data.dtype.kind == "O" and not data.ndim:  # no array at all
-        return "None" if data.item() is None else type(data.item()).__name__
+        item = data.item()
+        return "None" if item is None else "dict" if isinstance(item, Mapping) else type(item).__name__
     if data.dtype.kind == "O" and all(type(item) is int for item in data.flat):
         return TOO_LARGE if any(not -(2**63) <= item < 2**63 for item in data.flat) else "object"
     return data.dtype.name
+
+
+def dtype_name(x: Any) -> str:
+    """Return what an object calls its type of numbers, "" where it has none."""
+    try:
+        return str(x.dtype).rpartition(".")[2]
+    except Exception:  # what an object of another library's does when it is asked is its own affair
+        return ""
+
+
+def indexable(x: Any, name: str) -> str:
+    """Return the code for an array of what was given as x: itself, or what NumPy makes of it."""
+    return name if dtype_name(x) else f"np.asarray({name})"
 
 
 def promote(*dtypes: str) -> str:
@@ -118,11 +130,11 @@ def storage(dtype: str) -> np.dtype[Any]:
     return _STORAGE[dtype]
 
 
-def _taken(x: Any, name: str) -> tuple[NDArray[Any], str, Wrap]:
+def _taken(x: Any, name: str, floating: bool = False) -> tuple[NDArray[Any], str, Wrap]:
     """Take in what a user hands over, whatever argument it is for: this is the one door.
 
     Returns an array of one of NumPy's own types, or of bfloat16 as its bits, the name of the type, and how to wrap a
-    result. What cannot be read as it is meant is a TypeError here.
+    result. What cannot be read as it is meant is a TypeError here, with a cure where floating numbers are wanted.
     """
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected a plain array, got a masked one, whose mask would be lost; pass it apart")
@@ -133,17 +145,21 @@ def _taken(x: Any, name: str) -> tuple[NDArray[Any], str, Wrap]:
         data = _listed(x, name)
         dtype = data.dtype.name
     else:
-        data, dtype, wrap = _foreign(x, name)
+        data, dtype, wrap = _foreign(x, name, floating)
     if data.dtype.type.__module__ != "numpy":  # a type of ml_dtypes
         if dtype != "bfloat16":
-            raise TypeError(f"{name}: expected one of NumPy's types, or bfloat16, got {dtype}")
+            cure = _cure(x, name) if floating else ""
+            raise TypeError(f"{name}: expected one of NumPy's types, or bfloat16, got {dtype}{cure}")
         data = data.view(np.uint16)
     return data, dtype, wrap
 
 
 def _listed(x: list[Any] | tuple[Any, ...], name: str) -> NDArray[Any]:
     """Return nested lists as an array. They may hold arrays of any kind; bfloat16 in lists counts as float32."""
-    rows = readable(x, name)
+    leaves: set[type] = set()
+    rows = readable(x, name, leaves)
+    if leaves & _BOOLEANS and leaves - _BOOLEANS:  # NumPy would take True for 1
+        raise TypeError(f"{name}: expected numbers, or booleans, got a mixture; give one of them")
     try:
         data = np.asarray(rows)
     except ValueError as error:
@@ -151,9 +167,14 @@ def _listed(x: list[Any] | tuple[Any, ...], name: str) -> NDArray[Any]:
     return data.astype(np.float32) if data.dtype.name == "bfloat16" else data
 
 
-def readable(x: Sequence[Any], name: str, depth: int = 1) -> Sequence[Any]:
-    """Return nested lists in which every array of another library's is one that NumPy reads as it is meant."""
+def readable(x: Sequence[Any], name: str, leaves: set[type] | None = None, depth: int = 1) -> Sequence[Any]:
+    """Return nested lists in which every array of another library's is one that NumPy reads as it is meant.
+
+    leaves takes up the types of the numbers in them.
+    """
     kinds = set(map(type, x))
+    if leaves is not None:
+        leaves |= kinds & _SCALARS
     if kinds <= _SCALARS:
         return x
     if depth == _DEEPEST and kinds & {list, tuple}:
@@ -161,7 +182,7 @@ def readable(x: Sequence[Any], name: str, depth: int = 1) -> Sequence[Any]:
     rows: list[Any] = []
     for i, item in enumerate(x):
         if isinstance(item, (list, tuple)):
-            rows.append(readable(item, f"{name}[{i}]", depth + 1))
+            rows.append(readable(item, f"{name}[{i}]", leaves, depth + 1))
         elif type(item) in _SCALARS or isinstance(item, np.generic):
             rows.append(item)
         else:
@@ -172,14 +193,16 @@ def readable(x: Sequence[Any], name: str, depth: int = 1) -> Sequence[Any]:
     return rows
 
 
-def _foreign(x: Any, name: str) -> tuple[NDArray[Any], str, Wrap]:
+def _foreign(x: Any, name: str, floating: bool) -> tuple[NDArray[Any], str, Wrap]:
     """Take in what is neither an array of NumPy's nor a list: another library's memory, or what NumPy makes of it."""
     is_torch = isinstance(x, getattr(sys.modules.get("torch"), "Tensor", ()))
     makers = ["torch"] if is_torch else [base.__module__.partition(".")[0] for base in type(x).__mro__]
     try:
         expected = _torch_expected(x, name) if is_torch else _jax_expected(x)
         if expected is None and not (hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__")):
-            data = np.asarray(x)
+            data = np.empty((), object) if isinstance(x, Mapping) else np.asarray(x)
+            if isinstance(x, Mapping):  # no sequence of its values, nor an empty one
+                data[()] = x
             return data, data.dtype.name, as_numpy
         if expected is None and _device(x) in _CPU:
             data, dtype = _from_dlpack(x.detach().resolve_neg() if is_torch else x)
@@ -187,9 +210,9 @@ def _foreign(x: Any, name: str) -> tuple[NDArray[Any], str, Wrap]:
     except MemoryError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason, cure = " ".join(str(error).split()), _cure(x, name) if floating else ""
         raise TypeError(
-            f"{name}: expected an array that can be read, got {type(x).__name__} ({reason:.100})"
+            f"{name}: expected an array that can be read, got {type(x).__name__} ({reason:.100}){cure}"
         ) from error
     raise TypeError(f"{name}: expected {expected or _ON_THE_CPU}")
 
@@ -205,7 +228,7 @@ def _device(x: Any) -> int:
 
 
 def _from_dlpack(x: Any) -> tuple[NDArray[Any], str]:
-    if str(getattr(x, "dtype", "")).rpartition(".")[2] == "bfloat16":
+    if dtype_name(x) == "bfloat16":
         return _native.bfloat16_bits(x), "bfloat16"
     data: Any = _native.untraced(np.from_dlpack, x)
     return data, data.dtype.name

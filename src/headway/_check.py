@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ._arrays import TOO_LARGE, plain, unrepeated, unwrap
+from ._arrays import TOO_LARGE, dtype_name, plain, unrepeated, unwrap
 
 Shape = tuple[int, ...]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -55,14 +55,17 @@ def _misfit(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[s
     if not own:
         return None
     places = [name for name, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-    given = places[: len(args) - ("self" in signature.parameters)]
-    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in kwargs and n not in given]
-    for name in missing:
-        return f"{name}: expected an argument, got none"
-    for name in given:
-        if name in kwargs:
+    count = len(args) - ("self" in signature.parameters)
+    if count > len(places):
+        last = places[-1] if places else "arguments"
+        return f"{last}: expected as the last argument without a name, got more; give the others by name"
+    given = places[:count]
+    for name, parameter in parameters.items():
+        if name in given and name in kwargs:
             return f"{name}: expected one argument, got two, one by its place and one by its name"
-    return f"{places[-1]}: expected as the last argument without a name, got more; give the others by name"
+        if name not in given and name not in kwargs and parameter.default is parameter.empty:
+            return f"{name}: expected an argument, got none"
+    return None
 
 
 _PENALTIES = ("repetition", "frequency", "presence", "dry_multiplier", "dry_base", "dry_allowed_length")
@@ -94,15 +97,17 @@ def shown(value: Any) -> str:
         return repr(value)
     if isinstance(value, tuple) and len(value) <= 4 and all(type(item) in (int, float, NoneType) for item in value):
         return f"({', '.join(map(shown, value))}{',' if len(value) == 1 else ''})"
-    dtype = getattr(value, "dtype", None)
-    return type(value).__name__ if dtype is None else f"{type(value).__name__} of {dtype}"
+    if isinstance(value, Mapping):
+        return "dict"
+    dtype = dtype_name(value)
+    return f"{type(value).__name__} of {dtype}" if dtype else type(value).__name__
 
 
 def integer(x: Any, name: str, low: int, high: int | None = None, cure: str = "") -> int:
     """Return x as an int in [low, high]; a bool is no integer here."""
     bounds = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
     try:
-        if isinstance(x, bool) or str(getattr(x, "dtype", "")).endswith("bool"):
+        if isinstance(x, bool) or dtype_name(x).startswith("bool"):
             raise TypeError
         value = operator.index(x)
     except Exception:  # what other libraries' arrays raise is theirs to choose
@@ -117,7 +122,7 @@ def number(
 ) -> float:
     """Return x as a float greater than ``above`` that is still so, and finite, in the type ``within``."""
     given = x
-    if hasattr(x, "dtype") and not isinstance(x, np.generic):
+    if dtype_name(x) and not isinstance(x, np.generic):
         array = unwrap(x, name).astype("float64")
         x = array if array.ndim else float(array)
     try:

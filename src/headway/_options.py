@@ -179,9 +179,9 @@ def _allowed(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array
             ) from error
     if isinstance(value, (list, tuple)) and not array.size:
         array = array.astype(np.int64)
-    if array.dtype == np.int32:
+    if array.dtype == np.int32 and array.ndim:
         return array.view(np.uint32)
-    if array.dtype in (np.bool_, np.uint32):
+    if array.dtype in (np.bool_, np.uint32) and array.ndim:
         return array
     if array.dtype == np.int64 and array.ndim == 1:
         return array

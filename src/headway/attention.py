@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _check, _native
-from ._arrays import Operand, as_numpy, compute_dtype, promote, storage, unwrap
+from ._arrays import Operand, as_numpy, compute_dtype, indexable, promote, storage, unwrap
 
 __all__ = ["AttentionState", "attention", "attention_weights", "merge_attention", "partial_attention"]
 
@@ -64,10 +64,9 @@ def with_heads(operand: Operand, given: Any, name: str, expected: str) -> Operan
     """Return the operand if it has an axis for the heads."""
     missing = 3 - operand.data.ndim
     if missing > 0:
-        array = f"np.asarray({name})" if isinstance(given, (list, tuple)) else name
         raise ValueError(
             f"{name}: expected shape {expected}, got {operand.data.shape}; add an axis for the heads, "
-            f"`{array}[{', '.join(['None'] * missing)}]`"
+            f"`{indexable(given, name)}[{', '.join(['None'] * missing)}]`"
         )
     return operand
 
@@ -113,13 +112,17 @@ def _plan(
         raise ValueError(f"q: expected a head size D of at least 1, got shape {q}")
     if q_size > _LARGEST_HEAD:
         raise ValueError(f"q: expected a head size D of at most {_LARGEST_HEAD}, got {q_size}")
+    if in_panels and q_size != size:
+        raise ValueError(f"q: expected the head size D = {size} of the cache in its last axis, got {q_size}")
+    if in_panels and q_heads % heads:
+        raise ValueError(f"q: expected a multiple of the {heads} heads of the cache, got {q_heads}")
     if q_size != size:
         raise ValueError(f"k: expected the head size D = {q_size} of q in its last axis, got {size}")
     if heads < 1 or q_heads % heads:
         raise ValueError(f"k: expected a number of heads that divides the {q_heads} of q, got {heads}")
     core = k[-4:] if in_panels else k[-3:]
-    batches = {"q": tuple(batch), "k": k[: len(k) - len(core)]}
-    if v is not None:
+    batches = {"q": tuple(batch), "the cache" if in_panels else "k": k[: len(k) - len(core)]}
+    if v is not None and not in_panels:
         if len(v) < 3 or v[-3:-1] != (heads, keys):
             raise ValueError(f"v: expected shape (..., {heads}, {keys}, E) to go with k, got {v}")
         if v[-1] > _LARGEST_HEAD:
@@ -236,8 +239,7 @@ def _broadcast_mask(mask: NDArray[Any], scores: tuple[int, ...], given: Any) -> 
         spread = (*batch, *[1] * axes, *mask.shape[len(batch) :])
         if batch and mask.shape[: len(batch)] == batch and len(spread) == len(scores):
             fits = all(n in (1, whole) for n, whole in zip(spread, scores))
-            array = "np.asarray(mask)" if isinstance(given, (list, tuple)) else "mask"
-            cure = f"; a mask per batch item is `{array}{code}`" if fits else cure
+            cure = f"; a mask per batch item is `{indexable(given, 'mask')}{code}`" if fits else cure
     return _check.broadcast(mask, scores, "mask", "(..., H, L, S)", cure)
 
 
@@ -544,7 +546,10 @@ def merge_attention(states: Iterable[AttentionState], *, sinks: Any = None, retu
     """
     if isinstance(states, AttentionState):
         raise TypeError("states: expected a list of AttentionState, got one alone; pass `[states]`")
-    states = list(states) if isinstance(states, Iterable) else []
+    try:
+        states = list(states)
+    except Exception:  # not to be gone through
+        states = []
     if not states or not all(isinstance(state, AttentionState) for state in states):
         raise TypeError("states: expected some AttentionState, from partial_attention or AttentionState.from_lse")
     return_lse = _check.boolean(return_lse, "return_lse")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ __all__ = ["KVCache"]
 
 LANES: int = _native.LANES
 _FIRST_CAPACITY = 64
+_LARGEST = 2**24  # of heads, and of the numbers in a head
 
 
 class KVCache:
@@ -59,10 +61,15 @@ class KVCache:
             raise TypeError(
                 f"batch_shape: expected a tuple of integers, got {_check.shown(batch_shape)}; one axis is (n,)"
             )
-        self._heads = _check.integer(num_kv_heads, "num_kv_heads", 1)
-        self._key_size = _check.integer(head_dim, "head_dim", 1)
-        self._value_size = self._key_size if value_dim is None else _check.integer(value_dim, "value_dim", 0)
+        self._heads = _check.integer(num_kv_heads, "num_kv_heads", 1, _LARGEST)
+        self._key_size = _check.integer(head_dim, "head_dim", 1, _LARGEST)
+        self._value_size = self._key_size if value_dim is None else _check.integer(value_dim, "value_dim", 0, _LARGEST)
         self._batch = tuple(_check.integer(n, "batch_shape", 0) for n in batch_shape)
+        if (
+            math.prod(max(n, 1) for n in self._batch) * self._heads * max(self._key_size, self._value_size)
+            >= _LARGEST**2
+        ):
+            raise ValueError(f"batch_shape: expected sizes that memory could hold, got {_check.shown(batch_shape)}")
         self._dtype = _dtype_name(dtype)
         self._length = 0
         self._shared = False  # whether a fork reads the same memory, so that writing must copy first
@@ -192,9 +199,11 @@ class KVCache:
 def _dtype_name(dtype: Any) -> str:
     if dtype is None:  # which NumPy would take for float64
         raise ValueError(f"dtype: expected one of {', '.join(FLOATING)}, got None")
-    name = dtype if isinstance(dtype, str) else str(getattr(dtype, "name", dtype)).rpartition(".")[2]
-    if name not in FLOATING:
-        with contextlib.suppress(TypeError):
+    name: str = dtype
+    with contextlib.suppress(Exception):  # whatever it is that cannot be a type
+        if not isinstance(dtype, str):
+            name = str(getattr(dtype, "name", dtype)).rpartition(".")[2]
+        if name not in FLOATING:
             name = np.dtype(dtype).name
     if name not in FLOATING:
         raise ValueError(f"dtype: expected one of {', '.join(FLOATING)}, got {_check.shown(dtype)}")

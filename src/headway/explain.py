@@ -158,6 +158,7 @@ class Explanation:
         shares = self.masses[self.kept] / final.total
         self.entropy = max(0.0, float(-(shares * np.log(shares)).sum()))
 
+    @_check.public
     def why(self, token: int) -> Why:
         """Say why a token is in or out.
 

@@ -90,7 +90,9 @@ def multi_head_attention(
     heads = _check.integer(num_heads, "num_heads", 1)
     groups = heads if num_kv_heads is None else _check.integer(num_kv_heads, "num_kv_heads", 1)
     if heads % groups:
-        raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {heads}, got {groups}")
+        raise ValueError(
+            f"num_kv_heads: expected a divisor of num_heads = {_check.shown(heads)}, got {_check.shown(groups)}"
+        )
     places = None if decimals is None else _check.integer(decimals, "decimals", 0, 300)
     inputs = {"q": unwrap(q, "q"), "k": unwrap(k, "k"), "v": unwrap(v, "v")}
     for name, x in inputs.items():
@@ -161,6 +163,8 @@ def _split(x: Operand, heads: int, name: str) -> Operand:
     *batch, length, width = x.data.shape
     if width % heads:
         argument = "num_heads" if name == "q" else "num_kv_heads"
-        raise ValueError(f"{argument}: expected a divisor of the width {width} of the projected {name}, got {heads}")
+        raise ValueError(
+            f"{argument}: expected a divisor of the width {width} of the projected {name}, got {_check.shown(heads)}"
+        )
     data = np.swapaxes(x.data.reshape(*batch, length, heads, width // heads), -3, -2)
     return Operand(data, x.dtype, x.wrap)
