@@ -80,7 +80,7 @@ CALLS: dict[str, Call] = {
     "Sampler.admit": Call(lambda **call: hw.Sampler(V).admit(**call), {}),
     "Sampler.step": Call(lambda **call: sampler().step(**call), {"logits": LOGITS[:1]}),
     "Sampler.retire": Call(lambda **call: sampler().retire(**call), {"handle": 0}),
-    "attention_map": Call(lambda **call: drawing().attention_map(**call), {"weights": X}),
+    "attention_map": Call(lambda **call: drawing().attention_map(**call), {"weights": np.abs(X)}),
     "filter_stages": Call(lambda **call: drawing().filter_stages(**call), {"explanation": hw.explain(LOGITS[0])}),
     "set_num_threads": Call(hw.set_num_threads, {"n": hw.get_num_threads()}),
 }

@@ -6,10 +6,10 @@ bits. No framework is imported here: a framework that made an array is in ``sys.
 
 from __future__ import annotations
 
-import operator
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from . import _native
 
 FLOATING = ("float64", "float32", "float16", "bfloat16")
 _NAMES = {np.dtype(name): name for name in FLOATING[:3]}
+_OWN = _NAMES | {np.dtype(code): np.dtype(code).name for code in "?bBhHiIlL"}
 _STORAGE = {name: np.dtype(np.uint16 if name == "bfloat16" else name) for name in FLOATING}
 _CPU = (1, 3)  # DLPack's kDLCPU and kDLCUDAHost: memory that the processor can read
 _DEEPEST = 32  # how deep lists may be nested: as many axes as every NumPy has
@@ -66,32 +67,34 @@ def unwrap(x: Any, name: str) -> Operand:
     if dtype not in FLOATING:
         if data.dtype.kind not in "iu" and not (data.size == 0 and isinstance(x, (list, tuple))):
             one_of = f"one of {', '.join(FLOATING)}" if data.dtype.kind == "f" else "floating-point numbers"
-            raise TypeError(f"{name}: expected {one_of}, got {kind(data)}{_cure(x, name) if data.ndim else ''}")
+            raise TypeError(f"{name}: expected {one_of}, got {held(data, dtype)}{_cure(x, name) if data.ndim else ''}")
         data, dtype = data.astype(np.float64), "float64"
     return Operand(_addressable(data), dtype, wrap)
 
 
 def plain(x: Any, name: str) -> tuple[NDArray[Any], str]:
-    """Take any array in as NumPy sees it, for masks, positions, lengths and ids, and say what it holds.
+    """Take any array in as NumPy sees it, for masks, positions, lengths and ids, and name its type.
 
     NumPy has no bfloat16: those numbers come as float32, which has them all.
     """
+    if type(x) is np.ndarray and (dtype := _OWN.get(x.dtype)):  # the common case
+        return _addressable(x), dtype
     data, dtype, _ = _taken(x, name)
     if dtype == "bfloat16":
         return Operand(data, dtype, as_bits).astype("float32"), dtype
-    return _addressable(data), kind(data)
+    return _addressable(data), dtype
 
 
-def kind(data: NDArray[Any]) -> str:
-    """Return what an array holds, as an error message says it."""
+def held(data: NDArray[Any], dtype: str) -> str:
+    """Return what an array of this type holds, as an error message says it."""
     if data.dtype.kind in "US":
         return "text"
     if data.dtype.kind == "O" and not data.ndim:  # no array at all
         item = data.item()
         return "None" if item is None else "dict" if isinstance(item, Mapping) else type(item).__name__
     if data.dtype.kind == "O" and all(type(item) is int for item in data.flat):
-        return TOO_LARGE if any(not -(2**63) <= item < 2**63 for item in data.flat) else "object"
-    return data.dtype.name
+        return TOO_LARGE if any(not -(2**63) <= item < 2**63 for item in data.flat) else dtype
+    return dtype
 
 
 def dtype_name(x: Any) -> str:
@@ -138,20 +141,27 @@ def _taken(x: Any, name: str, floating: bool = False) -> tuple[NDArray[Any], str
     """
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected a plain array, got a masked one, whose mask would be lost; pass it apart")
+    is_bits = False
     wrap: Wrap = as_numpy
     if isinstance(x, np.ndarray):
-        data, dtype = np.asarray(x), x.dtype.name
+        data = np.asarray(x)
     elif isinstance(x, (list, tuple)):
         data = _listed(x, name)
-        dtype = data.dtype.name
     else:
-        data, dtype, wrap = _foreign(x, name, floating)
-    if data.dtype.type.__module__ != "numpy":  # a type of ml_dtypes
+        data, is_bits, wrap = _foreign(x, name, floating)
+    dtype, is_numpy = ("bfloat16", True) if is_bits else _type(data.dtype)
+    if not is_numpy:
         if dtype != "bfloat16":
             cure = _cure(x, name) if floating else ""
             raise TypeError(f"{name}: expected one of NumPy's types, or bfloat16, got {dtype}{cure}")
         data = data.view(np.uint16)
     return data, dtype, wrap
+
+
+@lru_cache(256)  # which is faster than asking
+def _type(dtype: np.dtype[Any]) -> tuple[str, bool]:
+    """Return a type's name, and whether it is one of NumPy's; the others are those of ml_dtypes."""
+    return dtype.name, dtype.type.__module__ == "numpy"
 
 
 def _listed(x: list[Any] | tuple[Any, ...], name: str) -> NDArray[Any]:
@@ -193,20 +203,26 @@ def readable(x: Sequence[Any], name: str, leaves: set[type] | None = None, depth
     return rows
 
 
-def _foreign(x: Any, name: str, floating: bool) -> tuple[NDArray[Any], str, Wrap]:
-    """Take in what is neither an array of NumPy's nor a list: another library's memory, or what NumPy makes of it."""
-    is_torch = isinstance(x, getattr(sys.modules.get("torch"), "Tensor", ()))
-    makers = ["torch"] if is_torch else [base.__module__.partition(".")[0] for base in type(x).__mro__]
+def _foreign(x: Any, name: str, floating: bool) -> tuple[NDArray[Any], bool, Wrap]:
+    """Take in what is neither an array of NumPy's nor a list: another library's memory, or what NumPy makes of it.
+
+    Returns the array, whether it holds bfloat16 as bits, and how to wrap a result.
+    """
+    tensor: Any = getattr(sys.modules.get("torch"), "Tensor", ())
     try:
-        expected = _torch_expected(x, name) if is_torch else _jax_expected(x)
-        if expected is None and not (hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__")):
-            data = np.empty((), object) if isinstance(x, Mapping) else np.asarray(x)
+        if isinstance(x, tensor):
+            if (expected := _torch_expected(x, name)) is None:
+                return *_from_dlpack((x.detach() if x.requires_grad else x).resolve_neg()), _as_torch
+        elif (expected := _jax_expected(x)) is None:
             if isinstance(x, Mapping):  # no sequence of its values, nor an empty one
-                data[()] = x
-            return data, data.dtype.name, as_numpy
-        if expected is None and _device(x) in _CPU:
-            data, dtype = _from_dlpack(x.detach().resolve_neg() if is_torch else x)
-            return data, dtype, next((_KINDS[maker] for maker in makers if maker in _KINDS), as_numpy)
+                return _object(x), False, as_numpy
+            if not (hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__")):
+                return np.asarray(x), False, as_numpy
+            device: Any = x.__dlpack_device__()
+            if device[0] in _CPU:
+                makers = (base.__module__.partition(".")[0] for base in type(x).__mro__)
+                return *_from_dlpack(x), next((_KINDS[maker] for maker in makers if maker in _KINDS), as_numpy)
+            expected = _ON_THE_CPU
     except MemoryError:
         raise
     except Exception as error:
@@ -214,31 +230,31 @@ def _foreign(x: Any, name: str, floating: bool) -> tuple[NDArray[Any], str, Wrap
         raise TypeError(
             f"{name}: expected an array that can be read, got {type(x).__name__} ({reason:.100}){cure}"
         ) from error
-    raise TypeError(f"{name}: expected {expected or _ON_THE_CPU}")
+    raise TypeError(f"{name}: expected {expected}")
 
 
 _ON_THE_CPU = "an array in CPU memory, got one on another device; copy it to the CPU"
 
 
-# Through functions that torch.compile cannot look into: it would compute with tensors that hold nothing.
-def _device(x: Any) -> int:
-    """Return the kind of device that an array is on, as DLPack numbers them."""
-    place: Any = _native.untraced(operator.methodcaller("__dlpack_device__"), x)
-    return int(place[0])
+def _object(x: Any) -> NDArray[Any]:
+    array = np.empty((), object)
+    array[()] = x
+    return array
 
 
-def _from_dlpack(x: Any) -> tuple[NDArray[Any], str]:
+def _from_dlpack(x: Any) -> tuple[NDArray[Any], bool]:
+    # By functions that torch.compile cannot look into: it would compute with tensors that hold nothing.
     if dtype_name(x) == "bfloat16":
-        return _native.bfloat16_bits(x), "bfloat16"
+        return _native.bfloat16_bits(x), True
     data: Any = _native.untraced(np.from_dlpack, x)
-    return data, data.dtype.name
+    return data, False
 
 
 def _torch_expected(x: Any, name: str) -> str | None:
     """Say what was expected instead of a tensor of torch's that cannot be read, or that would lose its gradient."""
     _hide_from_dynamo()
     torch = sys.modules["torch"]
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return _ON_THE_CPU
     own = type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # else it stands for others, or for none
     try:
@@ -350,4 +366,4 @@ def _as_jax(data: NDArray[Any], dtype: str) -> Any:
     return sys.modules["jax"].numpy.asarray(as_numpy(data, dtype))
 
 
-_KINDS: dict[str, Wrap] = {"torch": _as_torch, "jaxlib": _as_jax, "jax": _as_jax}
+_KINDS: dict[str, Wrap] = {"jaxlib": _as_jax, "jax": _as_jax}

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ._arrays import TOO_LARGE, dtype_name, plain, unrepeated, unwrap
+from ._arrays import TOO_LARGE, dtype_name, held, plain, unrepeated, unwrap
 
 Shape = tuple[int, ...]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -122,7 +122,7 @@ def number(
 ) -> float:
     """Return x as a float greater than ``above`` that is still so, and finite, in the type ``within``."""
     given = x
-    if dtype_name(x) and not isinstance(x, np.generic):
+    if not isinstance(x, (float, int, np.generic)) and dtype_name(x):
         array = unwrap(x, name).astype("float64")
         x = array if array.ndim else float(array)
     try:
@@ -180,11 +180,11 @@ def boolean(x: Any, name: str) -> bool:
 
 def mask(x: Any, name: str) -> NDArray[np.bool_]:
     """Return a 0/1 mask as bool. A floating mask that is none is taken for an additive one, and refused."""
-    array, kind = plain(x, name)
+    array, dtype = plain(x, name)
     if array.dtype == np.bool_:
         return array
     if array.dtype.kind not in "iuf":
-        raise TypeError(f"{name}: expected booleans or numbers that are 0 or 1, got {kind}")
+        raise TypeError(f"{name}: expected booleans or numbers that are 0 or 1, got {held(array, dtype)}")
     shape, array = array.shape, unrepeated(array)
     ones = array == 1
     other = ~ones & (array != 0)
@@ -203,11 +203,12 @@ def mask(x: Any, name: str) -> NDArray[np.bool_]:
 
 def whole(x: Any, name: str, expected: str = "integers") -> NDArray[np.integer[Any]]:
     """Return an array of integers as it is; a list or an array without items counts as one of integers."""
-    array, kind = plain(x, name)
-    if array.dtype == object and kind == TOO_LARGE:
-        raise ValueError(f"{name}: expected {expected} below 2^63, got {kind}")
+    array, dtype = plain(x, name)
     if array.dtype.kind not in "iu" and array.size:
-        raise TypeError(f"{name}: expected {expected}, got {kind}")
+        got = held(array, dtype)
+        if got == TOO_LARGE:
+            raise ValueError(f"{name}: expected {expected} below 2^63, got {got}")
+        raise TypeError(f"{name}: expected {expected}, got {got}")
     return array if array.dtype.kind in "iu" else array.astype(np.int64)
 
 

@@ -60,20 +60,19 @@ class Call(NamedTuple):
         return compute_dtype(self.dtype)
 
 
-def with_heads(operand: Operand, given: Any, name: str, expected: str) -> Operand:
-    """Return the operand if it has an axis for the heads."""
-    missing = 3 - operand.data.ndim
-    if missing > 0:
-        raise ValueError(
-            f"{name}: expected shape {expected}, got {operand.data.shape}; add an axis for the heads, "
-            f"`{indexable(given, name)}[{', '.join(['None'] * missing)}]`"
-        )
-    return operand
+def _without_heads(shape: tuple[int, ...], given: Any, name: str, expected: str) -> ValueError:
+    """Return the error of an array that has no axis for the heads."""
+    axes = ", ".join(["None"] * (3 - len(shape)))
+    return ValueError(
+        f"{name}: expected shape {expected}, got {shape}; add an axis for the heads, `{indexable(given, name)}[{axes}]`"
+    )
 
 
 def key_array(k: Any) -> Keys:
     """Take k (..., G, S, D) in."""
-    operand = with_heads(unwrap(k, "k"), k, "k", "(..., G, S, D)")
+    operand = unwrap(k, "k")
+    if operand.data.ndim < 3:
+        raise _without_heads(operand.data.shape, k, "k", "(..., G, S, D)")
     *batch, heads, length, size = operand.data.shape
     return Keys(operand, tuple(batch), heads, length, size)
 
@@ -184,7 +183,9 @@ def prepare(
     of_a_part: bool = False,
 ) -> Call:
     """Check a call of any of the attention functions. k may be Keys, v _NO_VALUES."""
-    query = with_heads(unwrap(q, "q"), q, "q", "(..., H, L, D)")
+    query = unwrap(q, "q")
+    if query.data.ndim < 3:
+        raise _without_heads(query.data.shape, q, "q", "(..., H, L, D)")
     keys = k if type(k) is Keys else key_array(k)
     value = None if v is _NO_VALUES else unwrap(v, "v")
     dtypes = (query.dtype, keys.operand.dtype) if value is None else (query.dtype, keys.operand.dtype, value.dtype)
@@ -232,14 +233,16 @@ def prepare(
 
 def _broadcast_mask(mask: NDArray[Any], scores: tuple[int, ...], given: Any) -> NDArray[Any]:
     """Return the mask for all scores. One (..., L, S) or (..., S) of the batch's items lacks axes in between."""
-    batch = scores[:-3]
-    cure = ""
+    try:
+        return np.broadcast_to(mask, scores)
+    except ValueError:
+        batch, cure = scores[:-3], ""
     for axes in (1, 2):
-        code = f"[{':, ' * len(batch)}{', '.join(['None'] * axes)}]"
         spread = (*batch, *[1] * axes, *mask.shape[len(batch) :])
         if batch and mask.shape[: len(batch)] == batch and len(spread) == len(scores):
+            index = f"[{':, ' * len(batch)}{', '.join(['None'] * axes)}]"
             fits = all(n in (1, whole) for n, whole in zip(spread, scores))
-            cure = f"; a mask per batch item is `{indexable(given, 'mask')}{code}`" if fits else cure
+            cure = f"; a mask per batch item is `{indexable(given, 'mask')}{index}`" if fits else cure
     return _check.broadcast(mask, scores, "mask", "(..., H, L, S)", cure)
 
 

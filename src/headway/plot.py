@@ -44,6 +44,8 @@ def attention_map(weights: Any, tokens: Sequence[str] | None = None, *, columns:
         heads = heads[None]
     if heads.ndim != 3 or heads.size == 0:
         raise ValueError(f"weights: expected shape (H, L, S) or (L, S), none of them 0, got {heads.shape}")
+    if not ((heads >= 0) & (heads < np.inf)).all():
+        raise ValueError("weights: expected numbers from 0 on, as attention_weights gives them, got another")
     count, queries, keys = heads.shape
     if tokens is not None:
         length = len(tokens) if isinstance(tokens, Sequence) and not isinstance(tokens, str) else None
