@@ -216,15 +216,16 @@ def verify_draft(
     seeds, positions = (np.broadcast_to(np.asarray(x, object), lead) for x in (seed, position))
     drafts = np.broadcast_to(n if lengths is None else np.asarray(lengths), lead)
     given = _given(params) | options
-    of_draft = given if draft_params is None else _given(draft_params)
+    of_draft = {
+        name: _of_draft(value, n) if name in ("allowed", "logit_bias") else value
+        for name, value in (given if draft_params is None else _given(draft_params)).items()
+    }
     accepted, following = np.zeros(lead, np.int64), np.zeros(lead, np.int64)
     chain = np.full((*lead, n + 1), -1, np.int64)
     for number, index in enumerate(np.ndindex(lead)):
         length = int(drafts[index])
         draft, stream = tokens[index][:length].tolist(), 0 if np.ndim(seed) else number
-        blocks = [
-            philox(int(seeds[index]), stream, (int(positions[index]) + i) % 2**64) for i in range(length + 1)
-        ]
+        blocks = [philox(int(seeds[index]), stream, (int(positions[index]) + i) % 2**64) for i in range(length + 1)]
         p = _masses_of_places(target, given, index, blocks)
         if drafted is None:
             q: AnyArray = (np.arange(V) == np.array(draft)[:, None]).astype(np.int64)
@@ -239,21 +240,23 @@ def _given(params: Any) -> dict[str, Any]:
     return {} if params is None else {name: getattr(params, name) for name in _DEFAULTS}
 
 
+def _of_draft(value: Any, n: int) -> Any:
+    """What holds one for each of the target's n + 1 places serves the draft too, which has n."""
+    per_place = np.ndim(value) > 1 and np.shape(value)[-2] == n + 1
+    return np.asarray(value)[..., :n, :] if per_place else value
+
+
 def _masses_of_places(
-    logits: AnyArray, options: dict[str, Any], index: tuple[int, ...], blocks: list[tuple[int, int, int, int]]
+    logits: AnyArray, options: dict[str, Any], index: tuple[int, ...], blocks: list[tuple[int, ...]]
 ) -> AnyArray:
     """The masses (len(blocks), V) of a row's first places, in logits (..., places, V)."""
-    *lead, places, V = logits.shape
     own: dict[str, Any] = {}
     for name, value in options.items():
         if name in ("allowed", "logit_bias"):
-            # What holds one for each place of the target serves the draft too, which has one place less.
-            shape = np.shape(value) if not isinstance(value, (set, frozenset)) else ()
-            all_places = (*lead, places + (shape[-2:-1] == (places + 1,)), V)
-            whole = (_mask if name == "allowed" else _bias)(value, all_places)
+            whole = (_mask if name == "allowed" else _bias)(value, logits.shape)
             own[name] = None if whole is None else whole[index][: len(blocks)]
         elif np.ndim(value) and name != "xtc_special_tokens":
-            own[name] = np.broadcast_to(np.asarray(value, object), lead)[index]
+            own[name] = np.broadcast_to(np.asarray(value, object), logits.shape[:-2])[index]
         else:
             own[name] = value
     rows = logits[index][: len(blocks)]
