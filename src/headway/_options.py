@@ -318,7 +318,7 @@ def known_ids(name: str, ids: Array, vocabulary: int) -> Array:
 
 
 def over_rows(name: str, array: Array, shape: tuple[int, ...]) -> Array:
-    """Return an array (..., n) in this shape; leading axes of length 1 beyond those are dropped, as (1, n) for one row."""
+    """Return an array (..., n) in this shape, without leading axes of length 1 that this does not have."""
     own = array
     while own.ndim > len(shape) and own.shape[0] == 1:
         own = own[0]

@@ -167,7 +167,8 @@ def _lengths(lengths: ArrayLike | None, lead: tuple[int, ...], n: int) -> Array:
     if wrong.any():
         at = int(wrong.nonzero()[0][0])
         raise ValueError(
-            f"lengths: expected integers from 0 to {n}, the tokens that draft_tokens has{in_row(at, lead)}, got {own[at]}"
+            f"lengths: expected integers from 0 to {n}, the tokens that draft_tokens has{in_row(at, lead)}, got "
+            f"{own[at]}"
         )
     return own
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import secrets
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -498,7 +498,9 @@ _DEFAULTS: _Settings = {
 }
 
 
-def _rows(logits: AnyArray, params: Any, options: _Settings, blocks: list[tuple[int, ...]] | None = None) -> list[_Row]:
+def _rows(
+    logits: AnyArray, params: Any, options: _Settings, blocks: Sequence[tuple[int, ...]] | None = None
+) -> list[_Row]:
     """Every row of logits (..., V), in C order, with its own settings, taken through the stages.
 
     blocks: the rows' random numbers, where they are not those of seed and position; good for one draw.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -247,7 +248,7 @@ def _of_draft(value: Any, n: int) -> Any:
 
 
 def _masses_of_places(
-    logits: AnyArray, options: dict[str, Any], index: tuple[int, ...], blocks: list[tuple[int, ...]]
+    logits: AnyArray, options: dict[str, Any], index: tuple[int, ...], blocks: Sequence[tuple[int, ...]]
 ) -> AnyArray:
     """The masses (len(blocks), V) of a row's first places, in logits (..., places, V)."""
     own: dict[str, Any] = {}
