@@ -88,9 +88,6 @@ def _above(bound: float, means: float) -> Reading:
     return Reading(math.nextafter(bound, INF), INF, means)
 
 
-_INFINITE = Reading(INF, INF, LARGEST)  # a temperature so high that all tokens that are left are equal
-
-
 _XTC = Step("xtc_probability", equal=True)
 _NATIVE = (
     Step("temperature"),
@@ -127,7 +124,7 @@ DIALECTS = {
             Step("eta_cutoff", "keep"),
         ),
         {
-            "temperature": (Reading(0, 0, None, "use top_k=1, or leave dialect='hf' out"), _INFINITE),
+            "temperature": (Reading(0, 0, None, "use top_k=1, or leave dialect='hf' out"),),
             "top_k": (Reading(0, 0, INF),),
             "top_p": (Reading(0, 0, 0), Reading(1, INF, 1)),
             "typical_p": (Reading(1, INF, 1),),
@@ -157,13 +154,9 @@ DIALECTS = {
             Step("temperature"),
         ),
         {
-            "temperature": (Reading(-INF, 0, 0), _INFINITE),
-            "dynamic_temperature_range": (Reading(-INF, 0, 0), _INFINITE),
-            "dynamic_temperature_exponent": (
-                Reading(-INF, -INF, -LARGEST),
-                Reading(-LARGEST, 0, "itself"),
-                Reading(INF, INF, LARGEST),
-            ),
+            "temperature": (Reading(-INF, 0, 0),),
+            "dynamic_temperature_range": (Reading(-INF, 0, 0),),
+            "dynamic_temperature_exponent": (Reading(-LARGEST, 0, "itself"),),
             "top_n_sigma": _from_0_down("top_n_sigma"),
             "top_k": _from_0_down("top_k"),
             "typical_p": (Reading(-INF, 0, 0), Reading(1, INF, 1)),
@@ -199,7 +192,6 @@ DIALECTS = {
             "top_p": (Reading(-INF, 0, 1), Reading(1, INF, 1)),
             "top_k": _from_0_down("top_k"),
             "xtc_probability": _from_0_down("xtc_probability"),
-            "temperature": (_INFINITE,),
         },
         also=("min_tokens_to_keep", "xtc_special_tokens"),
     ),
