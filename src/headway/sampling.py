@@ -95,7 +95,8 @@ class SamplingParams:
     min_tokens_to_keep: at least 1. Every stage leaves so many tokens, where there are so many.
     allowed: which tokens may be drawn: a bool array (..., V), an int32 or uint32 array (..., ceil(V / 32)) with
         token 0 in the lowest bit of the first word, or a list, tuple, set or int64 array of ids. An int32 or uint32
-        array is always a packed mask, never ids.
+        array is always a packed mask, never ids. (1, ceil(V / 32)), as grammar libraries allocate it, will do for a
+        lone row.
     logit_bias: added to the logits before all else: an array (V,) or (..., V), or a dict {id: bias}; -inf bans.
     ties: "lowest_id", exactly k tokens; "keep", also all tokens equal to the k-th.
     nucleus: "after_top_k" measures top_p over what top_k left, "joint" over all tokens that are not banned.

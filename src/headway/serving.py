@@ -189,7 +189,8 @@ class Sampler:
 
         allowed is for this step alone, such as a grammar's: which tokens each row may draw, of those that its params
         allow. A bool array (rows, V); an int32 or uint32 array (rows, ceil(V / 32)) with token 0 in the lowest bit of
-        the first word, as grammar libraries fill it; or a list with, for each row, such a mask, ids, or None.
+        the first word, as grammar libraries fill it; or a list with, for each row, such a mask, (W,) or (1, W), ids, or
+        None.
 
         >>> import headway as hw
         >>> sampler = hw.Sampler(4)
