@@ -387,8 +387,8 @@ class _Run:
 
     def spared(self) -> Array:
         """Return the tokens that xtc leaves in."""
-        ids = np.array(self.settings["xtc_special_tokens"] or (), np.int64)
-        return known_ids("xtc_special_tokens", ids, self.vocabulary)
+        ids = self.settings["xtc_special_tokens"]
+        return _NO_IDS if ids is None else known_ids("xtc_special_tokens", np.array(ids), self.vocabulary)
 
     def fail(self, status: Array, draws: int = 1) -> None:
         """Raise what the kernel found in the first row that has a fault."""
@@ -416,6 +416,7 @@ class _Run:
         raise ValueError(f"{name}: expected at least one token that is not banned{where}, got none; allow one")
 
 
+_NO_IDS = np.empty(0, np.int64)
 # The numbers that stages take, and which of them those do that take another than the one they are named after.
 _NUMBERS = (*OFF, "dynamic_temperature_exponent", "xtc_threshold", "min_tokens_to_keep")
 _VALUES = {
