@@ -109,11 +109,11 @@ def test_generate_refuses(run: Any, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "tiny")
     model = ["--model", tmp_path / "tiny"]
     refused(run("generate", "a", "--model", tmp_path / "none"), "none: no such folder")
-    refused(run("generate", "a" * 64, *model), "prompt: expected less than 64 tokens")
-    refused(run("generate", "a", *model, "--temperature", -1), "temperature")
-    refused(run("generate", "a", *model, "--top-p", 0), "top_p")
-    refused(run("generate", "a", *model, "--seed", -1), "seed")
-    refused(run("generate", "a", *model, "--max-tokens", -1), "max_tokens")
+    refused(run("generate", "a" * 64, *model), "PROMPT: expected less than 64 tokens")
+    refused(run("generate", "a", *model, "--temperature", -1), "--temperature: expected")
+    refused(run("generate", "a", *model, "--top-p", 0), "--top-p: expected")
+    refused(run("generate", "a", *model, "--seed", -1), "--seed: expected")
+    refused(run("generate", "a", *model, "--max-tokens", -1), "--max-tokens: expected")
     refused(run("generate", "a", *model, "--max-tokens", "many"), "--max-tokens: invalid int value: 'many'")
     refused(run("generate", *model, stdin=b"\xff\xfe"), "standard input: expected UTF-8 text")
     (tmp_path / "tiny" / "model.safetensors").write_bytes(b"not this")
@@ -273,8 +273,8 @@ def test_sample_refuses_files(run: Any, tmp_path: Path) -> None:
     refused(run("sample", tmp_path), "Is a directory")
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     refused(run("sample", tmp_path / "objects.npy"), "objects.npy: expected .npy, .npz or JSON: Object arrays")
-    refused(run("sample", "-", "--position", -1, stdin=b"[1, 2]"), "position")
-    refused(run("sample", "-", "--top-k", 0, stdin=b"[1, 2]"), "top_k")
+    refused(run("sample", "-", "--position", -1, stdin=b"[1, 2]"), "--position: expected")
+    refused(run("sample", "-", "--top-k", 0, stdin=b"[1, 2]"), "--top-k: expected .*; leave --top-k out")
 
 
 # ---------------------------------------------------------------------------------------------------- attend
@@ -379,13 +379,13 @@ def test_attend_refuses(run: Any, qkv: Path, tmp_path: Path) -> None:
         return run("attend", "-", "--num-heads", 2, stdin=json.dumps(arrays).encode())
 
     refused(run("attend", qkv), "required: --num-heads")
-    refused(run("attend", qkv, "--num-heads", 3), "num_heads")
+    refused(run("attend", qkv, "--num-heads", 3), "--num-heads: expected")
     refused(run("attend", qkv, "--num-heads", 2, "--window", 1, "many"), "--window: invalid")
     refused(run("attend", qkv, "--num-heads", 2, "-o", tmp_path / "out.txt"), "ends in .json, .npy or .npz")
     refused(run("attend", qkv, "--num-heads", 2, "-o", tmp_path / "no" / "out.npy"), "No such file or directory")
     refused(run("attend", tmp_path / "none.json", "--num-heads", 2), "none.json: No such file")
     refused(run("attend", "-", "--num-heads", 2, stdin=b"[[1, 2]]"), "expected an object or .npz with arrays")
-    refused(attend(q=Q, k=K), "-: expected arrays q, k and v, got no v")
+    refused(attend(q=Q, k=K), "standard input: expected arrays q, k and v, got no v")
     refused(attend(q=Q, k=K, v=V, wq=V), "array 'wq': expected one of q, k, v, w_q")
     refused(attend(q=Q, k=[[1, 2]], v=V), "k")
     refused(attend(q=[["a"]], k=K, v=V), "q")
@@ -449,7 +449,7 @@ def test_explain_refuses(run: Any, tmp_path: Path) -> None:
     refused(run("explain", tmp_path / "row.json", "--prompt", "a"), "expected FILE or --prompt, one of the two")
     refused(run("explain", tmp_path / "row.json", "--model", tmp_path), "--model: expected none beside FILE")
     refused(run("explain", tmp_path / "rows.json"), "logits: expected one row")
-    refused(run("explain", tmp_path / "row.json", "--why", 99), "token: expected an integer from 0 to")
+    refused(run("explain", tmp_path / "row.json", "--why", 99), "--why: expected an integer from 0 to")
     refused(run("explain", tmp_path / "none.json"), "none.json: No such file")
     refused(run("explain", "--prompt", "a", "--model", tmp_path / "none"), "none: no such folder")
 

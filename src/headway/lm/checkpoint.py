@@ -427,9 +427,10 @@ class _Tensors:
                     other = self._stored[name].path.name
                     raise ValueError(f"{path}: tensor {name!r}: expected in one file, got it in {other} as well")
                 self._stored[name] = stored
-        for name in index.values if index else ():
-            if name not in self._stored:
-                raise index.error(name, "the file that holds this tensor")
+        if index:
+            for name in index.values:
+                if name not in self._stored:
+                    raise index.error(name, "the file that holds this tensor")
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored
@@ -536,8 +537,12 @@ def _read_tokenizer(folder: Path, config: Config) -> Tokenizer:
         # Some files carry the settings of a training run, which would cut prompts without a word.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokens = tokenizer.encode("Aa 1.\né日").ids  # a part that breaks does so at most texts: here, and not later
-        tokenizer.decode(tokens)
+        # A part that panics does so with most texts: better here than later.
+        try:
+            tokens = tokenizer.encode("Aa 1.\né日").ids
+            tokenizer.decode(tokens)
+        except Exception:
+            tokens = []  # a text beyond its vocabulary, which may be all right
     # A vocabulary smaller than the model's is common: embeddings are padded to a round size.
     last = max(chain(tokenizer.get_vocab().values(), tokens), default=-1)  # a template may add ids of its own
     if last >= config.vocab_size:
