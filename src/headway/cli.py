@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -125,9 +126,9 @@ def _language_model(arguments: argparse.Namespace) -> Iterator[Any]:
     """Load the model, and say what is refused meanwhile in the words of the command line."""
     import headway.lm
 
+    if arguments.model == "":
+        raise ValueError("--model: expected a folder, got an empty name")
     with _without_panics(), _as_typed(arguments, arguments.model or "the model that ships"):
-        if arguments.model == "":
-            raise ValueError("--model: expected a folder, got an empty name")
         yield headway.lm.load(arguments.model)
 
 
@@ -148,7 +149,8 @@ def _attend(arguments: argparse.Namespace) -> None:
     for name in arrays:
         if name not in _INPUTS + _OPTIONAL_INPUTS:
             known = ", ".join(_INPUTS + _OPTIONAL_INPUTS)
-            raise ValueError(f"{label}: array {name!r}: expected one of {known}")
+            raise ValueError(f"{label}: array {reprlib.repr(name)}: expected one of {known}")
+        arrays[name] = _numbers(f"{label}: {name}", arrays[name])
     options = {name: getattr(arguments, name) for name in _ATTENTION_OPTIONS}
     q, k, v = (arrays.pop(name) for name in _INPUTS)
     with _as_typed(arguments, label):
@@ -239,31 +241,54 @@ def _read(name: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # NumPy's, about files of Python 2
             if data.startswith(b"\x93NUMPY"):
-                return np.load(io.BytesIO(data), allow_pickle=False)
+                return _bounded(np.load(io.BytesIO(data), allow_pickle=False))
             if data.startswith(b"PK"):
                 with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                     return _unpack(arrays)
         return _json.loads(data)
     except Exception as error:  # of a dozen kinds, which the readers' authors did not expect either
-        said = str(error) or type(error).__name__
+        said = str(error)[:300] or type(error).__name__
         raise ValueError(f"{_label(name)}: expected .npy, .npz or JSON: {said}") from None
 
 
 def _unpack(arrays: Any) -> dict[str, Any]:
     """Read all arrays of an .npz: each name once, and no more than this machine has memory for."""
+    import numpy as np
+
     if len(set(arrays.files)) < len(arrays.files):
         raise ValueError("expected each array once, got one twice")
     size = sum(member.file_size for member in arrays.zip.infolist())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:  # a few kilobytes can hold them
         raise ValueError(f"expected at most the {memory:,} bytes of this machine's memory, got {size:,}")
-    return dict(arrays)
+    return {name: _bounded(np.asarray(arrays[name])) for name in arrays.files}
+
+
+def _bounded(array: Any) -> Any:
+    """Refuse a shape that takes no memory, and for ever to go through."""
+    if array.size == 0 and max(array.shape) > 2**24:
+        raise ValueError(f"expected an array with elements, got shape {array.shape}")
+    return array
+
+
+def _numbers(name: str, value: Any) -> Any:
+    """Make an array of what JSON has for one; null stays what it is, none."""
+    import numpy as np
+
+    try:
+        array = None if value is None else np.asarray(value)
+    except ValueError:
+        array = np.empty(0, object)  # lists of unequal lengths
+    if array is not None and array.dtype.kind not in "biuf":
+        raise ValueError(f"{name}: expected numbers in nested lists of equal lengths, got {reprlib.repr(value)}")
+    return array
 
 
 def _read_logits(name: str) -> Any:
     logits = _read(name)
     if isinstance(logits, dict):
-        raise ValueError(f"{_label(name)}: expected one array of logits, got an object of {sorted(logits)}")
+        keys = reprlib.repr(sorted(logits))
+        raise ValueError(f"{_label(name)}: expected one array of logits, got an object of {keys}")
     return logits
 
 
@@ -378,16 +403,15 @@ def _as_typed(arguments: argparse.Namespace, source: str) -> Iterator[None]:
 
     def typed(message: str) -> str:
         name, colon, rest = message.partition(":")
-        rest = re.sub(r"\b[a-z]+(_[a-z]+)+\b", lambda found: flags.get(found[0], found[0]), rest)
-        if name not in flags:
-            named = message.startswith(str(Path(source)))
-            return name + colon + rest if named else f"{source}: {name}{colon}{rest}"
-        if name == "window":
-            rest = rest.replace("None", "none")
-        # Nobody can type None: what it does is done by leaving the flag out.
+        flag = flags.get(name)
+        # Nobody can type code, nor None: what it does is done by leaving the flag out.
         said, *cures = rest.replace(" or None", "").split("; ")
-        cures = [f"leave {flags[name]} out" if "None" in cure else cure for cure in cures]
-        return "; ".join([f"{flags[name]}:{said}", *cures])
+        cures = [f"leave {flag} out" if flag and "None" in cure else cure for cure in cures]
+        rest = "; ".join([said, *(cure for cure in cures if not re.search(r"\bnp\.|\w[\[(]", cure))])
+        rest = re.sub(r"\b[a-z]+(_[a-z]+)+\b", lambda found: flags.get(found[0], found[0]), rest)
+        if flag:
+            return f"{flag}:{rest}"
+        return f"{name}{colon}{rest}" if name.startswith(str(Path(source))) else f"{source}: {name}{colon}{rest}"
 
     try:
         yield

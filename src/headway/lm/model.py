@@ -163,9 +163,8 @@ class Model:
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f"prompt: expected text, got half a character, {prompt[error.start]!r}, at {error.start}"
-            ) from None
+            surrogate = f"{prompt[error.start]!r} at {error.start}"
+            raise ValueError(f"prompt: expected text that UTF-8 can write, got a lone surrogate, {surrogate}") from None
         with tokenizer_errors("tokenizer.json: cannot encode the prompt"):
             ids: list[int] = self.tokenizer.encode(prompt).ids
         return ids
