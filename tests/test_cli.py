@@ -549,7 +549,18 @@ def test_a_small_file_does_not_fill_the_memory(run: Any, tmp_path: Path, monkeyp
 
 def test_names_that_the_system_refuses(run: Any, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    for name in ("", "nul\0nul", "\ud800", "\udcff", "a" * 5000, "folder", "none", "/proc/self/mem", "esc\x1b[31m"):
+    for name in (
+        "",
+        "nul\0nul",
+        "\ud800",
+        "\udcff",
+        "a" * 5000,
+        "folder",
+        "none",
+        "/proc/self/mem",
+        "/dev/zero",
+        "esc\x1b[31m",
+    ):
         path = str(tmp_path / name) if name in ("folder", "none") else name
         for command in (("sample", path), ("explain", path), ("attend", path, "--num-heads", 1)):
             status, out, err = run(*command)

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import reprlib
+import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -236,6 +237,8 @@ def _read(name: str) -> Any:
             data = sys.stdin.buffer.read()
         else:
             with open(name, "rb") as file:
+                if stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty():
+                    raise ValueError("expected a file, got a device, which may have no end")
                 data = file.read()
     try:
         with warnings.catch_warnings():

@@ -39,8 +39,11 @@ def load(path: str | PathLike[str] | None = None) -> Model:
 
     Raises:
         FileNotFoundError: a folder or file that is not there.
-        ValueError: a file that is broken, a tensor that is missing or has another shape, an architecture that is
-            not Llama's; the message says which and where. OSError: what the system refuses.
+        NotADirectoryError: a file instead of a folder.
+        ValueError: a file that is broken, a tensor that is missing, has another shape or is in two files, an
+            architecture that is not Llama's, or a setting of config.json that would change the numbers and is not
+            computed here (a sliding window, is_causal: false, quantization_config, ...); the message says which and
+            where.
 
     >>> import headway.lm
     >>> model = headway.lm.load()
