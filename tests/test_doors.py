@@ -177,6 +177,7 @@ OPTIONS: dict[str, tuple[list[str], list[float]]] = {
     "eta_cutoff": (AS_FLOATS, [0, 1]),
     "xtc_probability": (AS_FLOATS, [1, 0]),
     "xtc_threshold": (AS_FLOATS, [0, 1]),
+    "xtc_special_tokens": (WHOLE, [1, 3]),
     "min_tokens_to_keep": (WHOLE, [1, 3]),
     "seed": (WHOLE, [1, 2]),
     "position": (WHOLE, [1, 2]),
@@ -187,6 +188,7 @@ OPTIONS: dict[str, tuple[list[str], list[float]]] = {
 BESIDE: dict[str, dict[str, Any]] = {
     "dynamic_temperature_exponent": {"dynamic_temperature_range": 1.0},
     "xtc_threshold": {"xtc_probability": 1.0},
+    "xtc_special_tokens": {"xtc_probability": 1.0, "xtc_threshold": 0.0},
     "min_tokens_to_keep": {"top_k": 1},
 }
 
@@ -216,7 +218,7 @@ def stepped(logits: Any = LOGITS, allowed: Any = None, **admitted: Any) -> Any:
 for name, (takes, good) in OPTIONS.items():
     rest = {} if name in ("seed", "uniform") else {"seed": 3}
     rest |= BESIDE.get(name, {})
-    for value in [good] if name in ("allowed", "logit_bias") else [good, good[0]]:
+    for value in [good] if name in ("xtc_special_tokens", "allowed", "logit_bias") else [good, good[0]]:
         door(all_of, name, takes, value, "sampling", logits=LOGITS, **rest)
         door(of_params, name, takes, value, "SamplingParams", **rest)
     if name != "uniform":
@@ -234,6 +236,7 @@ for name, takes, good in (
     ("target_logits", AS_FLOATS, LOGITS),
     ("draft_logits", AS_FLOATS, LOGITS[:1]),
     ("draft_tokens", WHOLE, [1]),
+    ("lengths", WHOLE, 1),
 ):
     chain = {"target_logits": LOGITS, "draft_logits": LOGITS[:1], "draft_tokens": [1], "seed": 1}
     door(hw.verify_draft, name, takes, good, **chain)
