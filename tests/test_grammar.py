@@ -109,15 +109,8 @@ def arguments(name: str) -> list[str]:
 # Bad values -----------------------------------------------------------------------------------------------------------
 
 
-class Lies:
-    """Says that it is an array; what it then hands over is none."""
-
-    def __init__(self, **attributes: Any) -> None:
-        for name, value in attributes.items():
-            setattr(type(self), name, value)
-
-
 def lying(**attributes: Any) -> Any:
+    """Make an object that says it is an array, a number or a list; what it then hands over is none."""
     return type("Lying", (), attributes)()
 
 
@@ -206,6 +199,8 @@ NO_ARRAYS: dict[str, Callable[[], Any]] = {
     "a raising __eq__": lambda: lying(__eq__=raising(OSError("no")), __hash__=lambda _: 1),
     "a raising __repr__": lambda: lying(__repr__=raising(OSError("no"))),
     "a raising __iter__": lambda: lying(__iter__=raising(OSError("no"))),
+    "a list that cannot be read": lambda: type("Lying", (list,), {"__iter__": raising(OSError("no"))})([1.0]),
+    "a tuple that cannot be read": lambda: type("Lying", (tuple,), {"__iter__": raising(OSError("no"))})([1.0]),
     "a consumed capsule": consumed,
 }
 NUMBERS: dict[str, Callable[[], Any]] = {

@@ -182,6 +182,8 @@ def readable(x: Sequence[Any], name: str, leaves: set[type] | None = None, depth
 
     leaves takes up the types of the numbers in them.
     """
+    if type(x) not in (list, tuple):
+        x = _items(x, name)
     kinds = set(map(type, x))
     if leaves is not None:
         leaves |= kinds & _SCALARS
@@ -201,6 +203,14 @@ def readable(x: Sequence[Any], name: str, leaves: set[type] | None = None, depth
                 data = Operand(data, dtype, as_bits).astype("float32")
             rows.append(data if data.ndim else item if dtype == "object" else data[()])
     return rows
+
+
+def _items(x: Sequence[Any], name: str) -> list[Any]:
+    """Return what is in a list of another class, which may do anything when it is gone through."""
+    try:
+        return list(x)
+    except Exception as error:
+        raise TypeError(f"{name}: expected an array that can be read, got {type(x).__name__}") from error
 
 
 def _foreign(x: Any, name: str, floating: bool) -> tuple[NDArray[Any], bool, Wrap]:
