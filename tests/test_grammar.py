@@ -336,8 +336,8 @@ def test_an_argument_that_there_is_not(name: str) -> None:
     makes = {"KVCache": cache, "Sampler": sampler}
     this = [makes[name.partition(".")[0]]()] if "self" in inspect.signature(function).parameters else []
     good, known = CALLS[name].good, arguments(name)
-    wrong, says = UNKNOWN.get(name, ("colour", "Expected one of "))
-    with pytest.raises(TypeError, match=rf"^{wrong}: no such (argument|penalty)") as caught:
+    wrong, says = UNKNOWN.get(name, ("colour", "expected one of "))
+    with pytest.raises(TypeError, match=rf"^{wrong}: no such (option|penalty); expected one of ") as caught:
         function(*this, **good, **{wrong: 1})
     assert says in str(caught.value)
     listed = Penalties.__annotations__ if "penalty" in str(caught.value) else known
@@ -364,7 +364,7 @@ def test_penalties_that_are_given_to_sampling(name: str) -> None:
     call = CALLS[name]
     for wrong in ("repetition_penalty", "repeat_penalty", "frequency_penalty", "presence", "dry_multiplier"):
         with pytest.raises(
-            TypeError, match=rf"^{wrong}: no such argument; penalties are options of penalize"
+            TypeError, match=rf"^{wrong}: no such option; expected one of .*; penalties are options of penalize"
         ) as caught:
             call.function(**call.good, **{wrong: 1.2})
         code = re.findall(r"`(.+)`", str(caught.value))[0]
@@ -376,11 +376,13 @@ def test_options_of_a_text() -> None:
     from headway import lm
 
     model = lm.load()
-    with pytest.raises(TypeError, match=r"^topk: no such option; did you mean 'top_k'\? Expected one of .*max_tokens"):
+    with pytest.raises(
+        TypeError, match=r"^topk: no such option; expected one of .*max_tokens.*; did you mean 'top_k'\?"
+    ):
         model.generate("In", topk=3)
-    with pytest.raises(TypeError, match=r"^max_token: no such option; did you mean 'max_tokens'\?"):
+    with pytest.raises(TypeError, match=r"^max_token: no such option; .*; did you mean 'max_tokens'\?"):
         model.generate("In", max_token=3)
-    with pytest.raises(TypeError, match=r"^repetition_penalty: no such option; penalties are options of penalize"):
+    with pytest.raises(TypeError, match=r"^repetition_penalty: no such option; .*; penalties are options of penalize"):
         model.generate("In", repetition_penalty=1.2)
 
 

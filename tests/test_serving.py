@@ -202,7 +202,7 @@ BAD_PENALTIES = [
     ({"dry_base": 0.9}, ValueError, r"^dry_base: expected a finite number >= 1"),
     ({"dry_allowed_length": 0}, ValueError, r"^dry_allowed_length: expected an integer >= 1"),
     ({"dry_breakers": [4]}, ValueError, r"^dry_breakers: expected integers from 0 to 3, got 4"),
-    ({"frequncy": 1}, TypeError, r"^frequncy: no such penalty; did you mean 'frequency'"),
+    ({"frequncy": 1}, TypeError, r"^frequncy: no such penalty; expected one of repetition"),
     ({"logits": 1.0}, ValueError, r"^logits: expected an array"),
 ]
 
@@ -739,7 +739,7 @@ BAD_ROWS = [
     ({"prompt_tokens": [0.5]}, TypeError, r"^prompt_tokens: expected integers"),
     ({"frequency": [1.0]}, ValueError, r"^frequency: expected one value for the row"),
     ({"repetition": 0}, ValueError, r"^repetition: expected"),
-    ({"presense": 1}, TypeError, r"^presense: no such penalty; did you mean"),
+    ({"presense": 1}, TypeError, r"^presense: no such penalty; expected one of"),
     (
         {"temperature": 0.5},
         TypeError,

@@ -182,8 +182,7 @@ def readable(x: Sequence[Any], name: str, leaves: set[type] | None = None, depth
 
     leaves takes up the types of the numbers in them.
     """
-    if type(x) not in (list, tuple):
-        x = _items(x, name)
+    x = items(x, name)
     kinds = set(map(type, x))
     if leaves is not None:
         leaves |= kinds & _SCALARS
@@ -205,10 +204,10 @@ def readable(x: Sequence[Any], name: str, leaves: set[type] | None = None, depth
     return rows
 
 
-def _items(x: Sequence[Any], name: str) -> list[Any]:
-    """Return what is in a list of another class, which may do anything when it is gone through."""
+def items(x: Sequence[Any], name: str) -> Sequence[Any]:
+    """Return a list or tuple as one of Python's own: those of other classes may do anything when they are read."""
     try:
-        return list(x)
+        return x if type(x) in (list, tuple) else list(x)
     except Exception as error:
         raise TypeError(f"{name}: expected an array that can be read, got {type(x).__name__}") from error
 

@@ -51,7 +51,7 @@ def _misfit(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[s
     if inspect.Parameter.VAR_KEYWORD not in kinds:
         for name in kwargs:
             if name not in parameters:
-                return no_such(name, kwargs[name], "argument", parameters)
+                return no_such(name, kwargs[name], "option", parameters)
     if not own:
         return None
     places = [name for name, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
@@ -75,12 +75,12 @@ def no_such(name: str, value: Any, what: str, known: Iterable[str]) -> str:
     """Say that there is no such option, which one was meant, and which there are."""
     known = list(known)
     near = difflib.get_close_matches(name, known, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    hint = f"; did you mean {near[0]!r}?" if near else ""
     stem = name.removesuffix("_penalty").replace("repeat", "repetition")
     if stem in _PENALTIES and stem not in known:
         call = f"hw.penalize(logits, token_ids, {stem}={shown(value)})"
-        hint = f"; penalties are options of penalize and Sampler.admit, `{call}`."
-    return f"{name}: no such {what}{hint} Expected one of {', '.join(known)}"
+        hint = f"; penalties are options of penalize and Sampler.admit, `{call}`"
+    return f"{name}: no such {what}; expected one of {', '.join(known)}{hint}"
 
 
 def shown(value: Any) -> str:
@@ -95,7 +95,7 @@ def shown(value: Any) -> str:
         return f"a string of {len(value)} characters"
     if value is None or isinstance(value, (str, bool, int, float)):
         return repr(value)
-    if isinstance(value, tuple) and len(value) <= 4 and all(type(item) in (int, float, NoneType) for item in value):
+    if type(value) is tuple and len(value) <= 4 and all(type(item) in (int, float, NoneType) for item in value):
         return f"({', '.join(map(shown, value))}{',' if len(value) == 1 else ''})"
     if isinstance(value, Mapping):
         return "dict"

@@ -166,6 +166,7 @@ def _allowed(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array
         value = list(value)
     cure = ""
     if isinstance(value, (list, tuple)):
+        value = _arrays.items(value, name)
         kinds = set(map(type, value))
         if kinds & _BOOLEANS and kinds - _BOOLEANS:  # NumPy would take True for 1
             raise TypeError(f"{name}: expected a mask of booleans, or ids, got a mixture; give one of them")
@@ -216,7 +217,7 @@ def _logit_bias(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Ar
         keys = Integers("token ids as keys", "use a dict {id: bias}", 0, np.int64)
         ids = np.array([keys.one(name, token, ()) for token in value], np.int64)
         value = list(value.values())
-    elif isinstance(value, (list, tuple)) and any(isinstance(row, Mapping) for row in value):
+    elif isinstance(value, (list, tuple)) and any(isinstance(row, Mapping) for row in _arrays.items(value, name)):
         raise TypeError(
             f"{name}: expected an array, or one dict for all rows, got a list of dicts; pass "
             f"`[[row.get(token, 0.0) for token in range(V)] for row in {name}]`"

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _check, _native
-from ._arrays import Operand, as_numpy, compute_dtype, indexable, promote, storage, unwrap
+from ._arrays import Operand, as_numpy, compute_dtype, indexable, items, promote, storage, unwrap
 
 __all__ = ["AttentionState", "attention", "attention_weights", "merge_attention", "partial_attention"]
 
@@ -269,7 +269,8 @@ def _window(window: Any) -> tuple[int | None, int | None]:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"window: expected (left, right), each an integer >= 0 or None, got {_check.shown(window)}")
     left, right = (
-        None if side is None else _check.integer(side, "window", 0, _FARTHEST, "; None opens a side") for side in window
+        None if side is None else _check.integer(side, "window", 0, _FARTHEST, "; None opens a side")
+        for side in items(window, "window")
     )
     return left, right
 

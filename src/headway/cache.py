@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _check, _native
-from ._arrays import FLOATING, Operand, as_numpy, storage, unwrap
+from ._arrays import FLOATING, Operand, as_numpy, items, storage, unwrap
 from .attention import Keys, prepare, run
 
 __all__ = ["KVCache"]
@@ -64,7 +64,7 @@ class KVCache:
         self._heads = _check.integer(num_kv_heads, "num_kv_heads", 1, _LARGEST)
         self._key_size = _check.integer(head_dim, "head_dim", 1, _LARGEST)
         self._value_size = self._key_size if value_dim is None else _check.integer(value_dim, "value_dim", 0, _LARGEST)
-        self._batch = tuple(_check.integer(n, "batch_shape", 0) for n in batch_shape)
+        self._batch = tuple(_check.integer(n, "batch_shape", 0) for n in items(batch_shape, "batch_shape"))
         if (
             math.prod(max(n, 1) for n in self._batch) * self._heads * max(self._key_size, self._value_size)
             >= _LARGEST**2

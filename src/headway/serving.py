@@ -251,7 +251,7 @@ class Sampler:
             if len(allowed) != rows:
                 raise ValueError(f"allowed: expected {rows} masks, one for each active row, got {len(allowed)}")
             masks = np.ones((rows, vocabulary), np.bool_)
-            for i, own in enumerate(allowed):
+            for i, own in enumerate(_arrays.items(allowed, "allowed")):
                 mask = CHECKS["allowed"](f"allowed[{i}]", own, ())
                 if mask is not None:
                     as_bytes, packed = mask_bytes(f"allowed[{i}]", mask, (vocabulary,))
