@@ -252,11 +252,9 @@ def _object(x: Any) -> NDArray[Any]:
 
 
 def _from_dlpack(x: Any) -> tuple[NDArray[Any], bool]:
-    # By functions that torch.compile cannot look into: it would compute with tensors that hold nothing.
     if dtype_name(x) == "bfloat16":
         return _native.bfloat16_bits(x), True
-    data: Any = _native.untraced(np.from_dlpack, x)
-    return data, False
+    return np.from_dlpack(x), False
 
 
 def _torch_expected(x: Any, name: str) -> str | None:
@@ -296,7 +294,7 @@ def _hide_from_dynamo() -> None:
     rules = sys.modules.get("torch._dynamo.trace_rules")
     if rules is not None and not _hidden:
         _hidden = True
-        _native.untraced(rules.add, "headway")
+        rules.add("headway")
 
 
 _hide_from_dynamo()

@@ -21,10 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def public(face: F) -> F:
-    """Make a function or a class part of the library's face: arguments that it does not have get an error of ours.
-
-    torch.compile calls it as it is, instead of looking into it.
-    """
+    """Make a function or a class part of the library's face: arguments that it does not have get an error of ours."""
     if isinstance(face, type):
         face.__init__ = public(face.__init__)  # type: ignore[misc]
         return face
@@ -40,7 +37,6 @@ def public(face: F) -> F:
                 raise
         raise TypeError(misfit)
 
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return cast(F, call)
 
 
