@@ -1,9 +1,9 @@
 """Write constraints.txt: the version of everything that the doors install, the newest that each Python can have.
 
-Run ``make constraints``, and the doors again before it is committed. The arguments are what the Makefile installs beside
-what pyproject.toml names: tools for every Python here (tools/pythons.py), and after ``--peers`` what only the Python
-that runs this is asked about, for not every release of every peer has a wheel for every Python. ``--alone`` names
-peers that are installed without what they need.
+Run ``make constraints``, and the doors again before it is committed. The arguments are what the Makefile installs
+beside what pyproject.toml names: tools for every Python here (tools/pythons.py), and after ``--peers`` what only the
+Python that runs this is asked about, for not every release of every peer has a wheel for every Python. ``--alone``
+names peers that are installed without what they need.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=[])
     parser.add_argument("--alone", nargs="*", default=[])
     arguments = parser.parse_args()
-    here = "%d.%d" % sys.version_info[:2]
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
     versions: Versions = {}
     for python, path in (pythons() | {here: Path(sys.executable)}).items():
         wanted = own_requirements() + arguments.tools
