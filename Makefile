@@ -65,6 +65,10 @@ sanitize: $(VENV)/demo build/sanitize/hammer
 	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	  $(VENV)-sanitize/bin/python -m pytest $(SANITIZE_TESTS)
 
+# Tests are named in tools/mutants.py, with each mutant.
+mutants: $(VENV)/peers
+	$(BIN)/python tools/mutants.py $(MUTANTS)
+
 build/sanitize/hammer: tests/pool/hammer.cpp src/core/threads.cpp src/core/threads.h src/core/kernels.h
 	mkdir -p $(@D)
 	$(CXX) -std=c++20 -O1 -g -Wall -Wextra -fsanitize=thread $(filter %.cpp,$^) -pthread -o $@
