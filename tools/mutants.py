@@ -144,16 +144,18 @@ MUTANTS = [
         f"{CORE}/gemm.h",
         "sum[r][p] = fma(x, row[p], sum[r][p]);",
         "sum[r][p] = x * row[p] + sum[r][p];",
-        (*BITS, *tests("attention_laws")),
+        BITS,
+    ),
+    Mutant(
+        f"{CORE}/vec.h", "op(v.part[i], v.part[i + half])", "op(v.part[i], v.part[2 * i + 1])", ATTENTION, "portable"
     ),
     Mutant(
         f"{CORE}/vec.h",
-        "for (int half = Vec<T>::parts / 2; half; half /= 2)\n    for (int i = 0; i < half; ++i) v.part[i] = op(v.part[i], v.part[i + half]);",
-        "for (int half = 1; half < Vec<T>::parts; half *= 2)\n    for (int i = 0; i < half; ++i) v.part[i] = op(v.part[i], v.part[half]);",
-        ATTENTION,
-        "portable",
+        "op(__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7))",
+        "op(__builtin_shufflevector(v, v, 0, 2, 4, 6), __builtin_shufflevector(v, v, 1, 3, 5, 7))",
+        BITS,
     ),
-    Mutant(f"{CORE}/vec.h", "& ((s & 1) == 0)", "& (s == s)", (*BITS, *tests("layers")), "portable"),
+    Mutant(f"{CORE}/vec.h", "& ((s & 1) == 0)", "& (s == s)", BITS, "portable"),
     Mutant(f"{CORE}/exp.h", "r = fma(n, Vec<T>(-C::ln2_low), r);", "", ATTENTION),
     Mutant(f"{CORE}/exp.h", "tanh_one = 10.0f", "tanh_one = 4.0f", ATTENTION),
     # Numbers of 16 bits.
@@ -356,8 +358,8 @@ EQUIVALENT = [
         f"{CORE}/tree.h",
         "meeting_level(below, top) >= meeting_level(top, next)",
         "meeting_level(below, top) > meeting_level(top, next)",
-        "The levels are never equal: if below < top differ first in bit n, top has it set; if top < next differed first "
-        "in the same bit, top would have it clear.",
+        "The levels are never equal: if below < top differ first in bit n, top has it set; if top < next differed "
+        "first in the same bit, top would have it clear.",
     ),
     (
         f"{CORE}/exp.h",
