@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import secrets
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .sampling import _draw, _floats, _mask, _masses, _rows, filter_logits, philox, sample, weights
+from .sampling import _DEFAULTS, _bias, _draw, _floats, _mask, _rows, filter_logits, philox, sample, weights
 
 AnyArray = NDArray[Any]
 
@@ -134,7 +136,7 @@ def logprobs(
     ranks: Any = None
     if tokens is not None:
         ids = np.asarray(tokens, np.int64)
-        flat = ids.reshape(*lead, -1)
+        flat = ids.reshape(*lead, math.prod(ids.shape[len(lead) :]))
         of_tokens = np.take_along_axis(ln_p, flat, -1).reshape(ids.shape)
         ranks = np.take_along_axis(place, flat, -1).reshape(ids.shape)
         if not ids.ndim:
@@ -170,17 +172,20 @@ def residual(p: AnyArray, q: AnyArray) -> list[int]:
     return [max(0, int(a) * Q - int(b) * P) for a, b in zip(p, q, strict=True)]
 
 
-def verify_row(p: AnyArray, q: AnyArray, draft: list[int], words: list[tuple[int, int, int, int]]) -> tuple[int, int]:
+def verify_row(
+    p: Sequence[AnyArray], q: Sequence[AnyArray], draft: list[int], words: Sequence[tuple[int, ...]]
+) -> tuple[int, int]:
     """How many tokens are accepted, and the next: masses p (n + 1, V) and q (n, V), and a block of words a place."""
     for i, token in enumerate(draft):
-        if q[i][token] == 0:
+        of_target, of_draft = p[i], q[i]
+        if of_draft[token] == 0:
             raise ValueError("draft_tokens: not drawn from draft_logits")
-        chance = acceptance(p[i], q[i], token)
+        chance = acceptance(of_target, of_draft, token)
         # As in a draw: a place among q P, of which the first p Q accept.
-        whole = int(q[i][token]) * int(p[i].sum())
+        whole = int(of_draft[token]) * int(of_target.sum())
         if (words[i][2] * whole >> 64) < chance * whole:
             continue
-        left = residual(p[i], q[i])
+        left = residual(of_target, of_draft)
         target = words[i][3] * sum(left) >> 64
         for candidate, mass in enumerate(left):
             if target < mass:
@@ -195,6 +200,7 @@ def verify_draft(
     draft_tokens: Any,
     params: Any = None,
     *,
+    lengths: Any = None,
     draft_params: Any = None,
     seed: Any,
     position: Any = 0,
@@ -202,35 +208,79 @@ def verify_draft(
 ) -> Verified:
     """Speculative sampling of Leviathan et al. (2023, arXiv:2211.17192) and Chen et al. (2023, arXiv:2302.01318).
 
-    target_logits (..., n + 1, V), draft_logits (..., n, V) or None, draft_tokens (..., n); options (...).
+    target_logits (..., n + 1, V), draft_logits (..., n, V) or None, draft_tokens (..., n), of which the first lengths
+    (...) count, all unless given; options (...), allowed and logit_bias (V,) or of each place.
 
     >>> verify_draft([[0.0, 2.0, 1.0], [3.0, 1.0, 0.0], [1.0, 2.0, 5.0]], None, [1, 2], seed=0, temperature=0)
     Verified(accepted=1, next_token=0, tokens=array([ 1,  0, -1]))
     """
     target, tokens = _floats(target_logits), np.asarray(draft_tokens, np.int64)
+    drafted = None if draft_logits is None else _floats(draft_logits)
     lead, n, V = target.shape[:-2], target.shape[-2] - 1, target.shape[-1]
     seeds, positions = (np.broadcast_to(np.asarray(x, object), lead) for x in (seed, position))
-    per_place = {name: np.asarray(x)[..., None] if np.ndim(x) else x for name, x in options.items()}
-    blocks = [
-        [
-            philox(int(seeds[index]), 0 if np.ndim(seed) else stream, (int(positions[index]) + i) % 2**64)
-            for i in range(n + 1)
-        ]
-        for stream, index in enumerate(np.ndindex(lead))
-    ]
-    p = _masses(target, _rows(target, params, per_place, [block for row in blocks for block in row]))
-    if draft_logits is None:
-        q = (np.arange(V) == tokens[..., None]).astype(np.int64)
-    else:
-        drafted, own = _floats(draft_logits), (params, per_place) if draft_params is None else (draft_params, {})
-        q = _masses(drafted, _rows(drafted, *own, [block for row in blocks for block in row[:n]]))
+    drafts = np.broadcast_to(n if lengths is None else np.asarray(lengths), lead)
+    given = _given(params) | options
+    of_draft = {
+        name: _of_draft(value, n) if name in ("allowed", "logit_bias") else value
+        for name, value in (given if draft_params is None else _given(draft_params)).items()
+    }
     accepted, following = np.zeros(lead, np.int64), np.zeros(lead, np.int64)
     chain = np.full((*lead, n + 1), -1, np.int64)
-    for row, index in zip(blocks, np.ndindex(lead), strict=True):
-        draft = tokens[index].tolist()
-        accepted[index], following[index] = count, token = verify_row(p[index], q[index], draft, row)
+    for number, index in enumerate(np.ndindex(lead)):
+        length = int(drafts[index])
+        draft, stream = tokens[index][:length].tolist(), 0 if np.ndim(seed) else number
+        blocks = [philox(int(seeds[index]), stream, (int(positions[index]) + i) % 2**64) for i in range(length + 1)]
+        p = _Places(target, given, index, blocks)
+        if drafted is None:
+            q: Sequence[AnyArray] = [(np.arange(V) == token).astype(np.int64) for token in draft]
+        else:
+            q = _Places(drafted, of_draft, index, blocks[:-1])
+        accepted[index], following[index] = count, token = verify_row(p, q, draft, blocks)
         chain[index][: count + 1] = [*draft[:count], token]
     return Verified(int(accepted), int(following), chain) if not lead else Verified(accepted, following, chain)
+
+
+def _given(params: Any) -> dict[str, Any]:
+    return {} if params is None else {name: getattr(params, name) for name in _DEFAULTS}
+
+
+def _of_draft(value: Any, n: int) -> Any:
+    """What holds one for each of the target's n + 1 places serves the draft too, which has n."""
+    per_place = np.ndim(value) > 1 and np.shape(value)[-2] == n + 1
+    return np.asarray(value)[..., :n, :] if per_place else value
+
+
+class _Places(Sequence[AnyArray]):
+    """The masses (V,) of a row's places, in logits (..., places, V): each when it is asked for.
+
+    What nobody looks at has no influence, nor do errors come from it.
+    """
+
+    def __init__(
+        self,
+        logits: AnyArray,
+        options: dict[str, Any],
+        index: tuple[int, ...],
+        blocks: Sequence[tuple[int, ...]],
+    ) -> None:
+        self.logits, self.blocks = logits[index], blocks
+        self.of_row = dict(options)
+        for name, value in options.items():
+            if np.ndim(value) and name not in ("allowed", "logit_bias", "xtc_special_tokens"):
+                self.of_row[name] = np.broadcast_to(np.asarray(value, object), logits.shape[:-2])[index]
+        mask, bias = _mask(options.get("allowed"), logits.shape), _bias(options.get("logit_bias"), logits.shape)
+        self.mask, self.bias = (None if x is None else x[index] for x in (mask, bias))
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, place: Any) -> Any:
+        options = self.of_row | {
+            "allowed": None if self.mask is None else self.mask[place],
+            "logit_bias": None if self.bias is None else self.bias[place],
+        }
+        (row,) = _rows(self.logits[place], None, options, [self.blocks[place]])
+        return row.final_weights()
 
 
 # A sampler for serving loops --------------------------------------------------------------------------------------
