@@ -175,6 +175,7 @@ CASES = {
             "target_logits": normal(ROWS, 5, V // 4),
             "draft_logits": normal(ROWS, 4, V // 4),
             "draft_tokens": ids(9, ROWS, 4),
+            "lengths": ids(5, ROWS),
         },
         lambda a: hw.verify_draft(**a, seed=1),
     ),
