@@ -51,9 +51,9 @@ check: $(VENV)/check
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks $(BENCH) --write
 
-# A build of its own, of the best table for this machine. The library of AddressSanitizer must come before Python; its
-# libraries' leaks are not ours. ThreadSanitizer watches the pool in a program without Python.
-SANITIZED := SKBUILD_BUILD_DIR=build/sanitize PEERS= VENV=$(VENV)-sanitize
+# A build of its own, of the best table for this machine. The sanitizers' libraries of GCC must be loaded before Python,
+# whose leaks are not ours. ThreadSanitizer watches the pool in a program without Python.
+SANITIZED := SKBUILD_BUILD_DIR=build/sanitize VENV=$(VENV)-sanitize
 SANITIZE_TESTS := tests/test_races.py tests/test_attention.py tests/test_layers.py tests/test_cache.py \
   tests/test_sampling.py tests/test_serving.py
 PRELOAD = $(foreach library,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(library).so))
