@@ -6,6 +6,7 @@ The texts and tables are not defined here, only the facts that they state.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -44,14 +45,14 @@ class StageFacts(NamedTuple):
 class Facts(NamedTuple):
     """What there is to say of a row.
 
-    removed: for each token that is not left, what removed it, the number that it judged, and the limit; what was
-        banned was removed by "banned", and has no numbers.
     kept: what can be drawn, the best first.
+    removed: gives for a token the stage that removed it, the number by which that judged, and the limit; None where no
+        stage did.
     """
 
     stages: list[StageFacts]
-    removed: dict[int, tuple[str, float, float]]
     kept: AnyArray
+    removed: Callable[[int], tuple[str, float, float] | None]
 
 
 def explain(logits: Any, params: Any = None, **options: Any) -> Facts:
@@ -60,7 +61,7 @@ def explain(logits: Any, params: Any = None, **options: Any) -> Facts:
     >>> facts = explain([3.0, 1.0, 2.0, 2.0], top_k=2)
     >>> facts.kept
     array([0, 2])
-    >>> facts.removed[1]
+    >>> facts.removed(1)
     ('top_k', 4.0, 2.0)
     """
     seen: list[tuple[_Row, Step, float]] = []
@@ -72,11 +73,11 @@ def explain(logits: Any, params: Any = None, **options: Any) -> Facts:
     )
     later = [row for row, _, _ in seen[1:]] + [final]
     looks = [_Look(before, after, step, value) for (before, step, value), after in zip(seen, later)]
-    start = seen[0][0].ids
-    removed = {int(token): ("banned", np.nan, np.nan) for token in np.setdiff1d(np.arange(final.vocabulary), start)}
-    for look in looks:
-        removed |= {int(token): look.judge(int(token)) for token in np.setdiff1d(look.before.ids, look.after.ids)}
-    return Facts([look.facts() for look in looks if look.on()], removed, final.ids[final.mass > 0])
+
+    def removed(token: int) -> tuple[str, float, float] | None:
+        return next((look.judge(token) for look in looks if look.removed(token)), None)
+
+    return Facts([look.facts() for look in looks if look.on()], final.ids[final.mass > 0], removed)
 
 
 class _Look(NamedTuple):
@@ -158,6 +159,9 @@ class _Look(NamedTuple):
         if self.step.option == "eta_cutoff":
             return sampling._eta(row, self.value) / row.total
         return sampling._coin(row) if self.step.option == "xtc_probability" else None
+
+    def removed(self, token: int) -> bool:
+        return bool(token in self.before.ids and token not in self.after.ids)
 
     def judge(self, token: int) -> tuple[str, float, float]:
         """What removed a token, the number by which it judged, and the limit."""
