@@ -104,6 +104,14 @@ def test_it_equals_the_definition_on_many_tokens(dialect: str | None, kind: str,
     check_definition(logits, {**options, "dialect": dialect, "seed": 1}, rng)
 
 
+@pytest.mark.parametrize("dialect", ["vllm", "flashinfer", "sglang", "mlx"])
+def test_at_temperature_0_no_token_equals_the_first(dialect: str) -> None:
+    logits = np.array([[2.0, 2.0, 1.0, 2.0]])
+    options = {"temperature": 0, "top_p": 0.5, "dialect": dialect}
+    assert hw.explain(logits, **options).stages[1].rule == "lowest_id"
+    check_definition(logits, options, np.random.default_rng(0))
+
+
 def check_definition(logits: np.ndarray, options: dict[str, Any], rng: np.random.Generator) -> None:
     found, facts = hw.explain(logits, **options), reference.explain(logits, **options)
     np.testing.assert_array_equal(found.kept, facts.kept)
