@@ -281,13 +281,11 @@ class _Order:
         places = np.flatnonzero(self.key == key)
         return places[::-1] if self.last_first else places
 
-    def around(self, count: int) -> tuple[int, int]:
-        """Return the last of the first `count`, and the one after it."""
-        parts = np.partition(self.key, count - 1)
-        key = parts[count - 1]
-        equal, more = self.equal(key), count - np.count_nonzero(self.key < key)
-        after = equal[more] if more < equal.size else self.equal(parts[count:].min())[0]
-        return int(equal[more - 1]), int(after)
+    def ends(self, places: Array) -> tuple[int, int]:
+        """Return the first and the last of these tokens, whose places rise."""
+        keys = self.key[places]
+        best, worst = places[keys == keys.min()], places[keys == keys.max()]
+        return (int(best[-1]), int(worst[0])) if self.last_first else (int(best[0]), int(worst[-1]))
 
     def first(self, count: int) -> Array:
         """Return the first `count` in order, or all."""
@@ -383,7 +381,7 @@ class _Look:
     """A row before and after one stage.
 
     number: of the stage, from 1. values: of its options, the one that switches it on first. floor: how many tokens it
-    leaves at least. temperature: that at which masses are measured after it.
+    leaves at least. temperature: that at which masses are measured after it. spared: how many tokens xtc never takes.
     """
 
     before: _Left
@@ -393,6 +391,7 @@ class _Look:
     values: dict[str, float]
     floor: int
     temperature: float
+    spared: int
 
     @property
     def value(self) -> float:
@@ -407,7 +406,7 @@ class _Look:
             stays = before.holds(after.ids)
             mass_after = int(before.mass @ stays)
             order = self.order()
-            places = self.boundary(order)
+            places = self.boundary(order, stays)
             last, first = (before.candidate(place, words) for place in places)
             if order.key[places[0]] == order.key[places[1]]:
                 equal = stays[order.equal(order.key[places[0]])]
@@ -440,12 +439,13 @@ class _Look:
             return _Order.falling(z, highest_first)
         return _Order.rising(np.abs(_exponents(z, self.temperature) - np.float32(self.after.found)), highest_first)
 
-    def boundary(self, order: _Order) -> tuple[int, int]:
+    def boundary(self, order: _Order, stays: Array) -> tuple[int, int]:
         """Return the places of the last that stayed and the first that went."""
-        if self.step.option != "xtc_probability":
-            return order.around(self.after.ids.size)
-        first, last = order.around(self.before.ids.size - self.after.ids.size)
-        return last, first
+        best_kept, worst_kept = order.ends(np.flatnonzero(stays))
+        best_removed, worst_removed = order.ends(np.flatnonzero(~stays))
+        if self.step.option == "xtc_probability":
+            return best_kept, worst_removed
+        return worst_kept, best_removed
 
     def note(self) -> str:
         found = self.after.found
@@ -458,7 +458,8 @@ class _Look:
         if self.step.option == "xtc_probability":
             fell = "below" if found < self.value else "not below"
             threshold = _number(self.values["xtc_threshold"])
-            return f"coin {found:.4f} is {fell} {_number(self.value)}; threshold {threshold}"
+            spared = f"; spares {self.spared} token{'' if self.spared == 1 else 's'}" if self.spared else ""
+            return f"coin {found:.4f} is {fell} {_number(self.value)}; threshold {threshold}{spared}"
         return ""
 
     def judge(self, token: int) -> tuple[str, Fraction, Fraction]:
@@ -500,7 +501,7 @@ def _looks(trace: _Trace) -> list[_Look]:
         if step.option == "top_p" and temperature == 0:
             step = step._replace(ties="lowest_id")  # no token equals the first of the order, which has all the mass
         floor = int(trace.run.per_row("min_tokens_to_keep")[0]) if step.floor else 1
-        looks.append(_Look(before, after, number, step, values, floor, temperature))
+        looks.append(_Look(before, after, number, step, values, floor, temperature, trace.run.spared().size))
     return looks
 
 

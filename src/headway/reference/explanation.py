@@ -108,9 +108,10 @@ class _Look(NamedTuple):
         last = first = None
         ties_kept = ties_removed = 0
         if count < before.ids.size:
-            last, first = (self.candidate(int(order[i])) for i in (count - 1, count))
-            equal = key == key[order[count - 1]]
-            if equal[order[count]]:
+            inner, outer = int(order[stays[order]][-1]), int(order[~stays[order]][0])  # xtc may spare what lies between
+            last, first = self.candidate(inner), self.candidate(outer)
+            equal = key == key[inner]
+            if equal[outer]:
                 ties_kept, ties_removed = int((equal & stays).sum()), int((equal & ~stays).sum())
         if self.step.ties == "keep":
             ties_kept = count - self.again(self.step._replace(ties="lowest_id"), before.floor)
