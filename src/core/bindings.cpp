@@ -391,6 +391,21 @@ bool sample(Rows& rows, int64_t draws, bool replacement, const std::optional<Out
   return fine(t);
 }
 
+bool trace(Rows& rows, const Out& counts, const Out& found, const std::optional<Out>& ids,
+           const std::optional<Out>& logits, const std::optional<Out>& masses) {
+  Sampling t = rows.task();
+  if (t.batch.size() != 1) throw std::invalid_argument("rows: expected one");
+  if (bool(ids) != bool(logits) || bool(ids) != bool(masses)) throw std::invalid_argument("ids: expected all or none");
+  const int64_t n = t.step_count + 1;
+  t.trace.count = rows_out<int64_t>(counts, "counts", n, 8);
+  t.trace.found = rows_out<double>(found, "found", n, 8);
+  t.trace.id = rows_out<int64_t>(ids, "ids", n * t.V, 8);
+  t.trace.z = rows_out<float>(logits, "logits", n * t.V, 4);
+  t.trace.mass = rows_out<int64_t>(masses, "masses", n * t.V, 8);
+  run(kernels().sampling->sample, t);
+  return fine(t);
+}
+
 void penalize(const In& logits, const RowHistories& histories, const In& window, const In& repetition,
               const In& frequency, const In& presence, const In& dry_multiplier, const In& dry_base,
               const In& dry_allowed_length) {
@@ -540,6 +555,7 @@ NB_MODULE(_native, m) {
       "histories"_a.none(), "seed"_a.none(), "position"_a.none(), "rows_per_stream"_a, "uniform"_a.none(), "status"_a);
   m.def("sample", &sample, "rows"_a, "draws"_a, "replacement"_a, "tokens"_a.none(), "probabilities"_a.none(),
         "filtered"_a.none());
+  m.def("trace", &trace, "rows"_a, "counts"_a, "found"_a, "ids"_a.none(), "logits"_a.none(), "masses"_a.none());
   m.def("penalize", &penalize, "logits"_a, "histories"_a, "window"_a, "repetition"_a, "frequency"_a, "presence"_a,
         "dry_multiplier"_a, "dry_base"_a, "dry_allowed_length"_a);
   m.def("rank", &rank, "rows"_a, "tokens"_a, "processed"_a, "ranks"_a, "logprob"_a, "top_id"_a, "top_key"_a,

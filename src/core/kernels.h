@@ -132,6 +132,16 @@ struct Histories {
   double* logit;
 };
 
+// What of a lone row is left at the start and after each stage.
+struct Trace {
+  int64_t* count = nullptr; // (steps + 1) of tokens; absent: nobody asks
+  double* found;            // (steps + 1): what the stage worked out, which stages.h says for each
+  // (steps + 1, V), of which the first `count` are filled in: the tokens by id, logit + bias, mass. All three or none.
+  int64_t* id;
+  float* z;
+  int64_t* mass;
+};
+
 struct Sampling {
   Batch batch; // a row each
   int64_t V;
@@ -155,6 +165,7 @@ struct Sampling {
   int64_t* tokens;
   void *probabilities, *filtered;
   int64_t* status; // (rows)
+  Trace trace;     // instead of all other outputs
 };
 
 // The logits that tokens of a history get for being in it.
