@@ -19,9 +19,9 @@ Plan plan_fast(const Attention& task, int64_t threads) {
 }
 void run_fast(const Attention& task, const Plan& plan, int64_t unit, Memory memory) {
   Arena arena{static_cast<char*>(memory.own)};
-  if (waits_for_memory(task)) return AttentionBlock<float, Produce::output>(task, plan, arena).run(unit, memory.shared);
+  if (waits_for_memory(task)) return AttentionBlock<float, Produce::output>(task, plan, arena).run(unit, memory);
   const Tiles tiles;
-  AttentionBlock<float, Produce::output, PairOperands>(task, plan, arena).run(unit, memory.shared);
+  AttentionBlock<float, Produce::output, PairOperands>(task, plan, arena).run(unit, memory);
 }
 
 } // namespace

@@ -61,6 +61,7 @@ HEADWAY_FLATTEN inline void run_ranking(const Ranking& task, const Plan&, int64_
   weigh(row.tokens, row);
   const Logarithms logarithm(row, task.processed);
   for (int64_t g = index * task.given; g < (index + 1) * task.given; ++g) {
+    if (memory.stop->after(row.tokens.n)) return;
     const Tokens& tokens = row.tokens;
     const int64_t id = task.tokens[g], place = place_of(tokens, id);
     const bool left = holds(tokens, place, id);
