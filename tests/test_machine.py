@@ -46,9 +46,15 @@ def test_the_bits_are_those_recorded_for_this_version_of_the_contract(expected: 
     recorded = json.loads(cases.RECORDED.read_text())
     page = (HERE.parent / "docs" / "numerics.md").read_text()
     assert f"version {recorded['version']} of the contract" in page
-    assert cases.inputs_digest() == recorded["inputs"], "the inputs are others: these digests say nothing about the bits"
+    assert cases.inputs_digest() == recorded["inputs"], "the inputs are others, and so these digests say nothing"
     assert {name: expected[name] for name in recorded["digests"]} == recorded["digests"]
-    assert {name.partition(" ")[0] for name in recorded["digests"]} >= {"attention", "weights", "parts", "layer", "fused"}
+    assert {name.partition(" ")[0] for name in recorded["digests"]} >= {
+        "attention",
+        "weights",
+        "parts",
+        "layer",
+        "fused",
+    }
 
 
 # Threads and processes ----------------------------------------------------------------------------------------------

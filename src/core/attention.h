@@ -18,6 +18,8 @@ namespace {
 
 // How many units each thread should find, so that all end together.
 constexpr int64_t kUnitsPerThread = 4;
+// What the rows of a block take at most, unless they are a single band.
+constexpr int64_t kRowsBytes = 64 << 20;
 
 enum class Produce { output, nodes, weights };
 
@@ -465,9 +467,13 @@ Plan plan_attention_as(const Attention& task, int64_t threads) {
   Plan plan{};
   plan.work = rough_product(task.batch.size(), task.H, task.L, task.S, task.D + task.E);
   const int64_t enough = kUnitsPerThread * most(least(threads, plan.work / kWorkPerThread), 1);
-  // Blocks of equal size; smaller ones where there are too few, but not so small that packing shows.
   using Block = AttentionBlock<T, produce, Operands>;
-  plan.rows = Operands::kRows;
+  // Blocks of equal size, of fewer rows where these are very wide; smaller ones where there are too few, but not so
+  // small that packing shows.
+  const int64_t slots = stack_slots((task.key_offset + task.S + kChunk - 1) / kChunk, produce == Produce::nodes);
+  const int64_t row_bytes = (task.D + slots * round_up(task.E, 16)) * int64_t(sizeof(T));
+  plan.rows =
+      most(least(Operands::kRows, kRowsBytes / row_bytes / Block::kBandRows * Block::kBandRows), Block::kBandRows);
   while (plan.rows > 2 * Block::kBandRows && heads * ((rows + plan.rows - 1) / plan.rows) < enough)
     plan.rows -= Block::kBandRows;
   const int64_t blocks = most((rows + plan.rows - 1) / plan.rows, 1);

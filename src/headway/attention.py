@@ -283,7 +283,7 @@ def run(call: Call, return_lse: bool, out: NDArray[Any] | None = None) -> Any:
     return result if lse is None else (result, call.like.wrap(lse, call.compute))
 
 
-# A kernel with its call, the rows (..., H, L) that are wanted, and where its results go. Returns whether they are finite.
+# A kernel with its call, the rows (..., H, L) that are wanted, and where results go. Returns whether these are finite.
 _Kernel = Callable[[Call, "NDArray[Any] | None", NDArray[Any], "NDArray[Any] | None"], bool]
 
 
@@ -308,7 +308,7 @@ def _compute(kernel: _Kernel, call: Call, out: NDArray[Any], lse: NDArray[Any] |
     results = [out] if lse is None else [out, lse]
     for wider, exponent in _wider(call):
         lost = [~_finite(x) for x in results]
-        rows = lost[0].any(-1)
+        rows: NDArray[Any] = np.any(lost[0], axis=-1)
         if lse is not None:
             rows |= lost[1]
         again = [np.empty(x.shape, x.dtype) for x in results]
@@ -354,12 +354,14 @@ def _lifted(out: NDArray[Any], exponent: int) -> NDArray[Any]:
     """Return averages times a power of two. None is beyond the largest number, whatever rounding made of it."""
     with np.errstate(all="ignore"):
         largest = np.finfo(out.dtype).max
-        lifted = np.ldexp(out, exponent)
-        return np.where(np.isfinite(out), np.clip(lifted, -largest, largest), lifted)
+        lifted: NDArray[Any] = np.ldexp(out, exponent)
+        np.clip(lifted, -largest, largest, out=lifted, where=np.isfinite(out))
+        return lifted
 
 
-def _finite(x: NDArray[Any]) -> NDArray[Any]:
-    return (x & 0x7F80) != 0x7F80 if x.dtype == np.uint16 else np.isfinite(x)
+def _finite(x: NDArray[Any]) -> NDArray[np.bool_]:
+    finite: NDArray[np.bool_] = (x & 0x7F80) != 0x7F80 if x.dtype == np.uint16 else np.isfinite(x)
+    return finite
 
 
 def attention(
@@ -510,8 +512,8 @@ class AttentionState:
         lost = np.isposinf(given) | (np.isfinite(given) & ~np.isfinite(maximum[0]))
         if lost.any():
             raise ValueError(
-                f"lse: expected numbers below infinity within {compute}, got {given[lost].flat[0]}; a row without keys has "
-                f"the lse -inf, and larger numbers need float64 for out and lse"
+                f"lse: expected numbers below infinity within {compute}, got {given[lost].flat[0]}; a row without keys "
+                f"has the lse -inf, and larger numbers need float64 for out and lse"
             )
         total = np.where(maximum == -np.inf, 0, np.where(np.isnan(maximum), np.nan, 1)).astype(compute)
         weighted = np.array(result.astype(compute))[None]
@@ -637,7 +639,15 @@ def merge_attention(states: Iterable[AttentionState], *, sinks: Any = None, retu
     lse = np.empty(shape, compute) if return_lse else None
     sinks = None if sinks is None else _sinks(sinks, tuple(shape[:-1]), compute)
     if out.size or (lse is not None and lse.size):
-        arrays = ([getattr(state, name) for state in parts] for name in ("maximum", "total_weight", "weighted_sum"))
-        _native.attention_merge(nodes, *map(np.concatenate, arrays), sinks, compute == "float64", out, lse)
+        _native.attention_merge(
+            nodes,
+            np.concatenate([state.maximum for state in parts]),
+            np.concatenate([state.total_weight for state in parts]),
+            np.concatenate([state.weighted_sum for state in parts]),
+            sinks,
+            compute == "float64",
+            out,
+            lse,
+        )
     result = first._wrap(out, dtype)
     return result if lse is None else (result, first._wrap(lse, compute))

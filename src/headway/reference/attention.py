@@ -139,9 +139,9 @@ def scores(
     shape = (*np.broadcast_shapes(q.shape[:-3], k.shape[:-3]), *q.shape[-3:-1], k.shape[-2])
     if scale is None:
         scale = 1 / np.sqrt(q.shape[-1])
-    # q . k * scale: what scale takes away is taken before, for a product may be beyond all numbers where the score is not.
+    # q . k * scale. What scale takes away is taken before: a product may be beyond all numbers where the score is not.
     fraction, exponent = np.frexp(scale)
-    shift = min(int(exponent) - 64, 0)  # 64: and so may a term be whose sum with the others is not
+    shift = min(int(exponent) - 64, 0)  # 64: a term may be, where the sum is not
     q, k = np.ldexp(q, shift // 2), np.ldexp(k, shift - shift // 2)
     score = np.matmul(q, np.swapaxes(_for_every_head(k, shape), -1, -2)) * np.ldexp(fraction, int(exponent) - shift)
     if softcap is not None:
@@ -234,8 +234,10 @@ class AttentionState(NamedTuple):
 
     @classmethod
     def from_lse(cls, out: ArrayLike, lse: ArrayLike) -> AttentionState:
-        """Make a state of a finished result: measured against exp(lse), its total is 1."""
+        """Make a state of a finished result: measured against exp(lse), its total is 1. Without keys, lse is -inf."""
         lse = np.asarray(lse, np.float64)
+        if np.isposinf(lse).any():
+            raise ValueError("lse: expected numbers below infinity, got inf; a row without keys has the lse -inf")
         return cls(lse, np.ones(lse.shape), np.asarray(out, np.float64))
 
 
