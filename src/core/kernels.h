@@ -145,6 +145,8 @@ struct Sampling {
   const Step* steps; // in their order
   int64_t step_count;
   PerRow<int64_t> min_tokens; // what a stage that heeds it leaves at least
+  const int64_t* spared;      // tokens, from 0 to V - 1, that xtc leaves in
+  int64_t spared_count;
   PerRow<uint64_t> seed, position;
   int64_t rows_per_stream; // row i draws from stream i / rows_per_stream of its seed; 0: from stream 0
   PerRow<double> uniform;  // (rows, draws) instead of seed and position; all absent where nothing is left to chance
@@ -188,6 +190,7 @@ struct Verification {
   Sampling draft;  // n rows for each; logits absent: the draft has no choice
   int64_t rows, n;
   const int64_t* tokens;    // (rows, n)
+  const int64_t* lengths;   // (rows): how many of them were drafted, from 0 to n; the others are not looked at
   int64_t *accepted, *next; // (rows)
 };
 
