@@ -62,6 +62,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attention, done again": lambda: hw.attention(LONG * 0, LONG, repeated(np.float32(3e38), 1, 20_000, 128)),
     "attention_weights": lambda: hw.attention_weights(*[repeated(LONG[:, :1], 1, n, 128) for n in (500, 400_000)]),
     "partial_attention": lambda: hw.partial_attention(LONG, LONG, LONG),
+    "partial_attention, one long unit": lambda: hw.partial_attention(  # for which the calling thread waits
+        LONG[:, :6], *[repeated(LONG[:, :1], 2, 1, 2**25, 128)] * 2, kv_lengths=[1, 2**25]
+    ),
     "multi_head_attention": lambda: hw.multi_head_attention(LONG[0], LONG[0], LONG[0], num_heads=4),
     "KVCache.attend": lambda: full_cache().attend(LONG),
     "linear": lambda: hw.linear(MATRIX, MATRIX),

@@ -213,7 +213,7 @@ private:
   void run(Job& job) {
     if (job.participants > 1) share(&job);
     job.take_part(0);
-    if (job.participants > 1) finish();
+    if (job.participants > 1) finish(job);
   }
   // On behalf of a unit that runs alone, while its caller holds busy_.
   using Part = void (*)(const void* work, int64_t i);
@@ -237,14 +237,18 @@ private:
     }
     if (sleepers_) wake_.notify_all();
   }
-  void finish() {
+  void finish(Job& job) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       job_ = nullptr; // a worker that wakes only now finds nothing to do
     }
     look_on([this] { return active_ == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return active_ == 0; });
+    while (!done_.wait_for(lock, kLook, [this] { return active_ == 0; })) {
+      lock.unlock();
+      if (job.interrupted) Job::asks(&job);
+      lock.lock();
+    }
   }
 
   // Starts workers up to this number, or as many as the system allows: no result depends on how many there are.
