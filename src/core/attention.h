@@ -494,7 +494,8 @@ template <Produce produce> Plan plan_attention(const Attention& task, int64_t th
   return task.compute == DType::f64 ? plan_attention_as<double, produce>(task, threads)
                                     : plan_attention_as<float, produce>(task, threads);
 }
-template <Produce produce> void run_attention(const Attention& task, const Plan& plan, int64_t unit, Memory memory) {
+template <Produce produce>
+void run_attention(const Attention& task, const Plan& plan, int64_t unit, const Memory& memory) {
   Arena arena{static_cast<char*>(memory.own)};
   if (task.compute == DType::f64)
     AttentionBlock<double, produce>(task, plan, arena).run(unit, memory);
@@ -552,7 +553,7 @@ inline Plan plan_merge(const Attention& task, int64_t) {
   const int64_t rows = task.batch.size() * task.H;
   return {rows, counting.used, rough_product(rows, task.L, task.E, task.nodes)};
 }
-inline void run_merge(const Attention& task, const Plan&, int64_t unit, Memory memory) {
+inline void run_merge(const Attention& task, const Plan&, int64_t unit, const Memory& memory) {
   Arena arena{static_cast<char*>(memory.own)};
   if (task.compute == DType::f64)
     AttentionMerge<double>(task, arena).run(unit, memory.stop);

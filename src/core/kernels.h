@@ -234,7 +234,7 @@ struct Memory {
 
 template <class Task> struct Kernel {
   Plan (*plan)(const Task&, int64_t threads);
-  void (*run)(const Task&, const Plan&, int64_t unit, Memory);
+  void (*run)(const Task&, const Plan&, int64_t unit, const Memory&);
 };
 
 // Apart, because nothing may fuse in them: isa_sampling.cpp.

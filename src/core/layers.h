@@ -46,7 +46,7 @@ inline Plan plan_rotary(const Rotary& task, int64_t) {
   const int64_t row = (task.D + 16) * 8 + 64;
   return {task.L, 5 * row, rough_product(task.batch.size(), task.L, task.D, 8)};
 }
-inline void run_rotary(const Rotary& task, const Plan&, int64_t unit, Memory memory) {
+inline void run_rotary(const Rotary& task, const Plan&, int64_t unit, const Memory& memory) {
   const Arena arena{static_cast<char*>(memory.own)};
   if (task.compute == DType::f64)
     rotate<double>(task, unit, arena, memory.stop);
@@ -89,11 +89,11 @@ template <class T> void gate(const RowWise& task, int64_t r, Arena arena) {
 inline Plan plan_row_wise(const RowWise& task, int64_t) {
   return {task.rows, 3 * ((task.columns + 16) * 8 + 64), rough_product(task.rows, task.columns, 8)};
 }
-inline void run_rms_norm(const RowWise& task, const Plan&, int64_t unit, Memory memory) {
+inline void run_rms_norm(const RowWise& task, const Plan&, int64_t unit, const Memory& memory) {
   const Arena arena{static_cast<char*>(memory.own)};
   task.compute == DType::f64 ? normalise<double>(task, unit, arena) : normalise<float>(task, unit, arena);
 }
-inline void run_swiglu(const RowWise& task, const Plan&, int64_t unit, Memory memory) {
+inline void run_swiglu(const RowWise& task, const Plan&, int64_t unit, const Memory& memory) {
   const Arena arena{static_cast<char*>(memory.own)};
   task.compute == DType::f64 ? gate<double>(task, unit, arena) : gate<float>(task, unit, arena);
 }

@@ -206,7 +206,7 @@ template <class T> Plan plan_linear_as(const Linear& task, int64_t threads) {
 inline Plan plan_linear(const Linear& task, int64_t threads) {
   return task.compute == DType::f64 ? plan_linear_as<double>(task, threads) : plan_linear_as<float>(task, threads);
 }
-inline void run_linear(const Linear& task, const Plan& plan, int64_t unit, Memory memory) {
+inline void run_linear(const Linear& task, const Plan& plan, int64_t unit, const Memory& memory) {
   Arena arena{static_cast<char*>(memory.own)};
   if (task.compute == DType::f64)
     LinearBlock<double>(task, plan, arena).run(unit, memory.stop);

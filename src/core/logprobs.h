@@ -36,7 +36,7 @@ inline Plan plan_ranking(const Ranking& task, int64_t threads) {
   return plan;
 }
 
-HEADWAY_FLATTEN inline void run_ranking(const Ranking& task, const Plan&, int64_t index, Memory memory) {
+HEADWAY_FLATTEN inline void run_ranking(const Ranking& task, const Plan&, int64_t index, const Memory& memory) {
   const Workspace space(Arena{static_cast<char*>(memory.own)}, task.rows.V, nullptr, memory.team);
   Row row{task.rows, index, space};
   if (!begin(row)) return;

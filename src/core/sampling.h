@@ -233,7 +233,7 @@ inline void filter(Row& row, bool token_only = false) {
   if (!token_only) close_gaps(row);
 }
 
-inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memory memory) {
+inline void run_sampling(const Sampling& task, const Plan&, int64_t index, const Memory& memory) {
   const Workspace space(Arena{static_cast<char*>(memory.own)}, task.V, nullptr, memory.team);
   Row row{task, index, space};
   if (!begin(row)) return;

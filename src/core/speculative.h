@@ -38,7 +38,7 @@ inline Plan plan_verification(const Verification& task, int64_t) {
   return plan;
 }
 
-inline void run_verification(const Verification& task, const Plan& plan, int64_t index, Memory memory) {
+inline void run_verification(const Verification& task, const Plan& plan, int64_t index, const Memory& memory) {
   char* own = static_cast<char*>(memory.own);
   const Workspace space(Arena{own}, task.target.V, nullptr, memory.team);
   const Workspace draft_space(Arena{own + plan.workspace / 2}, task.target.V, nullptr, memory.team);

@@ -220,7 +220,7 @@ private:
   void run_parts(int64_t parts, Part part, const void* work) {
     const std::pair<Part, const void*> both{part, work};
     const Call call{nullptr,
-                    [](const void* c, const Plan&, int64_t i, Memory) {
+                    [](const void* c, const Plan&, int64_t i, const Memory&) {
                       const auto& [part, work] = *static_cast<const std::pair<Part, const void*>*>(c);
                       part(work, i);
                     },

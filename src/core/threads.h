@@ -14,7 +14,7 @@ int get_num_threads();       // HEADWAY_NUM_THREADS, or the processors that this
 // A kernel and its task, with their types forgotten.
 struct Call {
   Plan (*plan)(const void* call, int64_t threads);
-  void (*run)(const void* call, const Plan& plan, int64_t unit, Memory memory);
+  void (*run)(const void* call, const Plan& plan, int64_t unit, const Memory& memory);
   const void* call;
 };
 // Plans the call and runs its units on up to get_num_threads() threads. The caller's floating-point modes are set aside
@@ -33,7 +33,7 @@ template <class Task> bool execute(const Kernel<Task>& kernel, const Task& task,
                     const Typed& call = *static_cast<const Typed*>(c);
                     return call.kernel.plan(call.task, threads);
                   },
-                  [](const void* c, const Plan& plan, int64_t unit, Memory memory) {
+                  [](const void* c, const Plan& plan, int64_t unit, const Memory& memory) {
                     const Typed& call = *static_cast<const Typed*>(c);
                     call.kernel.run(call.task, plan, unit, memory);
                   },
