@@ -490,8 +490,8 @@ bool verify(Rows& target, Rows* draft, const In& tokens, const In& lengths, cons
   return fine(t.target);
 }
 
-// Each row of x in the type of y, rounded to nearest even whatever the caller's modes are.
-void convert_rows(const In& x, const Out& y) {
+// Each row of x in the type of y, times a power of two, rounded to nearest even whatever the caller's modes are.
+void convert_rows(const In& x, const Out& y, int exponent) {
   if (x.ndim() != 2 || y.ndim() != 2) throw std::invalid_argument("convert: expected matrices");
   const int64_t rows = int64_t(x.shape(0)), columns = int64_t(x.shape(1));
   const View from = view(x, "x", {}, {rows, columns}), to = view(y, "y", {}, {rows, columns});
@@ -500,6 +500,8 @@ void convert_rows(const In& x, const Out& y) {
   std::vector<double> row(static_cast<size_t>(columns)); // holds every number of every type exactly
   for (int64_t i = 0; i < rows; ++i) {
     read_row(address(from, 0, i), from.dtype, from.stride[1], columns, row.data());
+    if (exponent)
+      for (double& number : row) number = std::ldexp(number, exponent);
     write_row(row.data(), columns, address(to, 0, i), to.dtype);
   }
 }
@@ -584,7 +586,7 @@ NB_MODULE(_native, m) {
   m.def("rank", &rank, "rows"_a, "tokens"_a, "processed"_a, "ranks"_a, "logprob"_a, "top_id"_a, "top_key"_a,
         "top_logprob"_a);
   m.def("verify", &verify, "target"_a, "draft"_a.none(), "tokens"_a, "lengths"_a, "status"_a, "accepted"_a, "next"_a);
-  m.def("convert", &convert_rows, "x"_a, "y"_a);
+  m.def("convert", &convert_rows, "x"_a, "y"_a, "exponent"_a = 0);
   m.def("round", &round_rows, "x"_a, "decimals"_a, "y"_a);
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("isas", &isas);

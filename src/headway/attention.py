@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _check, _native
-from ._arrays import Operand, as_bits, as_numpy, compute_dtype, promote, storage, unrepeated, unwrap
+from ._arrays import Operand, as_numpy, compute_dtype, promote, storage, unrepeated, unwrap
 
 __all__ = ["AttentionState", "attention", "attention_weights", "merge_attention", "partial_attention"]
 
@@ -328,7 +328,7 @@ def _wider(call: Call) -> Iterator[tuple[Call, int]]:
     and then the values are made smaller.
     """
     if call.compute == "float32":
-        bias, sinks = (None if x is None else _doubles(x) for x in (call.bias, call.sinks))
+        bias, sinks = (None if x is None else _times(x, 0) for x in (call.bias, call.sinks))
         yield call._replace(bias=bias, sinks=sinks, options=call.options.wider(call.scale)), 0
         return
     shift = min(math.frexp(call.scale)[1] - 64, 0)  # 64: the terms of a sum may be larger than the sum
@@ -340,23 +340,21 @@ def _wider(call: Call) -> Iterator[tuple[Call, int]]:
         yield call._replace(v=_times(call.v, -64)), 64
 
 
-def _doubles(x: NDArray[Any]) -> NDArray[Any]:
-    return Operand(x, "bfloat16" if x.dtype == np.uint16 else x.dtype.name, as_bits).astype("float64")
-
-
 def _times(x: NDArray[Any], exponent: int) -> NDArray[Any]:
     """Return the numbers times a power of two, as float64."""
-    with np.errstate(all="ignore"):
-        return np.broadcast_to(np.ldexp(unrepeated(_doubles(x)), exponent), x.shape)
+    once = unrepeated(x)
+    out = np.empty(once.shape)
+    if out.size:
+        columns = once.shape[-1]
+        _native.convert(once.reshape(-1, columns), out.reshape(-1, columns), exponent)
+    return np.broadcast_to(out, x.shape)
 
 
 def _lifted(out: NDArray[Any], exponent: int) -> NDArray[Any]:
     """Return averages times a power of two. None is beyond the largest number, whatever rounding made of it."""
-    with np.errstate(all="ignore"):
-        largest = np.finfo(out.dtype).max
-        lifted: NDArray[Any] = np.ldexp(out, exponent)
-        np.clip(lifted, -largest, largest, out=lifted, where=np.isfinite(out))
-        return lifted
+    lifted = _times(out, exponent)
+    beyond = np.isfinite(out) & np.isinf(lifted)
+    return np.where(beyond, np.copysign(np.finfo(np.float64).max, out), lifted)
 
 
 def _finite(x: NDArray[Any]) -> NDArray[np.bool_]:
@@ -508,7 +506,7 @@ class AttentionState:
             )
         compute = compute_dtype(result.dtype)
         maximum = np.array(logs.astype(compute))[None]
-        given = _doubles(logs.data)
+        given = logs.astype("float64")
         lost = np.isposinf(given) | (np.isfinite(given) & ~np.isfinite(maximum[0]))
         if lost.any():
             raise ValueError(

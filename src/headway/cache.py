@@ -22,18 +22,21 @@ _FIRST_CAPACITY = 64
 class _OneAtATime:
     """Lets one call of an object in, and refuses another that meets it."""
 
+    __slots__ = ("_acquire", "_release")
+
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        lock = threading.Lock()
+        self._acquire, self._release = lock.acquire, lock.release
 
     def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
+        if not self._acquire(False):
             raise RuntimeError(
                 "KVCache: another call of this cache is under way, in another thread or in what a signal interrupted; "
                 "give each thread its own fork(), or guard the cache with a lock"
             )
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        self._release()
 
 
 class KVCache:
