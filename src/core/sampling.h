@@ -127,7 +127,7 @@ inline int64_t draw(const Row& row, uint64_t word) {
 }
 
 // Several draws: from the blocks' masses, so that none looks at the whole vocabulary.
-inline void draw_several(Row& row) {
+inline void draw_several(Row& row, Stop* stop) {
   const Sampling& task = row.task;
   int64_t* weight = row.tokens.weight;
   int64_t *block_mass = row.space.mass, total = row.tokens.total, drawable = 0;
@@ -142,7 +142,7 @@ inline void draw_several(Row& row) {
     task.status[row.index] = drawable * kSamplingFaults + int64_t(SamplingFault::few);
     return;
   }
-  for (int64_t draw = 0; draw < task.draws; ++draw) {
+  for (int64_t draw = 0; draw < task.draws && !stop->after(row.tokens.blocks()); ++draw) {
     int64_t target = int64_t(high_product(random_word(task, row.index, draw), uint64_t(total))), b = 0;
     while (block_mass[b] <= target) target -= block_mass[b++];
     int64_t i = b * kBlock;
@@ -272,7 +272,7 @@ inline void trace(Row& row) {
   }
 }
 
-inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memory memory) {
+inline void run_sampling(const Sampling& task, const Plan&, int64_t index, const Memory& memory) {
   const Workspace space(Arena{static_cast<char*>(memory.own)}, task.V, nullptr, memory.team);
   Row row{task, index, space};
   if (!begin(row)) return;
@@ -287,7 +287,7 @@ inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memor
   }
   if (task.filtered) write_filtered(row);
   if (task.tokens || task.probabilities) weigh(row.tokens, row);
-  if (task.tokens) draw_several(row);
+  if (task.tokens) draw_several(row, memory.stop);
   if (task.probabilities) {
     if (task.logits.dtype == DType::f64)
       write_probabilities(tokens, task.V, static_cast<double*>(task.probabilities) + index * task.V);
