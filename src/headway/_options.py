@@ -445,7 +445,8 @@ def identity(value: Any) -> Any:
 
 
 def _first(array: Array, wrong: Array) -> tuple[tuple[int, ...], Any]:
-    index = tuple(map(int, np.argwhere(wrong)[0]))
+    # Not argwhere, which finds nothing where another thread has mended the caller's array in between.
+    index = tuple(map(int, np.unravel_index(np.argmax(wrong), wrong.shape)))
     return index, array[index].item()
 
 
