@@ -89,11 +89,11 @@ def held(data: NDArray[Any], dtype: str) -> str:
     """Return what an array of this type holds, as an error message says it."""
     if data.dtype.kind in "US":
         return "text"
+    if data.dtype.kind == "O" and any(type(item) is int and not -(2**63) <= item < 2**63 for item in data.flat):
+        return TOO_LARGE
     if data.dtype.kind == "O" and not data.ndim:  # no array at all
         item = data.item()
         return "None" if item is None else "dict" if isinstance(item, Mapping) else type(item).__name__
-    if data.dtype.kind == "O" and all(type(item) is int for item in data.flat):
-        return TOO_LARGE if any(not -(2**63) <= item < 2**63 for item in data.flat) else dtype
     return dtype
 
 

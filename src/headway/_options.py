@@ -189,7 +189,9 @@ def _allowed(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array
     if array.dtype == np.int64 and array.ndim == 1:
         return array
     if not cure and array.ndim and array.dtype.kind in "iuf" and array.size and ((array == 0) | (array == 1)).all():
-        code = f"{name} != 0" if hasattr(value, "dtype") else f"np.asarray({name}, dtype=bool)"
+        code = f"np.asarray({name}, dtype=bool)"
+        if _arrays.dtype_name(value):
+            code = f"{name}.astype(bool)" if hasattr(value, "astype") else f"{name} != 0"
         cure = f"; make a mask of 0 and 1 one of bool, `{code}`"
     raise TypeError(
         f"{name}: expected a bool mask (..., V), a packed int32 mask (..., ceil(V / 32)), or a flat list of ids, got "
