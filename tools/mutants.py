@@ -48,6 +48,7 @@ def tests(*names: str) -> tuple[str, ...]:
 
 BITS = (*tests("machine"), "-k", "recorded")
 ATTENTION = tests("semantics", "attention", "attention_laws")
+RANGE = tests("attention_range")
 PARTS = tests("attention_laws", "attention", "semantics")
 CACHE = tests("cache")
 LAYERS = tests("layers")
@@ -99,6 +100,12 @@ MUTANTS = [
     Mutant(f"{CORE}/softmax.h", "softcap == 0 && scale > 0", "softcap == 0 && scale != 0", ATTENTION),
     Mutant(f"{CORE}/softmax.h", "if (!any(seen)) return kMinusInfinity<T>;", "", ATTENTION),
     Mutant(f"{CORE}/softmax.h", "return m > Constants<T>::lowest ? m : Constants<T>::lowest;", "return m;", ATTENTION),
+    Mutant(f"{CORE}/softmax.h", "poison = low * Vec<T>(T(0)) + lost;", "poison = lost;", RANGE),
+    Mutant(f"{CORE}/softmax.h", "low * Vec<T>(T(0)) + lost;", "low * Vec<T>(T(0));", RANGE),
+    Mutant(
+        f"{CORE}/softmax.h", "smaller(select(keep, product, Vec<T>(T(0))), low)", "smaller(product, low)", ATTENTION
+    ),
+    Mutant(f"{CORE}/attention.h", "results.note_lost(any(poison != poison));", "", RANGE),
     Mutant(f"{CORE}/attention.h", "keep_a = maximum >= b_maximum", "keep_a = maximum <= b_maximum", ATTENTION),
     Mutant(f"{CORE}/attention.h", "fma(b, weight, a) : fma(a, weight, b)", "b * weight + a : a * weight + b", BITS),
     Mutant(
