@@ -751,7 +751,11 @@ BAD_ROWS = [
     ({"frequency": [1.0]}, ValueError, r"^frequency: expected one value for the row"),
     ({"repetition": 0}, ValueError, r"^repetition: expected"),
     ({"presense": 1}, TypeError, r"^presense: no such penalty; expected one of"),
-    ({"temperature": 0.5}, TypeError, r"^temperature: no such penalty; give params=SamplingParams\(temperature=0.5\)"),
+    (
+        {"temperature": 0.5},
+        TypeError,
+        r"^temperature: no such penalty; give `params=hw.SamplingParams\(t",
+    ),
 ]
 
 

@@ -2,7 +2,7 @@
 The kernels of headway behind plain arrays. Everything is checked by the Python layer; call that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import numpy
@@ -76,5 +76,7 @@ def fast() -> str: ...
 def get_num_threads() -> int: ...
 
 def set_num_threads(n: int) -> None: ...
+
+def untraced(f: Callable, x: object | None) -> object: ...
 
 def bfloat16_bits(arg: Annotated[NDArray, dict(device='cpu', writable=False)], /) -> Annotated[NDArray[numpy.uint16], dict(writable=False)]: ...
