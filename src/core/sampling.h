@@ -144,9 +144,10 @@ inline void draw_several(Row& row) {
   }
   for (int64_t draw = 0; draw < task.draws; ++draw) {
     int64_t target = int64_t(high_product(random_word(task, row.index, draw), uint64_t(total))), b = 0;
-    while (block_mass[b] <= target) target -= block_mass[b++];
+    // Both ends are reached only where another thread has written to the logits since they were weighed.
+    while (b + 1 < row.tokens.blocks() && block_mass[b] <= target) target -= block_mass[b++];
     int64_t i = b * kBlock;
-    while (weight[i] <= target) target -= weight[i++];
+    while (i + 1 < row.tokens.n && weight[i] <= target) target -= weight[i++];
     task.tokens[row.index * task.draws + draw] = row.tokens.at(i);
     if (task.replacement) continue;
     total -= weight[i];

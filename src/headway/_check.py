@@ -105,10 +105,11 @@ def mask(x: Any, name: str) -> NDArray[np.bool_]:
 
 
 def integers(x: Any, name: str, low: int, high: int) -> NDArray[np.int64]:
-    """Return an array of integers in [low, high] as int64."""
+    """Return an array of integers in [low, high] as int64: a copy, in which what was checked cannot change."""
     array = plain(x, name)
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"{name}: expected integers, got {array.dtype.name}")
+    array = array.copy()
     if array.size and (int(array.min()) < low or int(array.max()) > high):
         index = tuple(map(int, np.argwhere((array < low) | (array > high))[0]))
         place = f" at {index[0] if len(index) == 1 else index}" if index else ""

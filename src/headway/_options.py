@@ -53,7 +53,7 @@ class Reals:
             raise TypeError(f"{name}: expected {self.expected}, or an array of them, got {shown(value)}")
         if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.dtype.kind == "O"):
             value = self._each(name, np.array(value, object))
-        array = _arrays.unwrap(value, name).astype("float64")
+        array = _arrays.unwrap(value, name).astype("float64").copy()  # in which what is checked here cannot change
         holds, out = self.holds(array), array
         for reading in reversed(readings):
             fits = (array >= reading.low) & (array <= reading.high)
@@ -103,8 +103,9 @@ class Integers:
             return np.array(self._in_range(name, value, (), readings), self.dtype)
         if value is None or isinstance(value, (str, bool)) or str(getattr(value, "dtype", "")).endswith("bfloat16"):
             raise self.other_kind(self._message(name, value, ()))
-        # Lists as objects, so that no number above 2^63 becomes a float on the way.
-        array = np.array(value, object) if isinstance(value, (list, tuple)) else _arrays.plain(value, name)
+        # Lists as objects, so that no number above 2^63 becomes a float on the way; a copy, in which what is checked here
+        # cannot change.
+        array = np.array(value, object) if isinstance(value, (list, tuple)) else _arrays.plain(value, name).copy()
         whole = array.dtype.kind in "iu" and array.size
         if whole and array.min() >= self.least and int(array.max()) <= _LARGEST[self.dtype]:
             return array.astype(self.dtype)
@@ -170,7 +171,7 @@ def _allowed(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array
     if array.dtype in (np.bool_, np.uint32):
         return array
     if array.dtype == np.int64 and array.ndim == 1:
-        return array
+        return array.copy()  # in which what is checked later cannot change
     raise TypeError(
         f"{name}: expected a bool mask (..., V), a packed int32 mask (..., ceil(V / 32)), or a flat list of ids, got "
         f"{shown(value)}; make a mask of 0 and 1 one of bool with .astype(bool)"

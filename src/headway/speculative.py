@@ -149,7 +149,7 @@ def _of_draft(source: dict[str, Any], n: int) -> dict[str, Any]:
 
 
 def _draft_tokens(tokens: ArrayLike, lead: tuple[int, ...], n: int, vocabulary: int) -> Array:
-    ids = _arrays.plain(tokens, "draft_tokens")
+    ids = _arrays.plain(tokens, "draft_tokens").copy()  # in which what is checked here cannot change
     if ids.shape != (*lead, n):
         raise ValueError(
             f"draft_tokens: expected shape {(*lead, n)}, one place less than target_logits has, got {ids.shape}"
