@@ -3,8 +3,8 @@
 // logits included. Before it, a sample tells in a long row between which logits that end must lie. The maxima of blocks
 // of 64 logits, a by-product of finding the row's maximum, let most rows skip most blocks.
 //
-// A row may lie in memory of the caller's, where another thread can write to it, so that two looks at a logit differ. Any
-// token may come of that, but it is one of the row: no place is a count that another look was to confirm.
+// A row may lie in memory of the caller's, where another thread can write to it, so that two looks at a logit differ.
+// Any token may come of that, but it is one of the row: no place is a count that another look was to confirm.
 #pragma once
 #include "weights.h"
 
@@ -153,8 +153,8 @@ HEADWAY_APART HEADWAY_FLATTEN Listed list_between(const Tokens& tokens, Mass mas
 }
 
 // The end of the shortest prefix, best first, whose sum reaches the target (1 <= target <= the sum of all, of one token
-// or more): a radix selection. Each round takes as digit what its keys differ in first, so that keys close together take
-// one round.
+// or more): a radix selection. Each round takes as digit what its keys differ in first, so that keys close together
+// take one round.
 template <class Mass>
 HEADWAY_APART HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Mass mass, int64_t target, Ties rule,
                                                      const Workspace& space) {

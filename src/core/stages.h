@@ -9,8 +9,7 @@ namespace {
 // The row's random numbers: the first word of each draw's block draws, the second of the first is xtc's coin.
 inline RandomBlock random_block(const Sampling& task, int64_t index, int64_t draw = 0) {
   if (!task.seed.data) return {}; // nothing but the draw is left to chance, which then has its numbers from the caller
-  const uint64_t stream = task.rows_per_stream ? uint64_t(index / task.rows_per_stream) : 0;
-  return philox(task.seed[index], stream, task.position[index], uint64_t(draw));
+  return philox(task.seed[index], task.stream[index], task.position[index], uint64_t(draw));
 }
 inline uint64_t random_word(const Sampling& task, int64_t index, int64_t draw = 0) {
   if (task.uniform.data) return uint64_t(task.uniform[index * task.draws + draw] * 0x1p+64);

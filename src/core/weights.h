@@ -187,11 +187,10 @@ inline float inverse_temperature(double t) {
 // The same operations in the same order as reference/sampling.py's _exponents and _weights.
 
 // x within -40, where the weight is 0 already, and 0. As whole numbers, the bits of -0 and of what is below it come in
-// this order: one comparison cuts off what is below -40, and makes -40 of what cannot be, NaN and positive numbers: they
-// come of logits that another thread has written to since their maximum was found. Zeros must be -0.
+// this order: one comparison cuts off what is below -40, and makes -40 of what cannot be, NaN and positive numbers:
+// they come of logits that another thread has written to since their maximum was found. Zeros must be -0.
 inline Vec<float> bounded(Vec<float> x) {
-  const Vec<int32_t> u = bits<int32_t>(x), lowest = bits<int32_t>(Vec<float>(-40.0f));
-  return bits<float>(select(u < lowest, u, lowest));
+  return bits<float>(smaller(bits<int32_t>(x), bits<int32_t>(Vec<float>(-40.0f))));
 }
 // x = (z - top) / T, from -40, where banned tokens are too, to 0.
 inline Vec<float> exponents(Vec<float> z, const Scale& scale) {

@@ -186,8 +186,11 @@ def _logit_bias(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Ar
         keys = Integers("token ids as keys", "use a dict {id: bias}", 0, np.int64)
         ids = np.array([keys.one(name, token, ()) for token in value], np.int64)
         value = list(value.values())
+    operand = _arrays.unwrap(value, name)
     with np.errstate(over="ignore"):
-        array = _arrays.unwrap(value, name).astype("float32")
+        array = operand.astype("float32")
+    if operand.dtype == "float64":  # what is too low for float32 is no ban
+        array = np.where((array == -np.inf) & (operand.data > -np.inf), np.finfo(np.float32).min, array)
     if ids is not None and array.ndim != 1:
         raise ValueError(f"{name}: expected a dict {{id: bias}}, one number for each id, got shape {array.shape[1:]}")
     if array.size and not array.max() < np.inf:  # NaN too
