@@ -156,10 +156,11 @@ inline void run_penalties(const Penalties& task, const Plan&, int64_t index, Mem
     if (k + 32 < distinct) __builtin_prefetch(address(task.logits, offset, history.id[k + 32]));
     read_row(address(task.logits, offset, history.id[k]), task.logits.dtype, 1, 1, logit + k);
   }
-  constexpr double largest = 0x1.fffffep+127; // of float32, as which logits count
+  constexpr double of_float = 0x1.fffffep+127, of_double = 0x1.fffffffffffffp+1023; // logits count as float32
   for (int64_t k = 0; k < distinct; ++k) {
     const int64_t (&times)[kPenaltyKinds] = history.times[k];
     double z = logit[k];
+    const double largest = __builtin_fabs(z) <= of_float ? of_float : of_double;
     const bool finite = z - z == 0;
     if (times[kRepetition]) z = z > 0 ? z / repetition : z * repetition;
     if (times[kFrequency]) z = z - double(times[kFrequency]) * frequency - presence;

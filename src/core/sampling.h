@@ -62,7 +62,10 @@ inline const float* scores(const Sampling& task, int64_t index, const Workspace&
       read_row(at, task.logits.dtype, task.logits.stride[0], n, space.z + from);
   });
   const int64_t first = penalized ? histories.first[slot] : 0;
-  for (int64_t i = first; i < first + penalized; ++i) space.z[histories.id[i]] = float(histories.logit[i]);
+  for (int64_t i = first; i < first + penalized; ++i) {
+    const double z = histories.logit[i];
+    space.z[histories.id[i]] = z < double(kLowest) && z > double(kNever) ? kLowest : float(z);
+  }
   if (task.bias.data) {
     const float* bias = reinterpret_cast<const float*>(address(task.bias, batch_offset(task.batch, task.bias, index)));
     const int64_t stride = task.bias.stride[0];

@@ -138,6 +138,7 @@ def penalize(
         name: np.ascontiguousarray(value if not value.ndim else broadcast(name, value, lead)).reshape(-1)
         for name, value in settings.items()
     }
+    rows = with_windows(rows)
     known = (tokens >= 0) & (tokens < vocabulary)
     place = np.arange(tokens.shape[-1])
     unknown = ~known & (place < length[:, None])
@@ -171,9 +172,13 @@ def checked(penalties: Mapping[str, Any]) -> dict[str, Array]:
         if name not in CHECKS and name != "dry_breakers":
             raise TypeError(f"{name}: no such penalty; expected one of {', '.join([*CHECKS, 'dry_breakers'])}")
     given = {name: CHECKS[name](name, value) for name, value in penalties.items() if name in CHECKS}
-    settings = DEFAULTS | {name: value for name, value in given.items() if value is not None}
-    window = settings.pop("window")
-    return {"repetition_window": window, "frequency_window": window, "dry_window": window} | settings
+    return DEFAULTS | {name: value for name, value in given.items() if value is not None}
+
+
+def with_windows(settings: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the settings with a window for each kind of penalty instead of one for all."""
+    own = {name: value for name, value in settings.items() if name != "window"}
+    return dict.fromkeys(("repetition_window", "frequency_window", "dry_window"), settings["window"]) | own
 
 
 def penalizes(settings: Mapping[str, Array]) -> Array:
@@ -343,6 +348,4 @@ def _ids(row: Any, where: tuple[int, ...]) -> Array:
             f"{name}: expected a list of token ids, got {array.ndim} axes of {array.dtype}; a row of the logits has a "
             f"list of its own"
         )
-    if array.dtype == np.uint64:
-        array = np.minimum(array, 2**63 - 1)  # an id of no vocabulary, which must not become another number
-    return array.astype(np.int64, copy=False)
+    return array.astype(np.int64, copy=False)  # what is too large becomes negative, which is no id either

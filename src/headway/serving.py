@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from . import _arrays, _check, _native
 from ._dialects import OFF
 from ._options import CHECKS, Array, Settings, mask_bytes, shown, unpacked
-from .penalties import Histories, Penalties, UnknownTokens, breaker_ids, checked, penalizes
+from .penalties import DEFAULTS, Histories, Penalties, UnknownTokens, breaker_ids, checked, penalizes, with_windows
 from .sampling import SamplingParams, _Run
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class Sampler:
                 self._from_params[number] = next_stream + 1
             settings["stream"] = np.uint64(next_stream if stream is None else stream)
             slot = self._histories.admit(prompt, np.isin(prompt, breakers), 0 if count_prompt else prompt.size)
-            row = _Row(self._admitted, slot, settings, own, frozenset(breakers.tolist()))
+            row = _Row(self._admitted, slot, settings, with_windows(own), frozenset(breakers.tolist()))
             self._position = np.append(self._position, source["position"])
             self._admitted += 1
             self._regroup([*self._rows, row])
@@ -204,7 +204,7 @@ class Sampler:
     def _prompt(self, prompt_tokens: ArrayLike, unknown_tokens: UnknownTokens, penalized: bool) -> Array:
         """Return the tokens of a prompt that have a logit."""
         _check.choice(unknown_tokens, "unknown_tokens", ("error", "ignore"))
-        prompt = _check.integers(prompt_tokens, "prompt_tokens", -(2**63), 2**63 - 1)
+        prompt = _check.integers(prompt_tokens, "prompt_tokens", -(2**63), 2**64 - 1)
         if prompt.ndim != 1:
             raise ValueError(f"prompt_tokens: expected a list of token ids, got shape {prompt.shape}")
         known = (prompt >= 0) & (prompt < self.vocabulary)
@@ -320,7 +320,7 @@ class Sampler:
         """Batch the settings of the active rows, so that a step has nothing to do with them."""
         self._rows = rows
         self._slots = np.array([row.slot for row in rows], np.int64)
-        self._penalties = {name: np.array([row.penalties[name] for row in rows]) for name in checked({})}
+        self._penalties = {name: np.array([row.penalties[name] for row in rows]) for name in with_windows(DEFAULTS)}
         self._penalized = bool(penalizes(self._penalties).any())
         before = {group.handles: group.settings for group in self._groups}
         runs = [list(run) for _, run in groupby(rows, _Row.kind)]

@@ -97,7 +97,8 @@ def _penalize_row(
                 for _ in range(length - int(dry_allowed_length)):
                     penalty = penalty * np.float64(dry_base)
                 new = new - min(penalty, _DBL_MAX)
-            z[token] = min(max(new, -_FLT_MAX), _FLT_MAX) if np.isfinite(given) else new
+            largest = _FLT_MAX if abs(given) <= _FLT_MAX else _DBL_MAX
+            z[token] = min(max(new, -largest), largest) if np.isfinite(given) else new
     return bool(repetition != 1 or frequency != 0 or presence != 0 or dry_multiplier > 0)
 
 
