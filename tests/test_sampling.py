@@ -139,7 +139,7 @@ def test_equals_the_reference_on_any_vocabulary(data: st.DataObject, V: int) -> 
 
 @given(st.data(), st.sampled_from(list(DTYPES)))
 @settings(max_examples=400)
-def test_filtering_first_is_the_same_draw(data: st.DataObject, dtype: str) -> None:
+def test_filtering_first_is_the_same_draw_for_any_type(data: st.DataObject, dtype: str) -> None:
     """Whatever the type, the bias, the stages and their order: what filter_logits leaves is what decides."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     V, rows = data.draw(st.sampled_from([2, 3, 17, 65, 300])), data.draw(st.integers(1, 3))

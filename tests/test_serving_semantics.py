@@ -6,9 +6,12 @@ Small numbers on purpose: a sentence should be checkable by eye. test_serving.py
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import re
 import threading
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,10 @@ import numpy as np
 import pytest
 
 import headway as hw
+from headway import _check, penalties
+from headway._options import CHECKS as OPTION_CHECKS
+from headway._options import Integers, Reals
+from headway.sampling import _Run
 
 NAN, INF = np.nan, np.inf
 FOUR = [2.0, 1.0, -1.0, 0.0]
@@ -678,6 +685,74 @@ def test_p37_threads_take_turns() -> None:
         thread.join()
     assert errors == []
     assert sorted(drawn) == sorted(tuple(alone.step(rows).tolist()) for _ in range(400))
+
+
+COPIED: dict[str, Callable[[np.ndarray], Any]] = {
+    "kv_lengths, positions, breakers": lambda x: _check.integers(x, "x", 0, 9),
+    "ids of allowed": lambda x: OPTION_CHECKS["allowed"]("allowed", x, ()),
+    "lengths": lambda x: penalties._lengths("lengths", x, x.shape, np.full(x.size, 9)),
+    "token_ids": lambda x: penalties._histories(x, None, ())[0],
+    "tokens of logprobs": lambda x: import_module("headway.logprobs")._tokens(x, _Run(np.zeros(9), None, {})),
+    "draft_tokens": lambda x: import_module("headway.speculative")._draft_tokens(x, (), x.size, 9),
+    **{name: lambda x, name=name, check=check: check(name, x) for name, check in penalties.CHECKS.items()},
+    **{
+        name: lambda x, name=name, check=check: check(name, x, ())
+        for name, check in OPTION_CHECKS.items()
+        if isinstance(check, (Reals, Integers))
+    },
+}
+
+
+@pytest.mark.parametrize("name", list(COPIED))
+def test_p44_what_is_checked_is_a_copy(name: str) -> None:
+    taken = 0
+    for dtype, number in itertools.product((np.int64, np.uint64, np.float64, np.float32), (1, 0)):
+        given = np.array([number, number], dtype)
+        try:
+            assert not np.shares_memory(COPIED[name](given), given)
+            taken += 1
+        except (TypeError, ValueError):  # not of this type, or out of range
+            continue
+    assert taken > 0
+
+
+def test_p44_logits_that_change_during_a_call() -> None:
+    rng, V = np.random.default_rng(8), 20_000
+    rows = [rng.standard_normal(V), -np.arange(V) / 9, np.full(V, -INF), np.full(V, NAN), np.zeros(V)]
+    rows[2][7] = 0
+    logits = np.zeros((2, V), np.float32)
+    ids = np.zeros((2, 3), np.int64)
+    stop = threading.Event()
+
+    def write() -> None:
+        for i in itertools.cycle(range(len(rows))):
+            if stop.is_set():
+                return
+            logits[i % 2] = rows[i]
+            ids[:], ids[:] = 2**40, 0
+
+    def calls() -> Iterator[Any]:
+        for options in ({}, {"top_k": 9}, {"top_p": 0.9}, {"temperature": 0}, {"min_p": 0.1}, {"typical_p": 0.5}):
+            yield lambda o=options: hw.sample(logits, **o)
+            yield lambda o=options: hw.sample(logits, num_samples=3, replacement=False, **o)
+            yield lambda o=options: hw.logprobs(logits, top=5, processed=True, **o).top_tokens
+            yield lambda o=options: hw.verify_draft(logits, logits[:1], ids[0, :1], **o).tokens
+        yield lambda: hw.logprobs(logits, ids, top=50).top_tokens
+        yield lambda: hw.penalize(logits, ids, lengths=ids[:, 0], presence=1).argmax(-1)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for call in itertools.chain.from_iterable(map(lambda _: calls(), range(12))):
+            try:
+                tokens = np.asarray(call())
+            except ValueError:
+                continue
+            assert tokens.min() >= -1
+            assert tokens.max() < V
+    finally:
+        stop.set()
+        writer.join()
 
 
 def test_p37_a_call_from_within_another() -> None:

@@ -103,8 +103,8 @@ class Integers:
             return np.array(self._in_range(name, value, (), readings), self.dtype)
         if value is None or isinstance(value, (str, bool)) or str(getattr(value, "dtype", "")).endswith("bfloat16"):
             raise self.other_kind(self._message(name, value, ()))
-        # Lists as objects, so that no number above 2^63 becomes a float on the way; a copy, in which what is checked here
-        # cannot change.
+        # Lists as objects, so that no number above 2^63 becomes a float on the way; and a copy, in which what is
+        # checked here cannot change.
         array = np.array(value, object) if isinstance(value, (list, tuple)) else _arrays.plain(value, name).copy()
         whole = array.dtype.kind in "iu" and array.size
         if whole and array.min() >= self.least and int(array.max()) <= _LARGEST[self.dtype]:

@@ -183,8 +183,9 @@ def with_windows(settings: Mapping[str, Array]) -> dict[str, Array]:
 
 def penalizes(settings: Mapping[str, Array]) -> Array:
     """Whether anything is on, for each row, or for all."""
-    on: Array = (settings["repetition"] != 1) | (settings["frequency"] != 0)
-    return on | (settings["presence"] != 0) | (settings["dry_multiplier"] > 0)
+    counted: Array = (settings["frequency"] != 0) | (settings["presence"] != 0)
+    on: Array = (settings["repetition"] != 1) | counted | (settings["dry_multiplier"] > 0)
+    return on
 
 
 def breaker_ids(breakers: ArrayLike, vocabulary: int) -> Array:

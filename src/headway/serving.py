@@ -101,10 +101,10 @@ class Sampler:
 
     Several answers to one prompt, from one seed:
 
-    >>> params = hw.SamplingParams(seed=5)
+    >>> params = hw.SamplingParams(seed=4)
     >>> answers = [sampler.admit(params) for _ in range(3)]
     >>> sampler.step([[0.0, 5.0, 2.0, 6.0]] + [[0.0, 0.0, 0.0, 0.0]] * 3)
-    array([3, 1, 3, 2])
+    array([3, 1, 3, 0])
     """
 
     def __init__(self, vocabulary: int) -> None:

@@ -278,7 +278,7 @@ class Sampler:
     def __init__(self, vocabulary: int) -> None:
         self.admitted = 0
         self.rows: dict[int, dict[str, Any]] = {}
-        self.seeds: list[int] = []  # of all rows that had theirs from params
+        self.seeds: list[Any] = []  # of all rows that had theirs from params
 
     def admit(
         self,
