@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from mutations import mutated
 from tiny_llama import write_checkpoint
 
 import headway as hw
@@ -109,11 +112,11 @@ def test_generate_refuses(run: Any, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "tiny")
     model = ["--model", tmp_path / "tiny"]
     refused(run("generate", "a", "--model", tmp_path / "none"), "none: no such folder")
-    refused(run("generate", "a" * 64, *model), "prompt: expected less than 64 tokens")
-    refused(run("generate", "a", *model, "--temperature", -1), "temperature")
-    refused(run("generate", "a", *model, "--top-p", 0), "top_p")
-    refused(run("generate", "a", *model, "--seed", -1), "seed")
-    refused(run("generate", "a", *model, "--max-tokens", -1), "max_tokens")
+    refused(run("generate", "a" * 64, *model), "PROMPT: expected less than 64 tokens")
+    refused(run("generate", "a", *model, "--temperature", -1), "--temperature: expected")
+    refused(run("generate", "a", *model, "--top-p", 0), "--top-p: expected")
+    refused(run("generate", "a", *model, "--seed", -1), "--seed: expected")
+    refused(run("generate", "a", *model, "--max-tokens", -1), "--max-tokens: expected")
     refused(run("generate", "a", *model, "--max-tokens", "many"), "--max-tokens: invalid int value: 'many'")
     refused(run("generate", *model, stdin=b"\xff\xfe"), "standard input: expected UTF-8 text")
     (tmp_path / "tiny" / "model.safetensors").write_bytes(b"not this")
@@ -273,8 +276,8 @@ def test_sample_refuses_files(run: Any, tmp_path: Path) -> None:
     refused(run("sample", tmp_path), "Is a directory")
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     refused(run("sample", tmp_path / "objects.npy"), "objects.npy: expected .npy, .npz or JSON: Object arrays")
-    refused(run("sample", "-", "--position", -1, stdin=b"[1, 2]"), "position")
-    refused(run("sample", "-", "--top-k", 0, stdin=b"[1, 2]"), "top_k")
+    refused(run("sample", "-", "--position", -1, stdin=b"[1, 2]"), "--position: expected")
+    refused(run("sample", "-", "--top-k", 0, stdin=b"[1, 2]"), "--top-k: expected .*; leave --top-k out")
 
 
 # ---------------------------------------------------------------------------------------------------- attend
@@ -379,17 +382,297 @@ def test_attend_refuses(run: Any, qkv: Path, tmp_path: Path) -> None:
         return run("attend", "-", "--num-heads", 2, stdin=json.dumps(arrays).encode())
 
     refused(run("attend", qkv), "required: --num-heads")
-    refused(run("attend", qkv, "--num-heads", 3), "num_heads")
+    refused(run("attend", qkv, "--num-heads", 3), "--num-heads: expected")
     refused(run("attend", qkv, "--num-heads", 2, "--window", 1, "many"), "--window: invalid")
     refused(run("attend", qkv, "--num-heads", 2, "-o", tmp_path / "out.txt"), "ends in .json, .npy or .npz")
     refused(run("attend", qkv, "--num-heads", 2, "-o", tmp_path / "no" / "out.npy"), "No such file or directory")
     refused(run("attend", tmp_path / "none.json", "--num-heads", 2), "none.json: No such file")
     refused(run("attend", "-", "--num-heads", 2, stdin=b"[[1, 2]]"), "expected an object or .npz with arrays")
-    refused(attend(q=Q, k=K), "-: expected arrays q, k and v, got no v")
+    refused(attend(q=Q, k=K), "standard input: expected arrays q, k and v, got no v")
     refused(attend(q=Q, k=K, v=V, wq=V), "array 'wq': expected one of q, k, v, w_q")
     refused(attend(q=Q, k=[[1, 2]], v=V), "k")
     refused(attend(q=[["a"]], k=K, v=V), "q")
     refused(attend(q=[[1, 2], [3]], k=K, v=V), "q")
+
+
+# ------------------------------------------------------------------------------------------ files of any bytes
+
+
+def npy(array: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def npz(save: Any = np.savez, **arrays: Any) -> bytes:
+    file = io.BytesIO()
+    save(file, **arrays)
+    return file.getvalue()
+
+
+def npy_header(shape: str = "(2,)", dtype: str = "'<f8'", data: bytes = bytes(64)) -> bytes:
+    text = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
+
+
+def zipped(compression: int = zipfile.ZIP_DEFLATED, **members: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(f"{name}.npy", data)
+    return file.getvalue()
+
+
+def patched(data: bytes, local: int, central: int, value: int) -> bytes:
+    """Change a byte of a zip file's first entry, where it stands and in the directory."""
+    changed = bytearray(data)
+    changed[data.index(b"PK\x03\x04") + local] = changed[data.index(b"PK\x01\x02") + central] = value
+    return bytes(changed)
+
+
+EYE = npy(np.eye(2))
+WHOLE = zipped(q=EYE, k=EYE, v=EYE)
+HEADERS = {
+    "parentheses": b"\x93NUMPY\x01\x00\x10\x00" + b"(" * 16,
+    "brackets": b"\x93NUMPY\x02\x00\x28\x23\x00\x00" + b"[" * 9000,
+    "cut": EYE[:40],
+    "cut in the data": EYE[:-3],
+    "version 9": EYE[:6] + b"\x09" + EYE[7:],
+    "a longer header than the file": b"\x93NUMPY\x02\x00\xff\xff\xff\xff{",
+    "objects": npy_header(dtype="'|O'"),
+    "huge": npy_header("(1000000000000,)"),
+    "too huge": npy_header("(9223372036854775807, 9)"),
+    "negative": npy_header("(-1,)"),
+    "fractions": npy_header("(2.5,)"),
+    "text": npy_header(dtype="'<U4'"),
+    "dates": npy_header(dtype="'<M8[s]'"),
+    "complex": npy_header(dtype="'<c16'"),
+    "records": npy_header(dtype="[('a', '<f8')]"),
+    "nothing": npy_header(dtype="'|V0'"),
+    "nothing, huge": npy_header("(1000000000000000,)", "'|V0'"),
+    "rows of nothing": npy_header("(1000000000000, 0, 2)"),
+}
+BROKEN_FILES = {
+    **HEADERS,
+    **{f"{name}, in a zip file": zipped(q=data, k=EYE, v=EYE) for name, data in HEADERS.items()},
+    "an unknown compression": patched(WHOLE, 8, 10, 99),
+    "encrypted": patched(WHOLE, 6, 8, 1),
+    **{
+        f"broken {name}": zipped(method, q=EYE, k=EYE, v=EYE)[:60]
+        + b"\xff" * 20
+        + zipped(method, q=EYE, k=EYE, v=EYE)[80:]
+        for name, method in {"deflate": 8, "bzip2": 12, "lzma": 14}.items()
+    },
+    "a cut zip file": WHOLE[:-30],
+    "an empty zip file": b"PK\x05\x06" + bytes(18),
+    "no zip file": b"PK",
+    "an array twice": WHOLE.replace(b"v.npy", b"q.npy"),
+    "empty": b"",
+    "spaces": b"   ",
+    "nul": bytes(9),
+    "no text": b"\xff\xfe\xfd",
+    "no UTF-8": b'["\xff"]',
+    "deep": b"[" * 100_000,
+    "deep and whole": b"[" * 500 + b"1" + b"]" * 500,
+    "deep objects": b'{"q":' * 100_000,
+    "digits": b"[" + b"9" * 5000 + b"]",
+    "a huge number": b"[" + b"9" * 400 + b"]",
+    "NaN": b"[1, NaN]",
+    "infinity": b"[1e400]",
+    "text in a list": b'["1"]',
+    "an object in a list": b"[{}]",
+    "a key twice": b'{"q": [[1]], "k": [[1]], "v": [[1]], "v": [[1]]}',
+    "a surrogate": b'{"q": [[1]], "k": [[1]], "v": [[1]], "\\ud800": [[1]]}',
+    "a long key": b'{"q": [[1]], "k": [[1]], "v": [[1]], "' + b"a" * 9999 + b'": 1}',
+}
+
+
+@pytest.mark.parametrize("data", BROKEN_FILES.values(), ids=BROKEN_FILES)
+def test_a_broken_file_is_one_line_that_names_it(run: Any, tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "broken"
+    path.write_bytes(data)
+    for command in (("sample", "--seed", 1), ("explain",), ("attend", "--num-heads", 1)):
+        for source, label in ((path, "broken"), ("-", "standard input")):
+            status, out, err = run(*command, source, stdin=data)
+            assert (status, out) == (2, ""), command
+            assert re.fullmatch(rf"headway: error: [^\n]*{label}: [^\n]{{1,500}}\n", err), err
+
+
+VALID_FILES: dict[str, tuple[tuple[object, ...], list[bytes]]] = {
+    "sample": (
+        ("sample", "--seed", 1),
+        [npy(np.linspace(-3, 3, 20)), npy(np.eye(4, dtype=np.float16)), json.dumps([[0.5, 1], [2, -1e9]]).encode()],
+    ),
+    "explain": (("explain", "--top-p", 0.9), [npy(np.linspace(-3, 3, 20)), json.dumps([0.5, 1, -2]).encode()]),
+    "attend": (
+        ("attend", "--num-heads", 1),
+        [
+            npz(q=np.eye(2), k=np.eye(2), v=np.eye(2), mask=np.tril(np.ones((2, 2), bool))),
+            npz(np.savez_compressed, q=np.eye(2), k=np.eye(2), v=np.eye(2), sinks=np.ones(1), kv_lengths=np.array(2)),
+            json.dumps({"q": [[1, 2]], "k": [[1, 2]], "v": [[3, 4]], "mask": [[1]], "w_o": [[1, 0], [0, 1]]}).encode(),
+        ],
+    ),
+}
+PIECES = (
+    b'"', b"{", b"}", b"[", b"]", b",", b":", b"(", b"-1", b"0", b"1e999", b"NaN", b"null", b"true", b"[]", b"{}",
+    b"[[],[]]", b'"a"',
+    b"9" * 400, b"9" * 5000, b"\xff", b'"\\ud800"', b"'|O'", b"'<U4'", b"'<c16'", b"'>f4'", b"'|b1'",
+    b"'|V0'", b"99999999999", b"4294967296", b"True", b"PK",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VALID_FILES)
+def test_a_mutated_file_is_read_or_refused(run: Any, tmp_path: Path, name: str) -> None:
+    command, files = VALID_FILES[name]
+    rng, path = random.Random(name), tmp_path / "mutated"
+    statuses = []
+    for data in files:
+        path.write_bytes(data)
+        assert run(*command, path)[0] == 0
+        for _ in range(150):
+            path.write_bytes(mutated(rng, data, PIECES, reach=130 if data[:1] == b"\x93" else 10**6))
+            status, out, err = run(*command, path)
+            if status:
+                refused((status, out, err), "mutated: ")
+            statuses.append(status)
+    assert {0, 2} == set(statuses)
+
+
+@pytest.mark.parametrize("name", ["q", "w_k", "b_o", "mask", "bias", "sinks", "kv_lengths"])
+def test_attend_takes_no_other_json_for_an_array(run: Any, name: str) -> None:
+    for value in ({}, {"a": 1}, "text", [{}], [[None]], ["1"], [[1], [2, 3]], 10**400, [[[[1]]], 2], [[10**400]]):
+        arrays = {"q": [[1, 0]], "k": [[1, 0]], "v": [[1, 0]], "w_o": [[1, 0], [0, 1]], name: value}
+        refused(run("attend", "-", "--num-heads", 1, stdin=json.dumps(arrays).encode()), f"standard input: .*{name}")
+
+
+def test_a_small_file_does_not_fill_the_memory(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = np.zeros((1, 4096))
+    (tmp_path / "bomb.npz").write_bytes(npz(np.savez_compressed, q=wide, k=wide, v=wide))
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 23}.__getitem__)
+    refused(run("attend", tmp_path / "bomb.npz", "--num-heads", 1), "bomb.npz: .* of this machine's memory, got 98,688")
+
+
+def test_names_that_the_system_refuses(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in (
+        "",
+        "nul\0nul",
+        "\ud800",
+        "\udcff",
+        "a" * 5000,
+        "folder",
+        "none",
+        "/proc/self/mem",
+        "/dev/zero",
+        "esc\x1b[31m",
+    ):
+        path = str(tmp_path / name) if name in ("folder", "none") else name
+        for command in (("sample", path), ("explain", path), ("attend", path, "--num-heads", 1)):
+            status, out, err = run(*command)
+            assert (status, out) == (2, "")
+            shown = "".join(c if c.isprintable() else f"{c!a}"[1:-1] for c in path) or "''"
+            assert err.startswith(f"headway: error: {shown}: "), err
+            assert err.count("\n") == 1
+            assert err[:-1].isprintable()
+        output = f"{path or 'none'}/no/out.npy"
+        status, _, err = run("attend", "-", "--num-heads", 1, "-o", output, stdin=WHOLE)
+        assert (status, err.count("\n")) == (2, 1)
+        status, _, err = run("generate", "a", "--model", path)
+        assert (status, err.count("\n")) == (2, 1)
+
+
+# ------------------------------------------------------------------------------------- streams that are not there
+
+STREAMS = {  # a shell command: status, and what is said on standard error
+    "headway sample row.json --seed 1 >&-": (2, "standard output: Bad file descriptor"),
+    "headway generate a --max-tokens 2 >&-": (2, "standard output: Bad file descriptor"),
+    "headway --help >&-": (2, "standard output: Bad file descriptor"),
+    "headway --version >&-": (2, "standard output: Bad file descriptor"),
+    "headway attend qkv.json --num-heads 2 -o closed.npy >&-": (0, None),
+    "headway sample - <&-": (2, "standard input: Bad file descriptor"),
+    "headway generate --max-tokens 2 <&-": (2, "standard input: Bad file descriptor"),
+    "headway info <&-": (0, None),
+    "headway sample row.json --seed 1 >/dev/full": (2, "standard output: No space left on device"),
+    "headway sample --help >/dev/full": (2, "standard output: No space left on device"),
+    "headway attend qkv.json --num-heads 2 -o full.npy --force": (2, "full.npy: No space left on device"),
+    "headway attend qkv.json --num-heads 2 -o full.json --force": (2, "full.json: No space left on device"),
+    "headway sample row.json 2>&-": (0, None),
+    "headway sample none.json 2>&-": (2, None),
+    "headway sample row.json 2>/dev/full": (0, None),
+    "headway sample none.json 2>/dev/full": (2, None),
+    "headway sample none.json <&- >&- 2>&-": (2, None),
+    "headway generate $'\\xff'": (2, r"PROMPT: expected text .* '\\udcff' at 0"),
+    "headway explain --prompt $'\\xff'": (2, r"--prompt: expected text .* '\\udcff' at 0"),
+    "headway sample $'\\xff'": (2, r"\\udcff: No such file or directory"),
+    "PYTHONIOENCODING=ascii headway generate é --max-tokens 1": (2, "its encoding, ascii, .* set PYTHONIOENCODING"),
+}
+
+
+@pytest.mark.parametrize(
+    ("line", "unbuffered"),
+    [*((line, "") for line in STREAMS), *((line, "1") for line in STREAMS if ">&-" in line or "/dev/full" in line)],
+)
+def test_streams_that_are_closed_or_full(tmp_path: Path, qkv: Path, line: str, unbuffered: str) -> None:
+    (tmp_path / "row.json").write_text("[1, 2]")
+    (tmp_path / "full.npy").symlink_to("/dev/full")
+    (tmp_path / "full.json").symlink_to("/dev/full")
+    status, said = STREAMS[line]
+    environment = {**BUFFERED, "LC_ALL": "C.UTF-8", "PYTHONUNBUFFERED": unbuffered}
+    command = line.replace("headway", f"{sys.executable} -m headway", 1)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status, done.stderr
+    if said is not None:
+        assert re.fullmatch(rf"headway: error: [^\n]*{said}[^\n]*\n", done.stderr)
+        assert done.stdout == ""
+    elif ">&-" not in line and "2>" not in line:
+        assert done.stderr == ""
+    if "closed.npy" in line:
+        assert np.load(tmp_path / "closed.npy").shape == (3, 4)
+
+
+def test_a_tokenizer_that_panics_is_one_line(endless: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"Regex": ""}, "content": "x"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for command in (("generate", "a"), ("explain", "--prompt", "a")):
+        _, err = (process := start(*command, "--model", str(tmp_path))).communicate(timeout=60)
+        assert process.returncode == 2
+        assert re.fullmatch(rf"headway: error: {tmp_path}/tokenizer.json: not a tokenizer: [^\n]+\n", err.decode())
+
+
+def test_a_model_that_is_a_file(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for command in (("generate", "a"), ("explain", "--prompt", "a")):
+        refused(run(*command, "--model", tmp_path / "model.gguf"), "model.gguf: is a file; expected a folder with")
+
+
+BAD_VALUES = {
+    "--temperature": "-1", "--top-k": "0", "--top-p": "2", "--min-p": "2", "--typical-p": "2", "--top-n-sigma": "-1",
+    "--epsilon-cutoff": "2", "--eta-cutoff": "2", "--xtc-probability": "2", "--xtc-threshold": "2",
+    "--dynamic-temperature-range": "-1", "--dynamic-temperature-exponent": "-1", "--min-tokens-to-keep": "0",
+    "--seed": "-1", "--position": "-1", "--max-tokens": "-1", "--top": "-1", "--why": "-1", "--num-heads": "0",
+    "--num-kv-heads": "0", "--scale": "nan", "--softcap": "-1", "--decimals": "-1", "--window": "-1",
+}  # fmt: skip
+
+
+def test_advice_can_be_typed(run: Any, qkv: Path) -> None:
+    """Every flag of every command, with a value that the library refuses: named as it is typed, without Python."""
+    tried = set()
+    for command in (("sample", "-"), ("explain", "-"), ("generate", "a"), ("attend", qkv, "--num-heads", 2)):
+        for flag in re.findall(r"^  (--[a-z-]+) [A-Z]", run(command[0], "--help")[1], re.MULTILINE):
+            if flag not in BAD_VALUES:
+                continue
+            values = (BAD_VALUES[flag], "0") if flag == "--window" else (BAD_VALUES[flag],)
+            result = run(*command, flag, *values, stdin=b"[1, 2]")
+            refused(result, f"{flag}: expected")
+            assert not re.search(r"None|np\.|[a-z]_[a-z]", result[2]), result[2]
+            tried.add(flag)
+    assert tried == set(BAD_VALUES)
+    refused(run("sample", "-", "--top-k", 0, stdin=b"[1, 2]"), "; leave --top-k out")
+    refused(run("sample", "-", stdin=b"[true]"), r"standard input: logits: expected [^;]*")
 
 
 # ------------------------------------------------------------------------------------------------- the others
@@ -449,7 +732,7 @@ def test_explain_refuses(run: Any, tmp_path: Path) -> None:
     refused(run("explain", tmp_path / "row.json", "--prompt", "a"), "expected FILE or --prompt, one of the two")
     refused(run("explain", tmp_path / "row.json", "--model", tmp_path), "--model: expected none beside FILE")
     refused(run("explain", tmp_path / "rows.json"), "logits: expected one row")
-    refused(run("explain", tmp_path / "row.json", "--why", 99), "token: expected an integer from 0 to")
+    refused(run("explain", tmp_path / "row.json", "--why", 99), "--why: expected an integer from 0 to")
     refused(run("explain", tmp_path / "none.json"), "none.json: No such file")
     refused(run("explain", "--prompt", "a", "--model", tmp_path / "none"), "none: no such folder")
 

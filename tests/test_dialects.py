@@ -84,7 +84,8 @@ def mlx_lm() -> Run:
         if options.get("min_p", 0) != 0:
             x = utils.apply_min_p(x, options["min_p"], min(options.get("min_tokens_to_keep", 1), row.size))
         if options.get("xtc_probability", 0) > 0:
-            x = utils.apply_xtc(x, options["xtc_probability"], options["xtc_threshold"], [])
+            spared = list(options.get("xtc_special_tokens", []))
+            x = utils.apply_xtc(x, options["xtc_probability"], options["xtc_threshold"], spared)
         if 0 < options.get("top_k", 0) < row.size:
             x = utils.apply_top_k(x, options["top_k"])
         return np.isfinite(np.array(x)[0])
@@ -101,7 +102,7 @@ def vllm() -> Run:
         """The steps of Sampler.sample before the draw. SamplingParams reads the numbers."""
         rows, V = logits.shape
         asked = params.SamplingParams(**options)
-        if asked.temperature == 0:
+        if options.get("temperature", 1.0) < 1e-5:  # as the sampler reads it, to which SamplingParams would give 0.01
             return np.arange(V) == logits.argmax(-1)[:, None]
         z = torch.from_numpy(logits.copy())
         z = sampler.Sampler.apply_temperature(z, torch.full((rows,), asked.temperature), all_random=True)
@@ -212,7 +213,7 @@ def vllm_rules() -> Run:
 
     def one(row: Array, options: Options) -> Array:
         t = options.get("temperature", 1.0)
-        if t == 0:
+        if t < 1e-5:
             return np.arange(row.size) == row.argmax()
         z = row / np.float32(max(t, 0.01))
         if options.get("min_p", 0) > 0:
@@ -306,7 +307,9 @@ def llama_cpp_rules() -> Run:
             running = np.cumsum(softmax(row[ids]), dtype=np.float32)
             enough = (running >= np.float32(get("top_p"))) & (np.arange(ids.size) + 1 >= least)
             ids = ids[: int(enough.argmax()) + 1 if enough.any() else ids.size]
-        if get("min_p", 0.0) > 0:
+        if get("min_p", 0.0) > 1:  # no token reaches it: the first of the list stays
+            ids = ids[: max(least, 1)]
+        elif get("min_p", 0.0) > 0:
             reach = row[ids] >= row[ids].max() + np.log(np.float32(get("min_p")))
             ids = ids[reach] if reach.sum() >= max(least, 1) else ids[: max(least, 1)]
         if get("xtc_probability", 0.0) > 0 and get("xtc_threshold") <= 0.5 and ids.size > 1:
@@ -386,6 +389,10 @@ def random_options(dialect: str, rng: np.random.Generator, logits: Array) -> Opt
     }
     if "xtc_probability" in out:
         out["xtc_threshold"] = float(rng.choice([0.0625, 0.1, 0.2, 0.02]))
+        if dialect == "llama.cpp" and rng.random() < 0.2:
+            out["xtc_threshold"] = float(rng.choice([-1.0, 0.5, 0.6, 1.5]))
+        if dialect == "mlx" and rng.random() < 0.5:
+            out["xtc_special_tokens"] = rng.integers(0, V, int(rng.integers(1, 4))).tolist()
     if dialect == "flashinfer" and rng.random() < 0.5:
         out["nucleus"] = "joint"
     if dialect == "llama.cpp" and ("top_n_sigma" in out or np.isinf(logits).any()):  # S39
@@ -397,7 +404,7 @@ def random_options(dialect: str, rng: np.random.Generator, logits: Array) -> Opt
 
 def kept(dialect: str, logits: Array, options: Options) -> Array:
     filtered = hw.filter_logits(logits, dialect=dialect, **options) > -INF
-    if options.get("temperature", 1.0) < 1e-3:  # removes nothing, but leaves the first token alone with mass
+    if options.get("temperature", 1.0) < 1e-5:  # removes nothing, but leaves the first token alone with mass
         filtered &= hw.probabilities(logits, dialect=dialect, **options) > 0
     return filtered
 

@@ -265,3 +265,22 @@ def test_a_picture(tmp_path: Any) -> None:
     assert [bar.get_width() for bar in figure.axes[0].patches] == [5, 5, 2]
     figure.savefig(tmp_path / "stages.png")
     hw.explain(TIED).plot().savefig(tmp_path / "none.png")
+
+
+def test_xtc_that_spares_tokens() -> None:
+    """What stays is no longer what comes first in the order of the stage."""
+    logits = np.log([0.4, 0.3, 0.2, 0.1])
+    on = {"xtc_probability": 1.0, "xtc_threshold": 0.15, "seed": 1}
+    found = hw.explain(logits, xtc_special_tokens=[0], **on)
+    (stage,) = found.stages
+    assert found.kept.tolist() == [0, 2, 3]
+    assert (stage.removed, stage.last_kept.token, stage.first_removed.token) == (1, 0, 1)
+    assert stage.note.endswith("; spares 1 token")
+    assert (
+        str(found.why(1))
+        == "token 1: removed by xtc_probability=1: its probability is 0.3, the limit 0.15, missed by 0.15"
+    )
+    assert found.why(0).kept
+    tied = hw.explain([1.0, 1.0, 1.0, -5.0], xtc_special_tokens=[0, 3], **on).stages[0]
+    assert (tied.ties_kept, tied.ties_removed, tied.note[-15:]) == (2, 1, "spares 2 tokens")
+    assert not hw.explain(logits, xtc_special_tokens=[0, 1], **on).stages[0].removed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import subprocess
 import sys
 import warnings
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutations import mutated
 from safetensors.numpy import load_file
 from tiny_llama import (
     BOS,
@@ -461,6 +463,65 @@ def test_a_space_that_opens_a_word_survives() -> None:
     assert list(detokenize(tokenizer, [0], [1, 3, 2])) == [" the", " beginning"]
 
 
+BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in (0x0A, 0x20, 0x41, 0xC3, 0xA9, 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x99, 0xFF)]
+WORDS = ["▁", "▁the", "a", "b", "é", "▁▁", "\ufffd", "x\ufffd", " ", "'", "##ing", "s</w>", "t</w>", "", "|", "▁é", "â"]
+
+
+def word_tokenizer(*steps: Any, bytes_: list[str] = BYTE_TOKENS) -> Any:
+    """Words and bytes, each a token, and a decoder of these steps; 3 ids at the end that no token has."""
+    from tokenizers import Tokenizer, decoders, models
+
+    vocabulary = {word: i for i, word in enumerate([*WORDS, *bytes_])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+    tokenizer.decoder = decoders.Sequence(list(steps)) if len(steps) > 1 else steps[0]
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.add_tokens(["<tool>", " pad"])
+    return tokenizer
+
+
+def decoding_tokenizers() -> dict[str, Any]:
+    from tokenizers import decoders as d
+
+    space, fallback, fuse = d.Replace("▁", " "), d.ByteFallback(), d.Fuse()
+    return {
+        "Llama 2": word_tokenizer(space, fallback, fuse, d.Strip(" ", 1, 0)),
+        "Gemma": word_tokenizer(space, fallback, fuse),
+        "strips three": word_tokenizer(space, fallback, fuse, d.Strip(" ", 3, 0)),
+        "bytes alone": word_tokenizer(fallback),
+        "some bytes": word_tokenizer(fallback, fuse, bytes_=BYTE_TOKENS[2:6]),
+        "names of bytes": word_tokenizer(fuse),
+        "Metaspace": word_tokenizer(d.Metaspace()),
+        "Metaspace, never": word_tokenizer(d.Metaspace(prepend_scheme="never")),
+        "WordPiece": word_tokenizer(d.WordPiece()),
+        "BPE": word_tokenizer(d.BPEDecoder()),
+        "CTC": word_tokenizer(d.CTC("a", "|")),
+        "ByteLevel": byte_tokenizer(),
+    }
+
+
+@pytest.mark.parametrize("name", decoding_tokenizers())
+def test_pieces_are_the_decoded_whole_for_any_tokens(name: str) -> None:
+    tokenizer = decoding_tokenizers()[name]
+    rng = np.random.default_rng(0)
+    size = tokenizer.get_vocab_size() + 3  # ids that no token has, too
+    for _ in range(1500):
+        # From few tokens, so that runs and repetitions are common.
+        ids = rng.choice(rng.integers(0, size, rng.integers(1, 9)), rng.integers(0, 13)).tolist()
+        start = int(rng.integers(0, len(ids) + 1)) if rng.random() < 0.5 else 0
+        whole = tokenizer.decode(ids)[len(tokenizer.decode(ids[:start])) :]
+        pieces = list(detokenize(tokenizer, ids[:start], ids[start:]))
+        assert "".join(pieces) == whole, ids
+        assert all(pieces)
+
+
+def test_a_run_of_bytes_waits_for_its_end_and_nothing_else_does() -> None:
+    tokenizer = decoding_tokenizers()["Llama 2"]
+    ids = [tokenizer.token_to_id(token) for token in ("a", "<0xE2>", "<0x82>", "<0xAC>", "▁the", "b", "<0x41>")]
+    assert list(detokenize(tokenizer, [], ids)) == ["a", "€ the", "b", "A"]
+    stray = [*ids[:4], tokenizer.token_to_id("<0xFF>"), *ids[4:]]
+    assert list(detokenize(tokenizer, [], stray)) == ["a", "\ufffd" * 4 + " the", "b", "A"]
+
+
 @given(
     text=st.text("ab", max_size=12),
     cuts=st.lists(st.integers(0, 12), max_size=4),
@@ -582,6 +643,14 @@ BROKEN = {
         "hidden_size: expected a multiple of num_attention_heads, 4, or a head_dim, got 26",
     ),
     "odd heads": (edit_config(head_dim=9), "head_dim: expected an even number, .* got 9"),
+    "two spellings of rope that differ": (
+        edit_config(rope_parameters=LLAMA3, rope_scaling={"type": "linear", "factor": 2.0}),
+        "config.json: rope_scaling: expected what rope_parameters says, or nothing, got",
+    ),
+    "a key twice": (
+        write_file("config.json", '{"model_type": "llama", "vocab_size": 1, "vocab_size": 2}'),
+        "config.json: not JSON: expected each key once, got 'vocab_size' twice",
+    ),
     "end token is text": (
         edit_config(eos_token_id="</s>"),
         "eos_token_id: expected a token id, .* got '</s>'",
@@ -600,7 +669,7 @@ BROKEN = {
     ),
     "rope of no size": (
         edit_config(rope_theta=10**400, rope_parameters=None),
-        "config.json: rope_theta: expected a number from 1e-30 to 1e30",
+        "config.json: rope_theta: expected a number from 1 to 1e30",
     ),
     "heads of no size": (
         edit_config(head_dim=400_000),
@@ -660,7 +729,7 @@ BROKEN = {
     "no tokenizer": (remove("tokenizer.json"), "tokenizer.json: no such file"),
     "tokenizer is no JSON": (write_file("tokenizer.json", "{"), "tokenizer.json: not a tokenizer"),
     "tokenizer is of another model": (
-        edit_config(vocab_size=257),
+        edit_config(vocab_size=257, eos_token_id=None),
         "tokenizer.json: token id 257: expected ids below vocab_size, 257, of config.json",
     ),
 }
@@ -677,6 +746,239 @@ def test_a_broken_checkpoint_says_what_is_wrong(tmp_path: Path, damage: Damage, 
         headway.lm.load(tmp_path)
     assert str(tmp_path) in str(caught.value), "says which folder"
     assert "\n" not in str(caught.value)
+
+
+# What config.json may say that the architecture has no place for: a value of each that would change the numbers, and
+# where there is one, a value that changes nothing.
+NOT_COMPUTED: dict[str, tuple[Any, ...]] = {
+    "is_causal": (False, True),
+    "is_encoder_decoder": (True, False),
+    "add_cross_attention": (True, False),
+    "use_bidirectional_attention": (True, False),
+    "hidden_act": ("relu", "silu"),
+    "hidden_activation": ("gelu_pytorch_tanh", "silu"),
+    "layer_types": (["full_attention", "sliding_attention"], ["full_attention"] * 2),
+    "sliding_window": (32, None),
+    "attention_chunk_size": (32, None),
+    "alibi": (True, False),
+    "position_embedding_type": ("alibi", "rope"),
+    "partial_rotary_factor": (0.5, 1.0),
+    "rotary_pct": (0.25, 1),
+    "rope_interleave": (True, False),
+    "rope_interleaved": (True, False),
+    "rope_traditional": (True, False),
+    "no_rope_layers": ([1, 0], [1, 1]),
+    "attn_temperature_tuning": (True, False),
+    "attention_multiplier": (0.5, None),
+    "query_pre_attn_scalar": (256, None),
+    "embedding_multiplier": (12, 1.0),
+    "residual_multiplier": (0.22, 1.0),
+    "scale_emb": (12, 1),
+    "scale_depth": (1.4, None),
+    "dim_model_base": (256, None),
+    "logit_scale": (0.0625, 1.0),
+    "logits_scaling": (16.0, 1.0),
+    "attn_logit_softcapping": (50.0, None),
+    "final_logit_softcapping": (30.0, None),
+    "logits_soft_cap": (30.0, None),
+    "clip_qkv": (8, None),
+    "use_qk_norm": (True, False),
+    "qk_norm": (True, False),
+    "qk_layernorm": (True, False),
+    "parallel_attn": (True, False),
+    "use_parallel_residual": (True, False),
+    "quantization_config": ({"quant_method": "gptq", "bits": 4}, None),
+    "compression_config": ({}, None),
+}
+
+
+@pytest.mark.parametrize("key", NOT_COMPUTED)
+def test_what_is_not_computed_is_refused(tmp_path: Path, tiny: headway.lm.Model, key: str) -> None:
+    changing, *neutral = NOT_COMPUTED[key]
+    for value in (changing, "something", -1, [[changing]], {"a": 1}):
+        write_checkpoint(tmp_path, **{key: value})
+        with pytest.raises(ValueError, match=rf"config.json: {key}: expected .*, got .*; headway.lm would compute"):
+            headway.lm.load(tmp_path)
+    for value in (*neutral, None, ...):
+        write_checkpoint(tmp_path, **{key: value})
+        np.testing.assert_array_equal(headway.lm.load(tmp_path).logits([1, 2]), tiny.logits([1, 2]))
+
+
+def test_a_window_that_is_not_used_changes_nothing(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, sliding_window=32, use_sliding_window=False)
+    headway.lm.load(tmp_path)
+    write_checkpoint(tmp_path, sliding_window=32, use_sliding_window=True)
+    with pytest.raises(ValueError, match="sliding_window: expected null, got 32"):
+        headway.lm.load(tmp_path)
+
+
+NO_NUMBERS = (0, -1, -1e-9, "1", [1], {}, True, float("nan"), float("inf"), -float("inf"), 10**400, 1e300, 1e-300)
+NO_SIZES = (0, -1, "1", [1], {}, True, 1.5, float("nan"), float("inf"), 2**62, 2**70)
+NO_TOKENS = (-1, 260, 2**70, "1", {}, True, 1.5, float("nan"), [1, 260], [1, [2]], [None])
+ROPE = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("rms_norm_eps", NO_NUMBERS),
+        ("rope_theta", (*NO_NUMBERS, 0.5, 1e-29)),
+        ("rope_scaling.factor", (*NO_NUMBERS, 0.5, None)),
+        *((f"rope_parameters.{key}", NO_NUMBERS) for key in ("low_freq_factor", "high_freq_factor", "factor")),
+        ("rope_parameters.rope_theta", (*NO_NUMBERS, 1e-29)),
+        ("rope_parameters.original_max_position_embeddings", NO_SIZES),
+        ("rope_parameters.partial_rotary_factor", (0.5, "1", True, [0.5])),
+        ("rope_parameters.attention_factor", (2.0, "1")),
+        ("rope_parameters.full_attention", ({"rope_theta": 5.0},)),
+        ("rope_parameters.rope_type", ("yarn", "dynamic", "longrope", None, 1, [], {})),
+        *((size, NO_SIZES) for size in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")),
+        *((size, NO_SIZES) for size in ("num_attention_heads", "num_key_value_heads", "head_dim")),
+        ("max_position_embeddings", (*NO_SIZES, 2**24 + 1)),
+        *((flag, (0, 1, "true", [], {}, 0.0)) for flag in ("attention_bias", "mlp_bias", "tie_word_embeddings")),
+        *((token, NO_TOKENS) for token in ("bos_token_id", "eos_token_id")),
+        ("original_max_position_embeddings", (64, "32", [31])),
+        ("model_type", ("gpt2", None, 1, [], {}, ["llama"])),
+    ],
+)
+def test_every_setting_is_checked(tmp_path: Path, key: str, values: tuple[Any, ...]) -> None:
+    write_checkpoint(tmp_path)
+    base = json.loads((tmp_path / "config.json").read_text())
+    if key.startswith("rope_parameters") or key.startswith("original"):
+        base["rope_parameters"] = LLAMA3
+    elif key.startswith("rope_scaling"):
+        base["rope_scaling"] = ROPE
+    *section, name = key.split(".")
+    for value in values:
+        config = json.loads(json.dumps(base))
+        (config[section[0]] if section else config)[name] = value
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=rf"^{tmp_path}/config.json: {key}: expected .{{1,150}}, got .{{1,150}}$"):
+            headway.lm.load(tmp_path)
+
+
+@pytest.mark.parametrize("value", NO_TOKENS)
+def test_end_tokens_of_generation_config_are_checked(tmp_path: Path, value: Any) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id: expected"):
+        headway.lm.load(tmp_path)
+
+
+def test_sizes_beyond_the_weights_cost_nothing(tmp_path: Path) -> None:
+    """Far larger than any memory, and refused by the first tensor that they ask for."""
+    for changes in ({"num_hidden_layers": 10**9}, {"vocab_size": 2**31 - 1}, {"intermediate_size": 2**31 - 1}):
+        write_checkpoint(tmp_path)
+        edit_config(**changes)(tmp_path)
+        with pytest.raises(ValueError, match=r"expected shape|no tensor"):
+            headway.lm.load(tmp_path)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_tensor_in_two_files(tmp_path: Path, index: bool) -> None:
+    _, weights = write_checkpoint(tmp_path, shards=2, index=True)
+    first, second = (f"model-{i:05d}-of-00002.safetensors" for i in (1, 2))
+    names = list(weights)
+    name = "model.norm.weight"
+    holder, other = (first, second) if name in names[0::2] else (second, first)
+    part = {n: weights[n] for n in names[(other == second) :: 2]}
+    write_safetensors(tmp_path / other, {**part, name: weights[name] + 1})
+    if not index:
+        (tmp_path / "model.safetensors.index.json").unlink()
+        with pytest.raises(ValueError, match=rf"{second}: tensor '{name}': expected in one file, got it in {first} as"):
+            headway.lm.load(tmp_path)
+        return
+    np.testing.assert_array_equal(headway.lm.load(tmp_path).weights.norm, weights[name])
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace(f'"{name}": "{holder}"', f'"{name}": "{other}"'))
+    np.testing.assert_array_equal(headway.lm.load(tmp_path).weights.norm, weights[name] + 1)
+    write_safetensors(tmp_path / other, part)
+    with pytest.raises(ValueError, match=rf"index.json: weight_map.{name}: expected the file .*, got '{other[:9]}"):
+        headway.lm.load(tmp_path)
+
+
+REGEX: dict[str, Any] = {"pattern": {"Regex": ""}, "content": "x"}
+PANICS: dict[str, dict[str, Any]] = {  # parts that tokenizers reads, and then breaks off at, or reads with a panic
+    "an empty pattern": {"normalizer": {"type": "Replace", **REGEX}},
+    "a pattern of nothing": {"normalizer": {"type": "Replace", "pattern": {"Regex": "q*"}, "content": "x"}},
+    "an empty prefix": {"normalizer": {"type": "Prepend", "prepend": ""}},
+    "a map that is none": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "pieces of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "strips more than there is": {"decoder": {"type": "Strip", "content": "a", "start": 0, "stop": 5}},
+}
+
+
+@pytest.mark.parametrize("part", PANICS.values(), ids=PANICS)
+def test_a_tokenizer_that_panics_is_an_error(tmp_path: Path, part: dict[str, Any]) -> None:
+    write_checkpoint(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **part}))
+    with pytest.raises(ValueError, match=f"^{path}: not a tokenizer: .") as caught:
+        headway.lm.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_panics_later_is_an_error(tiny: headway.lm.Model) -> None:
+    from tokenizers import Regex, decoders, normalizers
+
+    for part in ({"normalizer": normalizers.Replace(Regex(""), "x")}, {"decoder": decoders.Strip("a", 0, 5)}):
+        tokenizer = byte_tokenizer()
+        for name, value in part.items():
+            setattr(tokenizer, name, value)
+        model = headway.lm.Model(tiny.config, tiny.weights, tokenizer)
+        with pytest.raises(ValueError, match=r"^tokenizer.json: cannot (en|de)code"):
+            model.generate("abc", max_tokens=3, seed=1)
+
+
+def test_a_tokenizer_may_lack_what_others_have(tmp_path: Path) -> None:
+    """One without a token for what it does not know refuses such a prompt, and is a tokenizer all the same."""
+    from tokenizers import Tokenizer, models
+
+    write_checkpoint(tmp_path)
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="b")).save(str(tmp_path / "tokenizer.json"))
+    model = headway.lm.load(tmp_path)
+    assert model.stream("a").prompt_ids == (0,)
+    with pytest.raises(ValueError, match=r"^tokenizer.json: cannot encode the prompt: "):
+        model.stream("c")
+
+
+def test_a_prompt_that_is_no_utf8(tiny: headway.lm.Model) -> None:
+    for prompt in ("a\ud800", "\udcff", "\udfff\ud800"):
+        with pytest.raises(ValueError, match=r"^prompt: expected text that UTF-8 can write, got a lone surrogate"):
+            tiny.stream(prompt)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config", "generation_config", "tokenizer", "model.safetensors.index", "model-00001-of-00002.safetensors"],
+)
+def test_a_mutated_checkpoint_is_read_or_refused(tmp_path: Path, name: str) -> None:
+    write_checkpoint(tmp_path, shards=2, index=True, rope_parameters=LLAMA3)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 257]}')
+    path = tmp_path / (name if name.endswith(".safetensors") else f"{name}.json")
+    whole, rng = path.read_bytes(), random.Random(name)
+    reach = 8 + int.from_bytes(whole[:8], "little") if name.endswith(".safetensors") else len(whole)
+    pieces = (b'"', b"{", b"}", b"[", b"]", b",", b"-1", b"0", b"1e999", b"NaN", b"null", b"true", b'""', b"\xff")
+    pieces += (b"4294967295", b"9" * 20, b"9" * 5000, b'"\\ud800"', b'"..\\u0000"', b"[" * 2000)
+    for _ in range(300):
+        path.write_bytes(mutated(rng, whole, pieces, reach))
+        try:
+            headway.lm.load(tmp_path).generate("ab é", max_tokens=2, seed=1)
+        except (ValueError, OSError) as error:
+            assert str(tmp_path) in str(error) or "tokenizer.json" in str(error)  # noqa: PT017
+            assert "\n" not in str(error)  # noqa: PT017
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors"):
+        folder = tmp_path / name
+        write_checkpoint(folder)
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+        with pytest.raises(ValueError, match=f"{folder / name}: expected a file, got a folder"):
+            headway.lm.load(folder)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(NotADirectoryError, match=r"model.gguf: is a file; expected a folder with a Hugging Face Llama"):
+        headway.lm.load(tmp_path / "model.gguf")
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import headway as hw
 from headway import reference as ref
 
 
@@ -263,3 +265,108 @@ def test_torch_layers_agree() -> None:
     norm = torch.nn.functional.rms_norm(X, (10,), WEIGHT, 1e-6).numpy()
     assert np.allclose(ref.rms_norm(x, weight), norm, rtol=1e-13)
     assert np.allclose(ref.swiglu(x, up), (torch.nn.functional.silu(X) * UP).numpy(), rtol=1e-13)
+
+
+# No rows, no keys, one token: every function gives what the compiled one gives --------------------------------------
+
+
+def zeros(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+def stepped(module: Any, rows: int, V: int) -> Any:
+    sampler = module.Sampler(V)
+    for seed in range(rows):
+        sampler.admit(seed=seed)
+    return sampler.step(zeros(rows, V))
+
+
+SAMPLING: dict[str, Callable[[Any, tuple[int, ...], int], Any]] = {
+    "sample": lambda m, lead, V: m.sample(zeros(*lead, V), seed=1),
+    "several": lambda m, lead, V: m.sample(zeros(*lead, V), num_samples=2, uniform=np.zeros((*lead, 2))),
+    "without replacement": lambda m, lead, V: m.sample(zeros(*lead, V), num_samples=1, replacement=False, seed=1),
+    "probabilities": lambda m, lead, V: m.probabilities(zeros(*lead, V), top_p=0.5, typical_p=0.5),
+    "filter_logits": lambda m, lead, V: m.filter_logits(
+        zeros(*lead, V), dynamic_temperature_range=0.5, top_n_sigma=1.0, eta_cutoff=0.1, epsilon_cutoff=0.1, min_p=0.1
+    ),
+    "options of rows": lambda m, lead, V: m.filter_logits(
+        zeros(*lead, V),
+        temperature=np.ones(lead),
+        allowed=np.ones((*lead, 1), np.int32),
+        logit_bias=np.zeros((*lead, V)),
+        seed=np.zeros(lead, int),
+        xtc_probability=1.0,
+        xtc_special_tokens=[0],
+    ),
+    "logprobs": lambda m, lead, V: m.logprobs(zeros(*lead, V), np.zeros(lead, int), top=1),
+    "logprobs of n": lambda m, lead, V: m.logprobs(zeros(*lead, V), np.zeros((*lead, 3), int)),
+    "logprobs of none": lambda m, lead, V: m.logprobs(zeros(*lead, V), np.zeros((*lead, 0), int), processed=True),
+    "penalize": lambda m, lead, V: m.penalize(
+        zeros(*lead, V), np.zeros((*lead, 4), int), repetition=np.ones(lead), dry_multiplier=1.0, dry_allowed_length=1
+    ),
+    "penalize, lengths": lambda m, lead, V: m.penalize(
+        zeros(*lead, V), np.zeros((*lead, 4), int), lengths=np.zeros(lead, int)
+    ),
+    "verify_draft of none": lambda m, lead, V: m.verify_draft(
+        zeros(*lead, 1, V), None, np.zeros((*lead, 0), int), seed=1
+    ),
+    "verify_draft": lambda m, lead, V: m.verify_draft(
+        zeros(*lead, 3, V),
+        zeros(*lead, 2, V),
+        np.zeros((*lead, 2), int),
+        seed=np.zeros(lead, int),
+        allowed=np.ones((*lead, 3, V), bool),
+        logit_bias=np.zeros(V),
+    ),
+    "verify_draft, lengths": lambda m, lead, V: m.verify_draft(
+        zeros(*lead, 3, V),
+        None,
+        np.zeros((*lead, 2), int),
+        seed=1,
+        lengths=np.ones(lead, int),
+        allowed=[0],
+        temperature=np.ones(lead),
+    ),
+    "step": lambda m, lead, V: stepped(m, math.prod(lead), V),
+}
+EMPTY = zeros(0, 2, 3, 4)
+ATTENTION: dict[str, Callable[[Any], Any]] = {
+    "attention": lambda m: m.attention(EMPTY, EMPTY, EMPTY, causal=True, return_lse=True),
+    "options": lambda m: m.attention(
+        EMPTY, EMPTY, EMPTY, kv_lengths=np.zeros(0, int), mask=np.ones((3, 3), bool), bias=zeros(3, 3), sinks=zeros(2)
+    ),
+    "attention_weights": lambda m: m.attention_weights(EMPTY, EMPTY),
+    "no queries": lambda m: m.attention(zeros(2, 0, 4), zeros(2, 3, 4), zeros(2, 3, 4), return_lse=True),
+    "no keys": lambda m: m.attention(zeros(2, 3, 4), zeros(2, 0, 4), zeros(2, 0, 4), return_lse=True),
+    "no features": lambda m: m.attention(zeros(2, 3, 4), zeros(2, 3, 4), zeros(2, 3, 0), return_lse=True),
+    "parts": lambda m: m.merge_attention([m.partial_attention(EMPTY, EMPTY, EMPTY)]),
+    "multi_head_attention": lambda m: m.multi_head_attention(*[zeros(0, 3, 4)] * 3, num_heads=2),
+    "linear": lambda m: m.linear(zeros(0, 3), zeros(3, 5), zeros(5)),
+    "linear of nothing": lambda m: m.linear(zeros(2, 0), zeros(0, 5)),
+    "linear to nothing": lambda m: m.linear(zeros(2, 3), zeros(3, 0)),
+    "rotary": lambda m: (m.rotary(EMPTY), m.rotary(zeros(2, 0, 4))),
+    "rms_norm": lambda m: m.rms_norm(zeros(0, 4), zeros(4)),
+    "swiglu": lambda m: m.swiglu(zeros(0, 4), zeros(0, 4)),
+}
+
+
+def assert_alike(ours: Any, theirs: Any, types: bool) -> None:
+    for a, b in zip(*((x if isinstance(x, tuple) else (x,)) for x in (ours, theirs)), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            a, b = np.asarray(a), np.asarray(b)
+            assert a.shape == b.shape
+            assert a.dtype == b.dtype or not types
+            np.testing.assert_allclose(a, b, atol=1e-7)
+
+
+@pytest.mark.parametrize("V", [1, 5])
+@pytest.mark.parametrize("lead", [(0,), (2, 0), (1,), (2, 1)])
+@pytest.mark.parametrize("name", list(SAMPLING))
+def test_sampling_of_no_rows_and_of_one_token(name: str, lead: tuple[int, ...], V: int) -> None:
+    assert_alike(*(SAMPLING[name](module, lead, V) for module in (hw, ref)), types=True)
+
+
+@pytest.mark.parametrize("name", list(ATTENTION))
+def test_attention_of_nothing(name: str) -> None:
+    assert_alike(*(ATTENTION[name](module) for module in (hw, ref)), types=False)  # the reference is float64

@@ -110,6 +110,8 @@ def make_options(draw: Any, V: int, rows: int, rng: np.random.Generator) -> dict
     for name, values in stages(V).items():
         if draw(st.integers(0, 3)) == 0 and name not in lacks:
             options[name] = some(values)
+    if "xtc_probability" in options and "xtc_special_tokens" not in lacks and draw(st.booleans()):
+        options["xtc_special_tokens"] = rng.integers(0, V, int(rng.integers(1, 5))).tolist()
     if dialect == "hf" and "temperature" in options:
         options["temperature"] = options["temperature"] + (np.asarray(options["temperature"]) == 0)
     if dialect is None and draw(st.booleans()):
@@ -228,6 +230,49 @@ def test_equals_the_reference_on_large_vocabularies(V: int, kind: str | float) -
         {"top_k": V // 3, "top_p": 0.9, "dialect": "flashinfer"},
     ):
         assert_equals_reference(logits, seed=V, **options)
+
+
+@pytest.mark.parametrize("offset", [0.0, -3e4, 5e6])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 40.0])
+@pytest.mark.parametrize("V", [64, 65, 1280, 1343])
+def test_what_just_reaches_a_weight_whatever_block_it_is_in(V: int, temperature: float, offset: float) -> None:
+    """Each block's maximum is one of the logits around the least that stays, a step of float32 apart, or its equal.
+
+    So whoever passes over a block that he should look into loses a token. With an offset a step is far, and the
+    boundary is a logit; without, weights are out of order with their logits by a rounding.
+    """
+    rng = np.random.default_rng(V)
+    blocks = -(-V // 64)
+    middle = np.float32(offset) + np.float32(offset and np.spacing(np.float32(offset))) - np.float32(offset == 0)
+    near = [np.float32(middle)]
+    for _ in range(12):
+        near = [np.nextafter(near[0], np.float32(-INF)), *near, np.nextafter(near[-1], np.float32(INF))]
+    for trial in range(12):
+        logits = (middle - 30 * temperature - rng.random(V) * max(1.0, abs(offset))).astype(np.float32)
+        for b in range(blocks):
+            own = np.arange(64 * b, min(V, 64 * b + 64))
+            logits[rng.choice(own, min(own.size, int(rng.integers(0, 3))), replace=False)] = rng.choice(near)
+        logits[int(rng.integers(V))] = near[-1] + (offset == 0)
+        weights = reference.weights(logits, temperature=temperature)
+        whole, least = int(weights.sum()), int(rng.choice(weights[weights > 2**20]))
+        for w in (least, least - 1, least + 1):
+            share = w / int(weights.max())
+            for more in ({}, {"top_k": V - 3}, {"top_k": max(1, V // 16)}, {"min_tokens_to_keep": 5}):
+                for option, value in (("min_p", share), ("epsilon_cutoff", w / whole), ("eta_cutoff", w / whole)):
+                    options = {"temperature": temperature, option: min(value, 1.0), **more}
+                    got, want = (f(logits, **options) for f in (hw.filter_logits, reference.filter_logits))
+                    assert same_bits(got, want), (options, trial)
+
+
+def test_a_list_has_other_blocks_than_the_row() -> None:
+    """What top_k left is a list: its first tokens come from the row's last blocks."""
+    logits = np.full(64 * 20, -9, np.float32)
+    logits[-130:] = np.random.default_rng(1).random(130).astype(np.float32)
+    for option in ("min_p", "epsilon_cutoff"):
+        options = {"top_k": 100, option: 0.75 if option == "min_p" else 0.0105}
+        left = hw.filter_logits(logits, **options)
+        assert same_bits(left, reference.filter_logits(logits, **options))
+        assert 0 < np.isfinite(left).sum() < 100
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)

@@ -248,6 +248,24 @@ def test_biases(name: str, function: Function, shape: tuple[int, ...]) -> None:
 
 
 @each
+def test_lists_of_spared_tokens(name: str, function: Function, shape: tuple[int, ...]) -> None:
+    """Bad ones are errors where xtc is off too; a list outside of the vocabulary is one where it meets the logits."""
+    logits = rows(shape)
+    for more in ({}, {"xtc_probability": 1.0}):
+        bad = ["ab", {0: 1}, 3, True, 0.5, [0.5], [True], [None], ["a"], [[0]], np.zeros((1, 1), int), object(), b"1"]
+        bad += [np.zeros(2), np.ones(2, bool), np.ma.array([1]), [[0], [0, 1]], {1, "a"}, np.array([1], "m8[s]")]
+        for value in [*bad, [-1], [2**70]]:
+            for call in (partial(function, logits), hw.SamplingParams):
+                with pytest.raises((ValueError, TypeError), match=r"^xtc_special_tokens(\[\d(, \d)?\])?: expected "):
+                    call(xtc_special_tokens=value, **more)
+        for value in ([V], {0, V}, np.array([0, 2**40])):
+            refused(
+                "xtc_special_tokens", partial(function, logits, xtc_special_tokens=value, **more), f"from 0 to {V - 1}"
+            )
+    refused("xtc_special_tokens", lambda: hw.Sampler(V).admit(hw.SamplingParams(xtc_special_tokens=[V])), f"got {V}")
+
+
+@each
 def test_words_and_names(name: str, function: Function, shape: tuple[int, ...]) -> None:
     logits = rows(shape)
     for option in ("ties", "nucleus", "dialect"):

@@ -20,7 +20,7 @@ import pytest
 
 import headway as hw
 from headway import reference
-from headway._dialects import DIALECTS
+from headway._dialects import DIALECTS, OFF, rules
 
 NAN, INF = np.nan, np.inf
 LAST = 1 - 2.0**-53  # the largest number below 1
@@ -420,6 +420,136 @@ def test_s34_dynamic_temperature() -> None:
     assert masses([800.0, 0.0, 0.0], temperature=0.5, dynamic_temperature_range=9) == [1, 0, 0]  # entropy 0: t is 0
 
 
+def test_s41_tokens_that_xtc_spares() -> None:
+    on = {"xtc_probability": 1.0, "xtc_threshold": 0.15}  # 0, 1 and 2 reach it: 0 and 1 go
+    assert kept(LOGS, **on) == [2, 3]
+    for ids in ([0], (0,), {0}, frozenset({0}), np.array([0]), np.array([0], np.uint8), [0, 3, 0], [0, 2]):
+        assert kept(LOGS, xtc_special_tokens=ids, **on) == [0, 2, 3], ids
+        assert kept([LOGS, LOGS], xtc_special_tokens=ids, **on) == [0, 2, 3, 4, 6, 7]
+        params = hw.SamplingParams(xtc_special_tokens=ids, **on)
+        assert kept(LOGS, params=params) == [0, 2, 3]
+        assert hash(params) is not None
+    assert kept(LOGS, xtc_special_tokens=[2], **on) == [2, 3]  # the last that reaches the threshold, special or not
+    assert kept(LOGS, xtc_special_tokens=[0, 1], **on) == [0, 1, 2, 3]
+    assert kept(LOGS, xtc_special_tokens=[], **on) == kept(LOGS, xtc_special_tokens=None, **on) == [2, 3]
+    assert kept(LOGS, xtc_special_tokens=[0], min_tokens_to_keep=3, **on) == [0, 2, 3]  # three are left with it,
+    assert kept(LOGS, min_tokens_to_keep=3, **on) == [0, 1, 2, 3]  # and two without
+    assert kept(LOGS, xtc_special_tokens=[3], top_k=3, **on) == [2]  # other stages do not heed it
+    assert kept(LOGS, xtc_special_tokens=[1], allowed=[0, 2, 3], **on) == [2, 3]
+    assert kept(TIED, dialect="mlx", xtc_special_tokens=[0], **on) == [0, 1, 2, 3, 4]
+    assert masses(LOGS, xtc_special_tokens=[0], **on) == pytest.approx([4 / 7, 0, 2 / 7, 1 / 7])
+    for dialect in ("llama.cpp", "hf", "vllm", "sglang", "flashinfer"):
+        with pytest.raises(ValueError, match=rf"^xtc_special_tokens: expected none in dialect '{dialect}'"):
+            hw.sample(LOGS, dialect=dialect, xtc_special_tokens=[0])
+    same = [hw.SamplingParams(xtc_special_tokens=ids) for ids in ([2, 1], (1, 2, 2), {1, 2}, np.array([2, 1]))]
+    assert set(same) == {same[0]} == {copy.deepcopy(same[3])} == {pickle.loads(pickle.dumps(same[1]))}
+    assert same[0] != hw.SamplingParams(xtc_special_tokens=[1]) != hw.SamplingParams()
+    assert hw.SamplingParams(xtc_special_tokens=[]) == hw.SamplingParams()
+
+
+def packed(mask: Any) -> Any:
+    padded = np.pad(mask, [(0, 0)] * (np.ndim(mask) - 1) + [(0, -np.shape(mask)[-1] % 32)])
+    return np.packbits(padded, axis=-1, bitorder="little").view(np.int32)
+
+
+def test_s42_leading_axes_of_one() -> None:
+    """Every function x every kind of mask and bias: (1, n) for a lone row is (n,), and (1, rows, n) is (rows, n)."""
+    masks = np.random.default_rng(3).random((3, 70)) < 0.6
+    bias = np.where(masks, 0, -INF).astype(np.float32)
+    functions: dict[str, Any] = {
+        "sample": lambda z, **o: hw.sample(z, seed=3, **o),
+        "probabilities": hw.probabilities,
+        "filter_logits": hw.filter_logits,
+        "logprobs": lambda z, **o: hw.logprobs(z, top=70, processed=True, **o).top_tokens,
+        "explain": lambda z, **o: hw.explain(z, **o).kept,
+        "verify_draft": lambda z, **o: (
+            hw.verify_draft(
+                z[None] if z.ndim == 1 else z[:, None], None, np.zeros((*z.shape[:-1], 0), int), seed=3, **o
+            ).tokens
+        ),
+        "step": lambda z, **o: step(z, **o),
+        "reference.sample": lambda z, **o: reference.sample(z, seed=3, **o),
+        "reference.filter_logits": reference.filter_logits,
+        "reference.verify_draft": lambda z, **o: (
+            reference.verify_draft(
+                z[None] if z.ndim == 1 else z[:, None], None, np.zeros((*z.shape[:-1], 0), int), seed=3, **o
+            ).tokens
+        ),
+    }
+
+    def step(z: Any, **options: Any) -> Any:
+        """By params, and for the step alone: as a mask of its rows, and as one of each row."""
+        rows = z.reshape(-1, 70)
+        sampler = hw.Sampler(70)
+        by_params = len(rows) == 1
+        for seed in range(len(rows)):
+            sampler.admit(hw.SamplingParams(**options) if by_params else None, seed=seed)
+        if by_params:
+            return sampler.step(rows)
+        return sampler.step(rows, allowed=options["allowed"])
+
+    kinds = {"bool": masks, "int32": packed(masks), "uint32": packed(masks).view(np.uint32), "bias": bias}
+    for kind, array in kinds.items():
+        name = "logit_bias" if kind == "bias" else "allowed"
+        for call, function in functions.items():
+            want = np.asarray(function(ROWS[0, 0], **{name: array[0]}))
+            for own in (array[:1], array[None, :1], array[None, None, :1]):
+                got = np.asarray(function(ROWS[0, 0], **{name: own}))
+                assert got.tobytes() == want.tobytes(), (call, kind, own.shape)
+            if call != "explain" and "verify" not in call and (call, kind) != ("step", "bias"):
+                want = np.asarray(function(ROWS[0], **{name: array}))
+                got = np.asarray(function(ROWS[0], **{name: array[None]}))
+                assert got.tobytes() == want.tobytes(), (call, kind)
+            if "reference" not in call:
+                for wrong in (array[:2], array[None, :2]):
+                    shape = re.escape(str(wrong.shape))
+                    if call != "verify_draft":
+                        with pytest.raises(ValueError, match=rf"^{name}: expected .*got (shape )?{shape}$"):
+                            function(ROWS[0, 0], **{name: wrong})
+        if kind != "bias":
+            sampler = hw.Sampler(70)
+            for seed in range(3):
+                sampler.admit(seed=seed)
+            want = hw.sample(ROWS[0], seed=np.arange(3), allowed=array)
+            assert sampler.step(ROWS[0], allowed=[own[None] for own in array]).tolist() == want.tolist()
+    # Places of a draft: (n + 1, V) with an axis in front.
+    draft = [int(mask.argmax()) for mask in masks[:2]]
+    for name, array in (("allowed", masks), ("allowed", packed(masks)), ("logit_bias", bias)):
+        want = hw.verify_draft(ROWS[0], ROWS[1, :2], draft, seed=4, **{name: array}).tokens
+        for function in (hw.verify_draft, reference.verify_draft):
+            for own in (array, array[None], array[None, None]):
+                got = function(ROWS[0], ROWS[1, :2], draft, seed=4, **{name: own}).tokens
+                assert got.tolist() == want.tolist()
+
+
+def test_s43_jax_without_64_bits() -> None:
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    rows = jax.numpy.asarray(ROWS[0])
+    whole = {
+        "sample": lambda: [hw.sample(rows), hw.sample(rows, num_samples=2)],
+        "logprobs": lambda: [hw.logprobs(rows, [1, 2, 3], top=2)[i] for i in (1, 2)],
+        "verify_draft": lambda: list(hw.verify_draft(rows[:, None], None, np.zeros((3, 0), int))),
+    }
+
+    def step() -> Any:
+        sampler = hw.Sampler(70)
+        for _ in range(3):
+            sampler.admit()
+        return sampler.step(rows)
+
+    whole["step"] = lambda: [step()]
+    wide = np.ones((1, 2, 4))
+    for on in (False, True):
+        with jax.enable_x64(on):
+            for name, call in whole.items():
+                for out in call():
+                    assert isinstance(out, jax.Array), name
+                    assert out.dtype == ("int64" if on else "int32"), name
+            for out in hw.attention(jax.numpy.ones((1, 2, 4)), wide, wide, return_lse=True):
+                assert isinstance(out, jax.Array)
+                assert out.dtype == ("float64" if on else "float32")
+
+
 # Dialects -----------------------------------------------------------------------------------------------------------
 
 TIED = [2.0, 1.0, 1.0, 1.0, 0.0]  # shares 0.53, 0.195 three times, 0.07
@@ -539,8 +669,7 @@ def test_s38_what_numbers_mean() -> None:
     assert kept(TIED, dialect="hf", top_p=0.0, min_tokens_to_keep=2) == [0, 3]
     assert kept(TIED, dialect="llama.cpp", top_p=-1.0) == [0]
     assert kept(TIED, dialect="llama.cpp", typical_p=0) == kept(TIED, typical_p=1e-9) == [1]
-    assert masses(TIED, dialect="vllm", temperature=1e-9) == masses(TIED, temperature=0.01)
-    assert masses(TIED, dialect="vllm", temperature=0) == masses(TIED, temperature=0)
+    assert masses([1.0, 1.0], dialect="vllm", temperature=5e-6) == [1, 0]
     assert masses([1.0, 1.0], dialect="sglang", temperature=1e-7) == [1, 0]
     assert masses([1.0, 1.0], dialect="sglang", temperature=1e-6) == [0.5, 0.5]
     assert masses(TIED, dialect="llama.cpp", temperature=-1) == [1, 0, 0, 0, 0]
@@ -555,6 +684,118 @@ def test_s38_what_numbers_mean() -> None:
             hw.filter_logits([TIED, TIED], dialect=dialect, **options)
     params = hw.SamplingParams(dialect="hf", top_k=0)
     assert kept(TIED, params=params) == kept(TIED, params=params, top_k=0) == everything
+
+
+# What numbers mean in a dialect beyond what they mean natively: all that there is, for the numbers tried.
+TRIED = (-INF, -2.0, -1.0, 0.0, 1e-7, 5e-6, 1e-5, 0.005, 0.01, 0.5, 0.6, 1.0, 1.5, 40.0, INF, NAN)
+BELOW, UP_TO, ABOVE = (-INF, -2.0, -1.0), (-INF, -2.0, -1.0, 0.0), (1.5, 40.0, INF)
+MEANS: dict[tuple[str, str], dict[float, float | None]] = {
+    ("hf", "temperature"): {0.0: None},
+    ("hf", "top_k"): {0: INF},
+    ("hf", "top_p"): {0.0: 1e-300, **dict.fromkeys(ABOVE, 1.0)},
+    ("hf", "typical_p"): dict.fromkeys(ABOVE, 1.0),
+    ("hf", "epsilon_cutoff"): dict.fromkeys((*BELOW, 1.0, *ABOVE), 0.0),
+    ("hf", "eta_cutoff"): dict.fromkeys((*BELOW, 1.0, *ABOVE), 0.0),
+    ("vllm", "temperature"): {1e-7: 0.0, 5e-6: 0.0, 1e-5: 0.01, 0.005: 0.01},
+    ("vllm", "top_k"): {-1: INF, 0: INF},
+    ("llama.cpp", "temperature"): dict.fromkeys(BELOW, 0.0),
+    ("llama.cpp", "dynamic_temperature_range"): dict.fromkeys(BELOW, 0.0),
+    ("llama.cpp", "dynamic_temperature_exponent"): {-2.0: -2.0, -1.0: -1.0, 0.0: 0.0},
+    ("llama.cpp", "top_n_sigma"): dict.fromkeys(UP_TO, INF),
+    ("llama.cpp", "top_k"): {-2: INF, -1: INF, 0: INF},
+    ("llama.cpp", "top_p"): {**dict.fromkeys(UP_TO, 1e-300), **dict.fromkeys(ABOVE, 1.0)},
+    ("llama.cpp", "min_p"): {**dict.fromkeys(BELOW, 0.0), **dict.fromkeys(ABOVE, 2.0)},
+    ("llama.cpp", "typical_p"): {**dict.fromkeys(UP_TO, 1e-300), **dict.fromkeys(ABOVE, 1.0)},
+    ("llama.cpp", "xtc_probability"): {**dict.fromkeys(BELOW, 0.0), **dict.fromkeys(ABOVE, 1.0)},
+    ("llama.cpp", "xtc_threshold"): {**dict.fromkeys(BELOW, 0.0), **dict.fromkeys(ABOVE, 1.0)},
+    ("llama.cpp", "min_tokens_to_keep"): {0: 1},
+    ("flashinfer", "top_p"): dict.fromkeys(ABOVE, 1.0),
+    ("flashinfer", "min_p"): dict.fromkeys(BELOW, 0.0),
+    ("sglang", "temperature"): {1e-7: 0.0},
+    ("sglang", "top_k"): {-1: INF},
+    ("mlx", "top_p"): {**dict.fromkeys(UP_TO, 1.0), **dict.fromkeys(ABOVE, 1.0)},
+    ("mlx", "top_k"): {-2: INF, -1: INF, 0: INF},
+    ("mlx", "xtc_probability"): dict.fromkeys(BELOW, 0.0),
+}
+NUMBERS = (*OFF, "dynamic_temperature_exponent", "xtc_threshold", "min_tokens_to_keep")
+BESIDE = {"dynamic_temperature_exponent": {"dynamic_temperature_range": 0.5}, "xtc_threshold": {"xtc_probability": 1}}
+
+
+@pytest.mark.parametrize("option", NUMBERS)
+@pytest.mark.parametrize("dialect", list(DIALECTS))
+def test_s38_every_number_of_every_dialect(dialect: str, option: str) -> None:
+    """Alone, in a list, in params, in the reference: what a number means, is an error, or is as natively."""
+    first = BESIDE.get(option, {option: 2 if option == "min_tokens_to_keep" else 1})
+    if rules(dialect, "after_top_k").lacks() & first.keys():
+        with pytest.raises(ValueError, match=rf"^{next(iter(first))}: expected none in dialect"):
+            hw.sample(TIED, dialect=dialect, **first)
+        return
+    whole = option in ("top_k", "min_tokens_to_keep")
+    means = MEANS.get((dialect, option), {})
+    own = {"dialect": dialect, "seed": 5, **BESIDE.get(option, {})}
+    for number in (-2, -1, 0, 1, 2, 10**30) if whole else TRIED:
+        meant: float | None = means.get(number, number)
+        if number not in means:  # as natively: the very errors, and for what is none, no reading at all
+            try:
+                hw.SamplingParams(**{option: number})
+            except ValueError:
+                meant = None
+        if meant is None:
+            for value in (number, [number, 1]):
+                for call in (
+                    lambda v: hw.sample([TIED] * 2, **own, **{option: v}),
+                    lambda v: hw.SamplingParams(**own, **{option: v}),
+                ):
+                    with pytest.raises(ValueError, match=rf"^{option}(\[0\])?: expected "):
+                        call(value)
+            continue
+        want = meaning(dialect, option, meant, own)
+        assert masses(TIED, **own, **{option: number}) == want, number
+        assert masses([TIED, TIED], **own, **{option: [number, number]}) == [want, want], number
+        assert masses(TIED, params=hw.SamplingParams(**own, **{option: number})) == want, number
+        assert reference.probabilities(TIED, **own, **{option: number}).tolist() == want, number
+
+
+def meaning(dialect: str, option: str, number: float, own: dict[str, Any]) -> list[float]:
+    """What a number that is none of the library's traditions gives."""
+    if option == "dynamic_temperature_exponent":
+        p = np.exp(TIED) / np.exp(TIED).sum()
+        share = -(p * np.log(p)).sum() / np.log(5)
+        return approximately(masses(TIED, temperature=0.5 + share**number))
+    if (option, number) == ("min_p", 2.0):
+        return masses(TIED, dialect=dialect, top_k=1)
+    if option in ("top_k", "min_tokens_to_keep"):
+        return masses(TIED, dialect=dialect, **{option: 10**30 if number == INF else int(number)})
+    if option == "temperature" and number == 0:
+        return [1.0, 0.0, 0.0, 0.0, 0.0]
+    return masses(TIED, **own, **{option: number})
+
+
+def approximately(numbers: list[float]) -> Any:
+    return pytest.approx(numbers, rel=1e-6)
+
+
+def test_s38_a_temperature_of_two_first_tokens() -> None:
+    """Greedy takes one of two maxima, a small temperature both."""
+    two = [1.0, 3.0, 3.0, 2.0]
+    for dialect, number, one in [
+        ("vllm", 5e-6, True),
+        ("vllm", np.nextafter(1e-5, 0), True),
+        ("vllm", 1e-5, False),
+        ("vllm", 0.009, False),
+        ("sglang", 9.9e-7, True),
+        ("sglang", 1e-6, False),
+        ("llama.cpp", -1e-300, True),
+        ("llama.cpp", 1e-300, False),
+        ("hf", 5e-324, False),
+        ("mlx", 1e-9, False),
+        ("flashinfer", 1e-9, False),
+    ]:
+        want = [0, 1, 0, 0] if one else [0, 0.5, 0.5, 0]
+        assert masses(two, dialect=dialect, temperature=number) == pytest.approx(want), (dialect, number)
+        assert masses([two], dialect=dialect, temperature=[number]) == [pytest.approx(want)], (dialect, number)
+        drawn = hw.sample([two] * 50, dialect=dialect, temperature=number, seed=1)
+        assert set(drawn.tolist()) == ({1} if one else {1, 2})
 
 
 def test_s38_a_keyword_says_what_the_numbers_of_params_mean() -> None:

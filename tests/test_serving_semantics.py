@@ -486,6 +486,47 @@ def test_p30_what_follows_is_not_looked_at() -> None:
         hw.verify_draft(target, None, target[:3].argmax(-1), temperature=0)
 
 
+def test_p45_lengths() -> None:
+    """A row is the row alone with its own n, 0 included; the bonus token is drawn at position + length."""
+    best = TARGET.argmax(-1)
+    for length in range(4):
+        found = hw.verify_draft(TARGET, None, best[:3], temperature=0, lengths=length)
+        assert found == (length, best[length], pytest.approx([*best[: length + 1], *[-1] * (3 - length)]))
+        for seed in range(8):
+            draft = [hw.sample(TARGET[i], seed=seed, position=5 + i) for i in range(3)]  # p / q is 1: all are accepted
+            found = hw.verify_draft(TARGET, TARGET[:3], draft, seed=seed, position=5, lengths=length)
+            assert found[:2] == (length, hw.sample(TARGET[length], seed=seed, position=5 + length))
+    rows = hw.verify_draft(np.stack([TARGET] * 4), None, np.tile(best[:3], (4, 1)), temperature=0, lengths=range(4))
+    assert rows.accepted.tolist() == [0, 1, 2, 3]
+    same = [hw.verify_draft(TARGET, DRAFT, [0, 1, 2], seed=3, lengths=k).tokens.tolist() for k in (None, 3)]
+    assert same[0] == same[1]
+    for kind in ([2], np.array([2], np.uint8), (2,), memoryview(np.array([2])), 2):
+        found = hw.verify_draft(TARGET[None], None, best[None, :3], temperature=0, lengths=kind)
+        assert found.accepted.tolist() == [2]
+    for bad in (4, -1):
+        with pytest.raises(ValueError, match=rf"^lengths: expected integers from 0 to 3, .* got {bad}$"):
+            hw.verify_draft(TARGET, None, best[:3], lengths=bad)
+
+
+def test_p46_padding_is_not_looked_at() -> None:
+    best, target = TARGET.argmax(-1), TARGET.copy()
+    target[2:] = NAN
+    draft_logits = np.where(np.arange(3)[:, None] < 1, np.eye(6)[best[:3]] * 40, NAN)
+    allowed, bias = np.ones((4, 6), bool), np.zeros((4, 6), np.float32)
+    allowed[2:], bias[2:] = False, -INF
+    want = (1, best[1])
+    for behind in (-1, 6, 2**62, -(2**62)):
+        tokens = [int(best[0]), behind, behind]
+        for more in ({}, {"allowed": allowed}, {"logit_bias": bias}, {"allowed": packed(allowed)}):
+            for drafted in (None, draft_logits):
+                call = {"temperature": 0, "lengths": 1, "seed": 1, **more}
+                assert hw.verify_draft(target, drafted, tokens, **call)[:2] == want
+    with pytest.raises(ValueError, match=r"^target_logits: expected numbers, got NaN at token 0 in row 2"):
+        hw.verify_draft(target, None, best[:3], temperature=0, lengths=2)
+    with pytest.raises(ValueError, match=r"^draft_logits: expected numbers, got NaN at token 0 in row 1"):
+        hw.verify_draft(TARGET, draft_logits, best[:3], temperature=0, lengths=2, seed=1)
+
+
 # A sampler for serving loops ----------------------------------------------------------------------------------------
 
 
@@ -693,7 +734,7 @@ COPIED: dict[str, Callable[[np.ndarray], Any]] = {
     "lengths": lambda x: penalties._lengths("lengths", x, x.shape, np.full(x.size, 9)),
     "token_ids": lambda x: penalties._histories(x, None, ())[0],
     "tokens of logprobs": lambda x: import_module("headway.logprobs")._tokens(x, _Run(np.zeros(9), None, {})),
-    "draft_tokens": lambda x: import_module("headway.speculative")._draft_tokens(x, (), x.size, 9),
+    "draft_tokens": lambda x: import_module("headway.speculative")._draft_tokens(x, np.array([2]), (), 2, 9),
     **{name: lambda x, name=name, check=check: check(name, x) for name, check in penalties.CHECKS.items()},
     **{
         name: lambda x, name=name, check=check: check(name, x, ())

@@ -541,6 +541,7 @@ def level_2() -> dict[str, tuple[str, list[Case]]]:
             ("top_p-negative", "Refused, the best one, or off.", LN, {"top_p": -0.5}),
             ("top_p-above-1", "Refused, or off.", LN, {"top_p": 1.5}),
             ("min_p-negative", "Refused, or off.", LN, {"min_p": -0.5}),
+            ("min_p-above-1", "Refused, or the best one, which alone always stays.", TIED, {"min_p": 1.5}),
             ("typical_p", "Refused, or the most typical one.", LN, {"typical_p": 0.0}),
             ("typical_p-above-1", "Refused, or off.", LN, {"typical_p": 1.5}),
             ("top_n_sigma", "Refused, or off.", LN, {"top_n_sigma": 0.0}),
@@ -550,12 +551,21 @@ def level_2() -> dict[str, tuple[str, list[Case]]]:
             ("eta_cutoff-above-1", "Refused, or off.", LN, {"eta_cutoff": 1.5}),
             ("xtc_probability-negative", "Refused, or off.", LN, {"xtc_probability": -0.5, "xtc_threshold": 0.15}),
             ("xtc_probability-above-1", "Refused, or 1.", LN, {"xtc_probability": 1.5, "xtc_threshold": 0.15}),
+            ("xtc_threshold-negative", "Refused, or 0.", LN, {"xtc_probability": 1.0, "xtc_threshold": -0.5}),
+            ("xtc_threshold-above-1", "Refused, or off.", LN, {"xtc_probability": 1.0, "xtc_threshold": 1.5}),
+            (
+                "dynamic_temperature_exponent",
+                "Refused, or the highest temperature whatever the entropy.",
+                LN,
+                {"temperature": 1.0, "dynamic_temperature_range": 0.5, "dynamic_temperature_exponent": 0.0},
+            ),
             ("min_tokens_to_keep", "Refused, or 1.", LN, {"top_p": 0.05, "min_tokens_to_keep": 0}),
         ]
     ]
     tiny = "A tiny temperature shares the mass among the exact maxima; some libraries raise it, or take it for 0."
     extremes = [
         case("extremes.temperature-tiny", tiny, [-20, 3, 3, 2.99], "", "acceptable", temperature=1e-7),
+        case("extremes.temperature-small", tiny, [-20, 3, 3, 2.99], "", "acceptable", temperature=5e-6),
         case("extremes.temperature-subnormal", tiny, [-20, 3, 3, 2.99], "", "acceptable", temperature=5e-324),
         case("extremes.temperature-huge", "All are as good as equal.", [1, 3, -INF, -30, 2], temperature=1e30),
         case(
@@ -594,7 +604,6 @@ def level_2() -> dict[str, tuple[str, list[Case]]]:
             ("temperature-infinity", "Infinity is no temperature.", LN, {"temperature": INF}),
             ("top_p-nan", "NaN is no share.", LN, {"top_p": NAN}),
             ("min_p-nan", "NaN is no share.", LN, {"min_p": NAN}),
-            ("min_p-above-1", "No token reaches more than the best one has.", LN, {"min_p": 1.5}),
             ("top_n_sigma-nan", "NaN is no number of deviations.", LN, {"top_n_sigma": NAN}),
         ]
     ]

@@ -321,6 +321,7 @@ struct Rows {
   std::optional<In> bias, allowed;
   bool packed;
   Stages stages;
+  In spared;
   std::optional<RowHistories> histories;
   std::optional<In> seed, stream, position, uniform;
   Out status;
@@ -350,6 +351,10 @@ struct Rows {
     }
     t.steps = list.data(), t.step_count = int64_t(list.size());
     t.min_tokens = per_row<int64_t>(stages.min_tokens, "min_tokens", rows);
+    t.spared_count = int64_t(spared.size());
+    t.spared = rows_in<int64_t>(spared, "spared", t.spared_count);
+    for (int64_t i = 0; i < t.spared_count; ++i)
+      if (t.spared[i] < 0 || t.spared[i] >= t.V) throw std::invalid_argument("spared: out of range");
     if (bool(seed) != bool(stream) || bool(seed) != bool(position))
       throw std::invalid_argument("expected seed, stream and position together");
     if (seed) t.seed = per_row<uint64_t>(*seed, "seed", rows);
@@ -428,7 +433,8 @@ bool rank(Rows& rows, const In& tokens, bool processed, const Out& ranks, const 
   return fine(t.rows);
 }
 
-bool verify(Rows& target, Rows* draft, const In& tokens, const Out& status, const Out& accepted, const Out& next) {
+bool verify(Rows& target, Rows* draft, const In& tokens, const In& lengths, const Out& status, const Out& accepted,
+            const Out& next) {
   Verification t{};
   target.check_source();
   t.target = target.task();
@@ -440,6 +446,9 @@ bool verify(Rows& target, Rows* draft, const In& tokens, const Out& status, cons
     throw std::invalid_argument("draft: wrong shape");
   t.draft.status = rows_out<int64_t>(status, "status", t.rows * t.n, 8);
   t.tokens = static_cast<const int64_t*>(tokens.data());
+  t.lengths = rows_in<int64_t>(lengths, "lengths", t.rows);
+  for (int64_t i = 0; i < t.rows; ++i)
+    if (t.lengths[i] < 0 || t.lengths[i] > t.n) throw std::invalid_argument("lengths: out of range");
   t.accepted = rows_out<int64_t>(accepted, "accepted", t.rows, 8);
   t.next = rows_out<int64_t>(next, "next", t.rows, 8);
   run(kernels().sampling->verify, t);
@@ -529,10 +538,10 @@ NB_MODULE(_native, m) {
            "length"_a, "prompt"_a, "tokens"_a, "breakers"_a, "counted"_a, "distinct"_a, "id"_a, "times"_a, "same"_a,
            "logit"_a);
   nb::class_<Rows>(m, "Rows").def(
-      nb::init<In, std::optional<In>, std::optional<In>, bool, Stages, std::optional<RowHistories>, std::optional<In>,
-               std::optional<In>, std::optional<In>, std::optional<In>, Out>(),
-      nb::kw_only(), "logits"_a, "bias"_a.none(), "allowed"_a.none(), "packed"_a, "stages"_a, "histories"_a.none(),
-      "seed"_a.none(), "stream"_a.none(), "position"_a.none(), "uniform"_a.none(), "status"_a);
+      nb::init<In, std::optional<In>, std::optional<In>, bool, Stages, In, std::optional<RowHistories>,
+               std::optional<In>, std::optional<In>, std::optional<In>, std::optional<In>, Out>(),
+      nb::kw_only(), "logits"_a, "bias"_a.none(), "allowed"_a.none(), "packed"_a, "stages"_a, "spared"_a,
+      "histories"_a.none(), "seed"_a.none(), "stream"_a.none(), "position"_a.none(), "uniform"_a.none(), "status"_a);
   m.def("sample", &sample, "rows"_a, "draws"_a, "replacement"_a, "tokens"_a.none(), "probabilities"_a.none(),
         "filtered"_a.none());
   m.attr("PENALTY_KINDS") = int(kPenaltyKinds);
@@ -541,7 +550,7 @@ NB_MODULE(_native, m) {
         "dry_window"_a);
   m.def("rank", &rank, "rows"_a, "tokens"_a, "processed"_a, "ranks"_a, "logprob"_a, "top_id"_a, "top_key"_a,
         "top_logprob"_a);
-  m.def("verify", &verify, "target"_a, "draft"_a.none(), "tokens"_a, "status"_a, "accepted"_a, "next"_a);
+  m.def("verify", &verify, "target"_a, "draft"_a.none(), "tokens"_a, "lengths"_a, "status"_a, "accepted"_a, "next"_a);
   m.def("convert", &convert_rows, "x"_a, "y"_a);
   m.def("round", &round_rows, "x"_a, "decimals"_a, "y"_a);
   m.def("isa", [] { return std::string(kernels().name); });

@@ -147,6 +147,8 @@ struct Sampling {
   const Step* steps; // in their order
   int64_t step_count;
   PerRow<int64_t> min_tokens; // what a stage that heeds it leaves at least
+  const int64_t* spared;      // tokens, from 0 to V - 1, that xtc leaves in
+  int64_t spared_count;
   PerRow<uint64_t> seed, stream, position;
   PerRow<double> uniform; // (rows, draws) instead of these three; all absent where nothing is left to chance
   int64_t draws;          // for each row
@@ -189,6 +191,7 @@ struct Verification {
   Sampling draft;  // n rows for each; logits absent: the draft has no choice
   int64_t rows, n;
   const int64_t* tokens;    // (rows, n)
+  const int64_t* lengths;   // (rows): how many of them were drafted, from 0 to n; the others are not looked at
   int64_t *accepted, *next; // (rows)
 };
 

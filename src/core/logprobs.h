@@ -16,23 +16,6 @@ inline int64_t count_from(const float* z, int64_t n, float bound) {
   return found;
 }
 
-// The first place whose token has this id or a higher one.
-inline int64_t place_of(const Tokens& tokens, int64_t id) {
-  if (!tokens.id) return id;
-  int64_t low = 0, high = tokens.n;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (tokens.id[middle] < id)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low;
-}
-inline bool holds(const Tokens& tokens, int64_t place, int64_t id) {
-  return place < tokens.n && tokens.at(place) == id && tokens.z[place] > kNever;
-}
-
 // Logarithms of probabilities: of shares of the whole, or of exp(z - best) over the sum of those, which the masses'
 // sum is times 2^s.
 struct Logarithms {

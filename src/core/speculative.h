@@ -51,7 +51,7 @@ inline void run_verification(const Verification& task, const Plan& plan, int64_t
     const Tokens& target = row.tokens;
     const RandomBlock random = random_block(task.target, at);
     task.accepted[index] = i;
-    if (i == task.n) {
+    if (i == task.lengths[index]) {
       task.next[index] = draw(row, random.word[0]);
       return;
     }

@@ -258,7 +258,8 @@ inline void temperature(Row& row, const Step& step) {
     double entropy = natural_log(double(at_1.total) * power_of_two(-row.scale.s)) - at_1.mean;
     entropy = at_1.count > 1 ? entropy / natural_log(double(at_1.count)) : 0;
     entropy = entropy > 0 ? entropy < 1 ? entropy : 1 : 0;
-    t = low + (high - low) * (entropy < 0x1p-1022 ? 0 : exponential(step.value[2][row.index] * natural_log(entropy)));
+    t = low + (high - low) * power(entropy, step.value[2][row.index]);
+    t = t < largest ? t : largest;
   }
   measure(row, t);
 }
@@ -397,7 +398,8 @@ inline void eta_cutoff(Row& row, const Step& step) {
   keep_heavy(row, least(share(epsilon, all.total), share(__builtin_sqrt(epsilon), middle[0])), step.ties);
 }
 
-// Of the tokens that reach the threshold all but the last of the order go (Ties::keep: all but its equals).
+// Of the tokens that reach the threshold all but the last of the order go (Ties::keep: all but its equals), and all but
+// the spared.
 inline void xtc(Row& row, const Step& step) {
   const uint64_t coin = random_block(row.task, row.index).word[1];
   if (double(coin >> 11) * 0x1p-53 >= step.value[0][row.index]) return;
@@ -416,6 +418,10 @@ inline void xtc(Row& row, const Step& step) {
       const int64_t i = take_lowest(found);
       if (tokens.block(b)[i] <= last_z) last = b * kBlock + i, last_z = tokens.block(b)[i];
     }
+  for (int64_t i = 0; i < row.task.spared_count; ++i) {
+    const int64_t place = place_of(tokens, row.task.spared[i]);
+    if (holds(tokens, place, row.task.spared[i])) row.space.chosen[place / kBlock] &= ~(uint64_t(1) << place % kBlock);
+  }
   const int64_t count = choose(tokens, row.space, [&](int64_t b) {
     const float* z = tokens.block(b);
     const Vec<float> value = last_z;

@@ -71,6 +71,23 @@ struct Tokens {
   int64_t at(int64_t i) const { return id ? id[i] : i; }
 };
 
+// The first place whose token has this id or a higher one.
+inline int64_t place_of(const Tokens& tokens, int64_t id) {
+  if (!tokens.id) return id;
+  int64_t low = 0, high = tokens.n;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (tokens.id[middle] < id)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+inline bool holds(const Tokens& tokens, int64_t place, int64_t id) {
+  return place < tokens.n && tokens.at(place) == id && tokens.z[place] > kNever;
+}
+
 // Four copies of the radix histogram, a cache line out of step: equal digits in a row would wait for each other's sums.
 constexpr int64_t kCopies = 4, kCopySize = (1 << 11) + 8;
 
@@ -159,6 +176,12 @@ inline double exponential(double y) { // of y <= 0
   double series = 1;
   for (int k = 14; k > 0; --k) series = 1 + series * r / k;
   return series * power_of_two(int64_t(n));
+}
+inline double power(double share, double exponent) { // of a share from 0 to 1; what is not normal is 0
+  if (exponent == 0) return 1;
+  if (share < 0x1p-1022) return exponent > 0 ? 0 : __builtin_inf();
+  const double y = exponent * natural_log(share);
+  return y <= 0 ? exponential(y) : 1 / exponential(-y);
 }
 
 // Weights --------------------------------------------------------------------------------------------------------
@@ -258,7 +281,7 @@ inline void weigh(Tokens& tokens, const Scale& scale, int64_t* out, const Team& 
   for (int64_t i = 0; i < parts; ++i) tokens.total += total[i];
 }
 
-// The smallest whole number >= p * total, exactly, for 0 <= p <= 1; > p * total where `equal` is false. p is m 2^-e,
+// The smallest whole number >= p * total, exactly, for 0 <= p <= 2; > p * total where `equal` is false. p is m 2^-e,
 // and the product with m fits 128 bits.
 inline int64_t share(double p, int64_t total, bool equal = true) {
   uint64_t u;

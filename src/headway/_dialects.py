@@ -7,10 +7,11 @@ about the other libraries was read from their sources; tests/test_dialects.py co
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-INF = math.inf
+INF, LARGEST = math.inf, sys.float_info.max
 
 
 class Step(NamedTuple):
@@ -32,13 +33,18 @@ class Step(NamedTuple):
 class Reading(NamedTuple):
     """Numbers from low to high mean `means`. The first reading that fits counts.
 
-    None: the library refuses them, and `cure` says what to do.
+    "itself": the library takes them as they are, where headway does not. None: it refuses them, and `cure` says what to
+    do.
     """
 
     low: float
     high: float
-    means: float | None
+    means: float | Literal["itself"] | None
     cure: str = ""
+
+    def of(self, number: float) -> float | None:
+        """Return what a number that fits means, None where it is refused."""
+        return number if self.means == "itself" else self.means
 
 
 class Dialect(NamedTuple):
@@ -56,7 +62,7 @@ class Dialect(NamedTuple):
         return FILTERS - {step.option for step in self.steps} - set(self.also)
 
 
-OPTIONAL = ("dynamic_temperature_range", "min_tokens_to_keep")
+OPTIONAL = ("dynamic_temperature_range", "min_tokens_to_keep", "xtc_special_tokens")
 
 # The numbers that switch an option off for a row.
 OFF = {
@@ -78,6 +84,10 @@ def _from_0_down(option: str) -> tuple[Reading, ...]:
     return (Reading(-INF, 0, OFF[option]),)
 
 
+def _above(bound: float, means: float) -> Reading:
+    return Reading(math.nextafter(bound, INF), INF, means)
+
+
 _XTC = Step("xtc_probability", equal=True)
 _NATIVE = (
     Step("temperature"),
@@ -97,6 +107,9 @@ NUCLEUS = {
     "joint": Dialect((*_NATIVE[:2], _NATIVE[3], _NATIVE[2], *_NATIVE[4:]), also=OPTIONAL),
 }
 
+# Its kernels check neither: a token stays if what is above it holds less than p, and if it reaches min_p.
+_FLASHINFER = {"top_p": (Reading(1, INF, 1),), "min_p": _from_0_down("min_p")}
+
 DIALECTS = {
     # transformers 5: generation/logits_process.py and _get_logits_processor. top_p sorts upwards, so of equal logits
     # the lower ids go first, if the sort is stable: torch's need not be. The other filters compare values.
@@ -113,18 +126,19 @@ DIALECTS = {
         {
             "temperature": (Reading(0, 0, None, "use top_k=1, or leave dialect='hf' out"),),
             "top_k": (Reading(0, 0, INF),),
-            "top_p": (Reading(0, 0, 0),),
+            "top_p": (Reading(0, 0, 0), Reading(1, INF, 1)),
             "typical_p": (Reading(1, INF, 1),),
             "epsilon_cutoff": (Reading(-INF, 0, 0), Reading(1, INF, 0)),
             "eta_cutoff": (Reading(-INF, 0, 0), Reading(1, INF, 0)),
         },
         also=("min_tokens_to_keep",),
     ),
-    # vLLM 0.33: v1/sample, the path in plain torch.
+    # vLLM 0.33: v1/sample, the path in plain torch. Its Sampler takes the best token at a temperature below 1e-5.
+    # SamplingParams, before it, makes 0.01 of what is below that and not 0.
     "vllm": Dialect(
         (Step("temperature"), Step("min_p"), Step("top_k", "keep"), Step("top_p", "highest_id")),
         {
-            "temperature": (Reading(0, 0, 0), Reading(0, math.nextafter(0.01, 0), 0.01)),
+            "temperature": (Reading(0, math.nextafter(1e-5, 0), 0), Reading(1e-5, math.nextafter(0.01, 0), 0.01)),
             "top_k": (Reading(-1, 0, INF),),
         },
     ),
@@ -142,18 +156,23 @@ DIALECTS = {
         {
             "temperature": (Reading(-INF, 0, 0),),
             "dynamic_temperature_range": (Reading(-INF, 0, 0),),
+            "dynamic_temperature_exponent": (Reading(-LARGEST, 0, "itself"),),
             "top_n_sigma": _from_0_down("top_n_sigma"),
             "top_k": _from_0_down("top_k"),
             "typical_p": (Reading(-INF, 0, 0), Reading(1, INF, 1)),
             "top_p": (Reading(-INF, 0, 0), Reading(1, INF, 1)),
-            "min_p": _from_0_down("min_p"),
+            # Above 1 no token has enough: the first of the order stays, its equals too do not.
+            "min_p": (*_from_0_down("min_p"), _above(1, 2)),
             "xtc_probability": (*_from_0_down("xtc_probability"), Reading(1, INF, 1)),
+            "xtc_threshold": (Reading(-INF, 0, 0), Reading(1, INF, 1)),  # no two tokens have more than 0.5: off
             "min_tokens_to_keep": (Reading(0, 0, 1),),
         },
-        also=OPTIONAL,
+        also=("dynamic_temperature_range", "min_tokens_to_keep"),
     ),
     # FlashInfer 0.7: sampling.py with filter_apply_order="top_k_first". It compares with a pivot's value.
-    "flashinfer": Dialect((Step("temperature"), Step("top_k", "keep"), Step("top_p", "keep"), Step("min_p"))),
+    "flashinfer": Dialect(
+        (Step("temperature"), Step("top_k", "keep"), Step("top_p", "keep"), Step("min_p")), _FLASHINFER
+    ),
     # SGLang 0.5: srt/layers/sampler.py, the path in plain torch: p is measured over all tokens.
     "sglang": Dialect(
         (Step("temperature"), Step("top_p", equal=True), Step("top_k"), Step("min_p")),
@@ -174,12 +193,14 @@ DIALECTS = {
             "top_k": _from_0_down("top_k"),
             "xtc_probability": _from_0_down("xtc_probability"),
         },
-        also=("min_tokens_to_keep",),
+        also=("min_tokens_to_keep", "xtc_special_tokens"),
     ),
 }
 
 # FlashInfer's filter_apply_order="joint".
-FLASHINFER_JOINT = Dialect((Step("temperature"), Step("top_p", "keep"), Step("top_k", "keep"), Step("min_p")))
+FLASHINFER_JOINT = Dialect(
+    (Step("temperature"), Step("top_p", "keep"), Step("top_k", "keep"), Step("min_p")), _FLASHINFER
+)
 
 
 def rules(dialect: str | None, nucleus: str) -> Dialect:

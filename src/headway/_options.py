@@ -43,12 +43,12 @@ class Reals:
         if value is None and self.optional:
             return None
         if isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool)):
-            for reading in readings:
-                if reading.low <= value <= reading.high and reading.means is not None:
-                    return np.array(reading.means, np.float64)
-            if not self.holds(value) or (value > sys.float_info.max and value != math.inf) or _reading(value, readings):
+            reading = _reading(value, readings)
+            means = value if reading is None else reading.of(value)
+            too_large = means is not None and sys.float_info.max < abs(means) < math.inf
+            if means is None or too_large or (reading is None and not self.holds(value)):
                 raise self._out_of_range(name, value, readings)
-            return np.array(value, np.float64)
+            return np.array(means, np.float64)
         if value is None or isinstance(value, (str, bool, np.bool_, complex)):
             raise TypeError(f"{name}: expected {self.expected}, or an array of them, got {shown(value)}")
         if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.dtype.kind == "O"):
@@ -58,7 +58,8 @@ class Reals:
         for reading in reversed(readings):
             fits = (array >= reading.low) & (array <= reading.high)
             holds = np.where(fits, reading.means is not None, holds)
-            out = np.where(fits, np.float64(reading.means or 0), out)
+            if reading.means is not None:
+                out = np.where(fits, array if reading.means == "itself" else np.float64(reading.means), out)
         if not holds.all():
             index, bad = _first(array, ~holds)
             raise self._out_of_range(f"{name}{_place(index)}", bad, readings)
@@ -67,7 +68,7 @@ class Reals:
     def _out_of_range(self, name: str, value: Any, readings: tuple[Reading, ...]) -> ValueError:
         reading = _reading(value, readings)
         expected, cure = self.expected, self.cure
-        if reading is not None:  # one that the dialect refuses
+        if reading is not None and reading.means is None:  # one that the dialect refuses
             expected, cure = "a number that the dialect takes", reading.cure
         return ValueError(f"{name}: expected {expected}, got {value!r}; {cure}")
 
@@ -122,8 +123,9 @@ class Integers:
     def _in_range(self, name: str, value: Any, index: tuple[int, ...], readings: tuple[Reading, ...]) -> int:
         largest = _LARGEST[self.dtype]
         reading = _reading(value, readings) if readings else None
-        if reading is not None and reading.means is not None:
-            return largest if reading.means == math.inf else int(reading.means)
+        means = None if reading is None else reading.of(value)
+        if means is not None:
+            return largest if means == math.inf else int(means)
         if value < self.least or (value > largest and not self.clip):
             raise ValueError(self._message(name, value, index))
         return min(int(value), largest)
@@ -178,6 +180,18 @@ def _allowed(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array
     )
 
 
+def _token_ids(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> tuple[int, ...] | None:
+    """None where there are none, or a tuple, which calls can compare: each id once, ascending."""
+    if value is None:
+        return None
+    if isinstance(value, (set, frozenset)):
+        value = list(value)
+    ids = _IDS(name, value) if not isinstance(value, Mapping) else None
+    if ids is None or ids.ndim != 1:
+        raise TypeError(f"{name}: expected a list of token ids, got {shown(value)}; give [id] for a single one")
+    return tuple(np.unique(ids).tolist()) or None
+
+
 def _logit_bias(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array | Sparse | None:
     if value is None:
         return None
@@ -200,6 +214,7 @@ def _logit_bias(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Ar
     return array if ids is None else Sparse(ids, array)
 
 
+_IDS = Integers("token ids", "an id is an integer from 0 to V - 1", 0, np.int64, optional=False)
 _OR_NONE = "use None to switch it off"
 _SHARE = Reals("a number in [0, 1]", _OR_NONE, lambda p: (p >= 0) & (p <= 1))
 _SHARE_ABOVE_0 = Reals("a number in (0, 1]", _OR_NONE, lambda p: (p > 0) & (p <= 1))
@@ -219,6 +234,7 @@ CHECKS: dict[str, Callable[[str, Any, tuple[Reading, ...]], Any]] = {
     "eta_cutoff": _SHARE,
     "xtc_probability": _SHARE,
     "xtc_threshold": Reals("a number in [0, 1]", "0.1 is usual", lambda p: (p >= 0) & (p <= 1), optional=False),
+    "xtc_special_tokens": _token_ids,
     "min_tokens_to_keep": Integers("an integer >= 1", "1 is the least", 1, np.int64, clip=True, optional=False),
     "allowed": _allowed,
     "logit_bias": _logit_bias,
@@ -276,7 +292,7 @@ def check_together(settings: Settings) -> None:
     if dialect is None:
         return
     for name in sorted(rules(dialect, settings["nucleus"]).lacks()):
-        if settings[name] is not None and name != "temperature" and (settings[name] != _LEAST.get(name)).any():
+        if settings[name] is not None and name != "temperature" and np.any(settings[name] != _LEAST.get(name)):
             raise ValueError(f"{name}: expected none in dialect {dialect!r}, which has no such filter; leave it out")
     for name, own in (("ties", "lowest_id"), ("nucleus", "after_top_k")):
         if settings[name] != own and (name, dialect) != ("nucleus", "flashinfer"):
@@ -305,11 +321,19 @@ def known_ids(name: str, ids: Array, vocabulary: int) -> Array:
     return ids
 
 
+def over_rows(name: str, array: Array, shape: tuple[int, ...]) -> Array:
+    """Return an array (..., n) in this shape, without leading axes of length 1 that this does not have."""
+    own = array
+    while own.ndim > len(shape) and own.shape[0] == 1:
+        own = own[0]
+    return broadcast(name, own if own.ndim <= len(shape) else array, shape)
+
+
 def per_token(name: str, array: Array, shape: tuple[int, ...]) -> Array:
     """Return an array of one number for each token, (..., V), in this shape."""
     if array.shape[-1:] != shape[-1:]:
         raise ValueError(f"{name}: expected a last axis of {shape[-1]}, one for each token, got shape {array.shape}")
-    return broadcast(name, array, shape)
+    return over_rows(name, array, shape)
 
 
 def mask_bytes(name: str, allowed: Array, shape: tuple[int, ...]) -> tuple[Array, bool]:
@@ -327,8 +351,8 @@ def mask_bytes(name: str, allowed: Array, shape: tuple[int, ...]) -> tuple[Array
             f"{name}: expected a packed mask of {words} 32-bit words for {vocabulary} tokens, got shape "
             f"{allowed.shape}; int32 and uint32 arrays are always such masks: give ids as a list or an int64 array"
         )
-    packed = np.ascontiguousarray(allowed).view(np.uint8)
-    return broadcast(name, packed, (*lead, packed.shape[-1])), True
+    over_rows(name, allowed, (*lead, words))  # an error says the shape in words, as it was given
+    return over_rows(name, np.ascontiguousarray(allowed).view(np.uint8), (*lead, 4 * words)), True
 
 
 def unpacked(packed: Array, vocabulary: int) -> Array:

@@ -1,19 +1,24 @@
 """The `headway` command: generate, sample, explain, attend, info.
 
-Exit status: 0, 2 for bad input (with one line on standard error), 130 after Ctrl-C, 141 where the reader of
-the output went away. Nothing is imported before the command that needs it runs, so help is quick and `info`
-works without the `lm` extra.
+Exit status: 0, 2 for bad input or what the system refuses (with one line on standard error), 130 after Ctrl-C, 141
+where the reader of the output went away. Nothing is imported before the command that needs it runs, so help is quick
+and `info` works without the `lm` extra.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
 import os
+import re
+import reprlib
+import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,18 +27,14 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv` (None: the arguments of the process), and return its exit status."""
+    _open_closed_streams()
     try:
-        try:
-            arguments = _parser().parse_args(argv)
-            arguments.run(arguments)
-        finally:
-            sys.stdout.flush()  # here, where a reader that went away is not yet an error at shutdown
+        arguments = _parser().parse_args(argv)
+        arguments.run(arguments)
     except BrokenPipeError:
-        # Whatever is still in the buffer goes nowhere, so that the interpreter's last flush succeeds.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        _note("")
         return 130
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         _complain(error)
@@ -47,24 +48,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _generate(arguments: argparse.Namespace) -> None:
     import time
 
-    import headway.lm
-
     if arguments.prompt == "-" or (arguments.prompt is None and not sys.stdin.isatty()):
-        prompt = _decode_prompt(sys.stdin.buffer.read())
+        prompt = _read_prompt()
     else:
         prompt = arguments.prompt or ""
     seed = _seed(arguments)
-    model = headway.lm.load(arguments.model)
-    start = time.perf_counter()
-    stream = model.stream(prompt, max_tokens=arguments.max_tokens, seed=seed, **_sampling(arguments))
-    print(prompt, end="", flush=True)
-    for piece in stream:
-        print(piece, end="", flush=True)
-    seconds = time.perf_counter() - start
-    print(flush=True)
+    with _language_model(arguments) as model:
+        start = time.perf_counter()
+        stream = model.stream(prompt, max_tokens=arguments.max_tokens, seed=seed, **_sampling(arguments))
+        _show(prompt, end="")
+        for piece in stream:
+            _show(piece, end="")
+        seconds = time.perf_counter() - start
+        _show("")
     count, reason = len(stream.token_ids), stream.finish_reason
     speed = f"{count} tokens, {count / seconds:.1f} tokens/s"
-    print(f"headway: {speed}, ended by {reason}, --seed {seed}", file=sys.stderr)
+    _note(f"headway: {speed}, ended by {reason}, --seed {seed}")
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -72,48 +71,48 @@ def _sample(arguments: argparse.Namespace) -> None:
 
     import headway as hw
 
-    logits = _read(arguments.file)
-    if isinstance(logits, dict):
-        raise ValueError(f"{arguments.file}: expected one array of logits, got an object of {sorted(logits)}")
+    logits = _read_logits(arguments.file)
     seed = _seed(arguments)
-    tokens = hw.sample(logits, seed=seed, position=arguments.position, **_sampling(arguments))
-    for token in np.ravel(tokens):
-        print(token)
+    with _as_typed(arguments, _label(arguments.file)):
+        tokens = hw.sample(logits, seed=seed, position=arguments.position, **_sampling(arguments))
+    _show("".join(f"{token}\n" for token in np.ravel(tokens)), end="")
     if arguments.seed is None:
-        print(f"headway: --seed {seed}", file=sys.stderr)
+        _note(f"headway: --seed {seed}")
 
 
 def _explain(arguments: argparse.Namespace) -> None:
-    import headway as hw
-
     if (arguments.file is None) == (arguments.prompt is None):
         raise ValueError("expected FILE or --prompt, one of the two")
-    if arguments.file is None:
-        logits, position, words = _next_token(arguments)
-    else:
+    seed, options = _seed(arguments), _sampling(arguments)
+    if arguments.file is not None:
         if arguments.model is not None:
             raise ValueError("--model: expected none beside FILE; give it --prompt")
-        logits, position, words = _read(arguments.file), 0, None
-        if isinstance(logits, dict):
-            raise ValueError(f"{arguments.file}: expected one array of logits, got an object of {sorted(logits)}")
+        logits = _read_logits(arguments.file)
+        with _as_typed(arguments, _label(arguments.file)):
+            text = _explained(arguments, logits, 0, None, seed=seed, **options)
+    else:
+        prompt = _read_prompt() if arguments.prompt == "-" else arguments.prompt
+        with _language_model(arguments) as model:
+            text = _explained(arguments, *_next_token(model, prompt), seed=seed, **options)
+    _show(text)
+    if arguments.seed is None and options.get("xtc_probability") is not None:
+        _note(f"headway: --seed {seed}")
+
+
+def _explained(arguments: argparse.Namespace, logits: Any, position: int, words: Any, **options: Any) -> str:
+    import headway as hw
+
     if arguments.position is not None:
         position = arguments.position
-    seed = _seed(arguments)
-    options = _sampling(arguments)
-    found = hw.explain(logits, top=arguments.top, tokens=words, seed=seed, position=position, **options)
+    found = hw.explain(logits, top=arguments.top, tokens=words, position=position, **options)
     sentences = [str(found.why(token)) for token in arguments.why]
-    print("\n".join([str(found), *([""] if sentences else []), *sentences]))
-    if arguments.seed is None and options.get("xtc_probability") is not None:
-        print(f"headway: --seed {seed}", file=sys.stderr)
+    return "\n".join([str(found), *([""] if sentences else []), *sentences])
 
 
-def _next_token(arguments: argparse.Namespace) -> tuple[Any, int, Callable[[int], str]]:
+def _next_token(model: Any, prompt: str) -> tuple[Any, int, Callable[[int], str]]:
     """Score what follows the prompt: logits, the position that `generate` draws at, and the words of tokens there."""
-    import headway.lm
     from headway.lm.text import detokenize
 
-    prompt = _decode_prompt(sys.stdin.buffer.read()) if arguments.prompt == "-" else arguments.prompt
-    model = headway.lm.load(arguments.model)
     ids = model.stream(prompt, max_tokens=0).prompt_ids
 
     def word(token: int) -> str:
@@ -123,31 +122,44 @@ def _next_token(arguments: argparse.Namespace) -> tuple[Any, int, Callable[[int]
     return model.session().next_logits(ids), len(ids), word
 
 
+@contextlib.contextmanager
+def _language_model(arguments: argparse.Namespace) -> Iterator[Any]:
+    """Load the model, and say what is refused meanwhile in the words of the command line."""
+    import headway.lm
+
+    if arguments.model == "":
+        raise ValueError("--model: expected a folder, got an empty name")
+    with _without_panics(), _as_typed(arguments, arguments.model or "the model that ships"):
+        yield headway.lm.load(arguments.model)
+
+
 def _attend(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     import headway as hw
 
-    output = arguments.output
+    output, label = arguments.output, _label(arguments.file)
     if output is not None:
         _check_output(output, arguments.file, arguments.force)
     arrays = _read(arguments.file)
     if not isinstance(arrays, dict):
-        raise ValueError(f"{arguments.file}: expected an object or .npz with arrays q, k and v, got one array")
+        raise ValueError(f"{label}: expected an object or .npz with arrays q, k and v, got one array")
     for name in _INPUTS:
         if name not in arrays:
-            raise ValueError(f"{arguments.file}: expected arrays q, k and v, got no {name}")
+            raise ValueError(f"{label}: expected arrays q, k and v, got no {name}")
     for name in arrays:
         if name not in _INPUTS + _OPTIONAL_INPUTS:
             known = ", ".join(_INPUTS + _OPTIONAL_INPUTS)
-            raise ValueError(f"{arguments.file}: array {name!r}: expected one of {known}")
+            raise ValueError(f"{label}: array {reprlib.repr(name)}: expected one of {known}")
+        arrays[name] = _numbers(f"{label}: {name}", arrays[name])
     options = {name: getattr(arguments, name) for name in _ATTENTION_OPTIONS}
     q, k, v = (arrays.pop(name) for name in _INPUTS)
-    out = np.asarray(hw.multi_head_attention(q, k, v, **arrays, **options))
+    with _as_typed(arguments, label):
+        out = np.asarray(hw.multi_head_attention(q, k, v, **arrays, **options))
     if output is None:
-        print(_to_json(out))
+        _show(_to_json(out))
         return
-    with output.open("wb" if arguments.force else "xb") as file:
+    with _named(str(output)), output.open("wb" if arguments.force else "xb") as file:
         if output.suffix == ".npy":
             np.save(file, out)
         elif output.suffix == ".npz":
@@ -171,8 +183,7 @@ def _info(arguments: argparse.Namespace) -> None:
     lines["python"] = f"{platform.python_version()} ({platform.machine()})"
     extra = all(importlib.util.find_spec(name) for name in ("safetensors", "tokenizers"))
     lines["lm"] = "installed" if extra else "not installed: pip install 'headway[lm]'"
-    for name, value in lines.items():
-        print(f"{name:<14}{value}")
+    _show("\n".join(f"{name:<14}{value}" for name, value in lines.items()))
 
 
 # --------------------------------------------------------------------------------------- reading and writing
@@ -208,25 +219,90 @@ _SAMPLING_DEFAULTS = {"dynamic_temperature_exponent": "1", "xtc_threshold": "0.1
 _SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "ties", "nucleus", "dialect", *_SAMPLING_NUMBERS)
 
 
+def _label(name: str) -> str:
+    return "standard input" if name == "-" else name
+
+
 def _read(name: str) -> Any:
     """Read an array, or an object of arrays, from .npy, .npz or JSON; the first bytes say which it is."""
     import io
-    import zipfile
-    import zlib
+    import warnings
 
     import numpy as np
 
-    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    from headway import _json
+
+    with _named(_label(name)):
+        if name == "-":
+            data = sys.stdin.buffer.read()
+        else:
+            with open(name, "rb") as file:
+                if stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty():
+                    raise ValueError("expected a file, got a device, which may have no end")
+                data = file.read()
     try:
-        if data.startswith(b"\x93NUMPY"):
-            return np.load(io.BytesIO(data), allow_pickle=False)
-        if data.startswith(b"PK"):
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                return dict(arrays)
-        return json.loads(data)
-    except (ValueError, EOFError, RecursionError, zipfile.BadZipFile, zlib.error) as error:
-        label = "standard input" if name == "-" else name
-        raise ValueError(f"{label}: expected .npy, .npz or JSON: {error}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # NumPy's, about files of Python 2
+            if data.startswith(b"\x93NUMPY"):
+                return _bounded(np.load(io.BytesIO(data), allow_pickle=False))
+            if data.startswith(b"PK"):
+                with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                    return _unpack(arrays)
+        return _json.loads(data)
+    except Exception as error:  # of a dozen kinds, which the readers' authors did not expect either
+        said = str(error)[:300] or type(error).__name__
+        raise ValueError(f"{_label(name)}: expected .npy, .npz or JSON: {said}") from None
+
+
+def _unpack(arrays: Any) -> dict[str, Any]:
+    """Read all arrays of an .npz: each name once, and no more than this machine has memory for."""
+    import numpy as np
+
+    if len(set(arrays.files)) < len(arrays.files):
+        raise ValueError("expected each array once, got one twice")
+    size = sum(member.file_size for member in arrays.zip.infolist())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:  # a few kilobytes can hold them
+        raise ValueError(f"expected at most the {memory:,} bytes of this machine's memory, got {size:,}")
+    return {name: _bounded(np.asarray(arrays[name])) for name in arrays.files}
+
+
+def _bounded(array: Any) -> Any:
+    """Refuse a shape that takes no memory, and for ever to go through."""
+    if array.size == 0 and max(array.shape) > 2**24:
+        raise ValueError(f"expected an array with elements, got shape {array.shape}")
+    return array
+
+
+def _numbers(name: str, value: Any) -> Any:
+    """Make an array of what JSON has for one; null stays what it is, none."""
+    import numpy as np
+
+    try:
+        array = None if value is None else np.asarray(value)
+    except ValueError:
+        array = np.empty(0, object)  # lists of unequal lengths
+    if array is not None and array.dtype.kind not in "biuf":
+        raise ValueError(f"{name}: expected numbers in nested lists of equal lengths, got {reprlib.repr(value)}")
+    return array
+
+
+def _read_logits(name: str) -> Any:
+    logits = _read(name)
+    if isinstance(logits, dict):
+        keys = reprlib.repr(sorted(logits))
+        raise ValueError(f"{_label(name)}: expected one array of logits, got an object of {keys}")
+    return logits
+
+
+def _read_prompt() -> str:
+    """Read a prompt from standard input; the newline that ends it is the shell's, not the text's."""
+    with _named("standard input"):
+        data = sys.stdin.buffer.read()
+    try:
+        return data.decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input: expected UTF-8 text: {error}") from None
 
 
 def _check_output(output: Path, source: str, force: bool) -> None:
@@ -247,14 +323,6 @@ def _to_json(array: NDArray[np.floating[Any]]) -> str:
     return json.dumps(array.astype(str).astype(float).tolist())
 
 
-def _decode_prompt(data: bytes) -> str:
-    """Decode a prompt from standard input; the newline that ends it is the shell's, not the text's."""
-    try:
-        return data.decode().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"standard input: expected UTF-8 text: {error}") from None
-
-
 def _seed(arguments: argparse.Namespace) -> int:
     """Take the seed that was given, or a fresh one, short enough to type again."""
     import secrets
@@ -267,22 +335,121 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+# ------------------------------------------------------------------------- the three streams, and what goes wrong
+
+
+def _open_closed_streams() -> None:
+    """Open the standard streams that came closed, so that no file gets their numbers, and none of them is None.
+
+    Input and output are opened the wrong way round: to use them is refused as for a closed one. What would be said
+    on standard error is lost.
+    """
+    streams = ("stdin", os.O_WRONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w")
+    for name, flag, mode in streams:
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flag), mode, errors="backslashreplace"))
+
+
+def _show(text: str, end: str = "\n") -> None:
+    """Print to standard output at once: at the end of the process nobody could say what went wrong."""
+    try:
+        print(text, end=end, flush=True)
+    except UnicodeEncodeError as error:
+        said = f"its encoding, {error.encoding}, has no {error.object[error.start]!a}; set PYTHONIOENCODING=utf-8"
+        raise OSError(errno.EILSEQ, said, "standard output") from None
+    except OSError as error:
+        _abandon(sys.stdout)
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def _note(text: str) -> None:
+    """Print to standard error what may be lost without harm."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _abandon(sys.stderr)
+
+
+def _abandon(stream: IO[str]) -> None:
+    """Let what is still in a buffer go nowhere, so that the interpreter's last flush succeeds."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _complain(error: Exception) -> None:
-    message = str(error)
+    message = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
-        message = f"{error.filename}: {error.strerror}"
+        message = f"{error.filename or repr('')}: {error.strerror}"
     elif isinstance(error, MemoryError):
         message = f"out of memory: {message}"
-    print(f"headway: error: {' '.join(message.split())}", file=sys.stderr)
+    # Names and values of files may hold anything: half characters, and what a terminal would obey.
+    line = "".join(c if c.isprintable() else f"{c!a}"[1:-1] for c in " ".join(message.split()))
+    _note(f"headway: error: {line}")
+
+
+@contextlib.contextmanager
+def _named(label: str) -> Iterator[None]:
+    """Put the name of a file or stream to what the system refuses about it, and to a name that cannot be one."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), label) from None
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from None
+
+
+@contextlib.contextmanager
+def _as_typed(arguments: argparse.Namespace, source: str) -> Iterator[None]:
+    """Say what the library refuses in the words of the command line: flags, and the file that an array is from."""
+    flags = {name: f"--{name.replace('_', '-')}" for name in vars(arguments)} | {"token": "--why"}
+    if arguments.run is _generate:
+        flags["prompt"] = "PROMPT"
+
+    def typed(message: str) -> str:
+        name, colon, rest = message.partition(":")
+        flag = flags.get(name)
+        # Nobody can type code, nor None: what it does is done by leaving the flag out.
+        said, *cures = rest.replace(" or None", "").split("; ")
+        cures = [f"leave {flag} out" if flag and "None" in cure else cure for cure in cures]
+        rest = "; ".join([said, *(cure for cure in cures if not re.search(r"\bnp\.|\w[\[(]", cure))])
+        rest = re.sub(r"\b[a-z]+(_[a-z]+)+\b", lambda found: flags.get(found[0], found[0]), rest)
+        if flag:
+            return f"{flag}:{rest}"
+        return f"{name}{colon}{rest}" if name.startswith(str(Path(source))) else f"{source}: {name}{colon}{rest}"
+
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(typed(str(error))) from None
+    except MemoryError as error:
+        raise MemoryError(typed(str(error))) from None
+
+
+@contextlib.contextmanager
+def _without_panics() -> Iterator[None]:
+    """Keep standard error from tokenizers: where its Rust panics it prints a trace there, before we hear of it."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 # -------------------------------------------------------------------------------------------------- options
 
 
 class _Parser(argparse.ArgumentParser):
+    def print_help(self, file: Any = None) -> None:
+        """Print as everything else is printed: argparse's own ignores a full disk."""
+        _show(self.format_help(), end="")
+
     def error(self, message: str) -> NoReturn:
         """End as every other bad input does: one line, status 2."""
-        self.exit(2, f"headway: error: {message} (see {self.prog} --help)\n")
+        _complain(ValueError(f"{message} (see {self.prog} --help)"))
+        self.exit(2)
 
 
 class _Version(argparse.Action):
@@ -291,7 +458,7 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         import headway
 
-        print(f"headway {headway.__version__}")
+        _show(f"headway {headway.__version__}")
         parser.exit()
 
 

@@ -276,9 +276,10 @@ class _Look:
         last = first = None
         ties_kept = ties_removed = 0
         if count < before.ids.size:
-            last, first = (self.candidate(int(order[i]), words) for i in (count - 1, count))
-            equal = key == key[order[count - 1]]
-            if equal[order[count]]:
+            inner, outer = int(order[stays[order]][-1]), int(order[~stays[order]][0])  # xtc may spare what lies between
+            last, first = self.candidate(inner, words), self.candidate(outer, words)
+            equal = key == key[inner]
+            if equal[outer]:
                 ties_kept, ties_removed = int((equal & stays).sum()), int((equal & ~stays).sum())
         if self.step.ties == "keep":
             ties_kept = count - self.again(self.step._replace(ties="lowest_id"), before.floor)
@@ -330,8 +331,10 @@ class _Look:
         if self.step.option == "xtc_probability":
             coin = definition._coin(row)
             fell = "below" if coin < self.value else "not below"
+            spared = len(row.settings["xtc_special_tokens"] or ())
             return (
                 f"coin {coin:.4f} is {fell} {_number(self.value)}; threshold {_number(row.settings['xtc_threshold'])}"
+                + (f"; spares {spared} token{'' if spared == 1 else 's'}" if spared else "")
             )
         return ""
 

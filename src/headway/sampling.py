@@ -61,6 +61,7 @@ class Options(TypedDict, total=False):
     eta_cutoff: ArrayLike | None
     xtc_probability: ArrayLike | None
     xtc_threshold: ArrayLike
+    xtc_special_tokens: Any
     min_tokens_to_keep: ArrayLike
     allowed: Any
     logit_bias: Any
@@ -90,10 +91,12 @@ class SamplingParams:
     eta_cutoff: in [0, 1]. The same with min(eta, sqrt(eta) exp(-entropy)) as the share.
     xtc_probability: in [0, 1]. With this probability removes all but the last of the tokens that reach the threshold.
     xtc_threshold: in [0, 1], a share of the mass; 0.1 unless given.
+    xtc_special_tokens: ids that xtc never removes, such as those of the end and of a newline: one list for all rows.
     min_tokens_to_keep: at least 1. Every stage leaves so many tokens, where there are so many.
     allowed: which tokens may be drawn: a bool array (..., V), an int32 or uint32 array (..., ceil(V / 32)) with
         token 0 in the lowest bit of the first word, or a list, tuple, set or int64 array of ids. An int32 or uint32
-        array is always a packed mask, never ids.
+        array is always a packed mask, never ids. (1, ceil(V / 32)), as grammar libraries allocate it, will do for a
+        lone row.
     logit_bias: added to the logits before all else: an array (V,) or (..., V), or a dict {id: bias}; -inf bans.
     ties: "lowest_id", exactly k tokens; "keep", also all tokens equal to the k-th.
     nucleus: "after_top_k" measures top_p over what top_k left, "joint" over all tokens that are not banned.
@@ -123,6 +126,7 @@ class SamplingParams:
     eta_cutoff: ArrayLike | None = None
     xtc_probability: ArrayLike | None = None
     xtc_threshold: ArrayLike = 0.1
+    xtc_special_tokens: Any = None
     min_tokens_to_keep: ArrayLike = 1
     allowed: Any = None
     logit_bias: Any = None
@@ -156,6 +160,7 @@ class SamplingParams:
         allowed = self._settings["allowed"]
         if allowed is not None and allowed.dtype == np.int64:  # ids, of which the order says nothing
             key["allowed"] = frozenset(allowed.tolist())
+        key["xtc_special_tokens"] = self._settings["xtc_special_tokens"]
         return tuple(key.values())
 
     def __eq__(self, other: object) -> bool:
@@ -324,6 +329,7 @@ class _Run:
             allowed=allowed,
             packed=packed,
             stages=self.stages(),
+            spared=self.spared(),
             histories=histories,
             seed=seed,
             stream=stream,
@@ -384,6 +390,11 @@ class _Run:
         allowed = self.settings["allowed"]
         return (None, False) if allowed is None else mask_bytes("allowed", allowed, self.data.shape)
 
+    def spared(self) -> Array:
+        """Return the tokens that xtc leaves in."""
+        ids = self.settings["xtc_special_tokens"]
+        return _NO_IDS if ids is None else known_ids("xtc_special_tokens", np.array(ids), self.vocabulary)
+
     def fail(self, status: Array, draws: int = 1) -> None:
         """Raise what the kernel found in the first row that has a fault."""
         row = int(status.nonzero()[0][0])
@@ -410,6 +421,7 @@ class _Run:
         raise ValueError(f"{name}: expected at least one token that is not banned{where}, got none; allow one")
 
 
+_NO_IDS = np.empty(0, np.int64)
 # The numbers that stages take, and which of them those do that take another than the one they are named after.
 _NUMBERS = (*OFF, "dynamic_temperature_exponent", "xtc_threshold", "min_tokens_to_keep")
 _VALUES = {

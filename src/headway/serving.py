@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Sampler"]
 
-_WORDS = ("ties", "nucleus", "dialect")  # the settings that cannot be one per row
+_WORDS = ("ties", "nucleus", "dialect", "xtc_special_tokens")  # the settings that cannot be one per row
 _ROWS_PER_CALL = 4  # at least, on average: calls of fewer leave threads idle, which costs more than masks and biases do
 
 
@@ -34,11 +34,11 @@ class _Row(NamedTuple):
     penalties: dict[str, Array]
     breakers: frozenset[int]
 
-    def words(self) -> tuple[str | None, ...]:
+    def words(self) -> tuple[Any, ...]:
         """Return what rows must share to be sampled by one call."""
         return tuple(self.settings[name] for name in _WORDS)
 
-    def kind(self) -> tuple[str | bool | None, ...]:
+    def kind(self) -> tuple[Any, ...]:
         """Return what rows should share to be sampled by one call: those without a mask or bias (V,) get none."""
         return *self.words(), self.settings["allowed"] is None, self.settings["logit_bias"] is None
 
@@ -181,6 +181,7 @@ class Sampler:
         if stream is not None:
             stream = _check.integer(stream, "stream", 0, 2**64 - 1)
 
+        alone.spared()  # so that an id outside of the vocabulary is an error here
         source, bias = alone.source(), alone.bias()
         allowed, packed = alone.allowed()
         if allowed is not None:
@@ -236,7 +237,8 @@ class Sampler:
 
         allowed is for this step alone, such as a grammar's: which tokens each row may draw, of those that its params
         allow. A bool array (rows, V); an int32 or uint32 array (rows, ceil(V / 32)) with token 0 in the lowest bit of
-        the first word, as grammar libraries fill it; or a list with, for each row, such a mask, ids, or None.
+        the first word, as grammar libraries fill it; or a list with, for each row, such a mask, (W,) or (1, W), ids, or
+        None.
 
         >>> import headway as hw
         >>> sampler = hw.Sampler(4)
@@ -301,13 +303,14 @@ class Sampler:
             return masks
         array: Array = CHECKS["allowed"]("allowed", allowed, ())
         shapes = {np.dtype(np.bool_): (rows, vocabulary), np.dtype(np.uint32): (rows, -(-vocabulary // 32))}
-        if array.shape != shapes.get(array.dtype):
+        own = array[0] if array.ndim == 3 and len(array) == 1 else array
+        if own.shape != shapes.get(array.dtype):
             bools, words = shapes.values()
             raise ValueError(
                 f"allowed: expected a mask for each active row, of shape {bools} for bool or {words} for packed int32, "
                 f"or a list of {rows}, got {array.dtype} of shape {array.shape}"
             )
-        return array
+        return own
 
     def _both(self, own: Array | None, mask: Array) -> Array:
         if own is None:

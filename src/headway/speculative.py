@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _arrays, _native
-from ._options import Array, in_row, shown
+from . import _arrays, _check, _native
+from ._options import Array, broadcast, in_row, shown
 from .sampling import Options, SamplingParams, _Run, _shows_options
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def verify_draft(
     draft_tokens: ArrayLike,
     params: SamplingParams | None = None,
     *,
+    lengths: ArrayLike | None = None,
     draft_params: SamplingParams | None = None,
     **options: Unpack[Options],
 ) -> Verified:
@@ -46,6 +47,10 @@ def verify_draft(
     target_logits (..., n + 1, V): what the target says after 0, 1, ... n of the drafted tokens; draft_logits
     (..., n, V): what the draft tokens were drawn from, None where the draft has no choice (a lookup, a greedy model);
     draft_tokens (..., n). Ints come back for a lone row, else arrays of the kind of target_logits.
+
+    lengths (...), integers from 0 to n: how many tokens of each row were drafted, all n unless given. What stands
+    behind them, tokens, logits of the draft, and logits of the target after place lengths, is padding and not looked
+    at: -1 and NaN will do. Each row comes out as it would alone, without the padding.
 
     Token i is accepted with probability min(1, p / q), p and q its probabilities in the target and the draft; the
     first that is not is replaced by one drawn from max(0, p - q), and after n accepted tokens one more is drawn from
@@ -63,6 +68,9 @@ def verify_draft(
     >>> target = [[0.0, 2.0, 1.0], [3.0, 1.0, 0.0], [1.0, 2.0, 5.0]]
     >>> hw.verify_draft(target, None, [1, 2], temperature=0)  # 1 is what the target says, 2 is not
     Verified(accepted=1, next_token=0, tokens=array([ 1,  0, -1]))
+    >>> hw.verify_draft([target, target], None, [[1, 0], [1, -1]], temperature=0, lengths=[2, 1]).tokens
+    array([[ 1,  0,  2],
+           [ 1,  0, -1]])
     """
     run = _Run(target_logits, params, options, "target_logits")
     if run.data.ndim < 2 or run.lead[-1] < 1:
@@ -70,7 +78,8 @@ def verify_draft(
     if run.settings["uniform"] is not None:
         raise ValueError("uniform: expected seed and position, which give as many words as it takes; leave it out")
     lead, n = run.lead[:-1], run.lead[-1] - 1
-    tokens = _draft_tokens(draft_tokens, lead, n, run.vocabulary)
+    drafted = _lengths(lengths, lead, n)
+    tokens = _draft_tokens(draft_tokens, drafted, lead, n, run.vocabulary)
     rows = len(tokens)
     source = _source(run, lead, n + 1)
     draft, draft_rows = None, None
@@ -98,7 +107,7 @@ def verify_draft(
     if draft is not None and rows * n:
         draft_rows = draft.native(draft_status, **_of_draft(source, n))
     if rows and not _native.verify(
-        run.native(status, **source), draft_rows, tokens, draft_status, accepted, next_token
+        run.native(status, **source), draft_rows, tokens, drafted, draft_status, accepted, next_token
     ):
         if not draft_status.any():
             run.fail(status)
@@ -139,20 +148,47 @@ def _of_draft(source: dict[str, Any], n: int) -> dict[str, Any]:
     return {name: numbers.reshape(-1, n + 1)[:, :n].reshape(-1) for name, numbers in source.items()}
 
 
-def _draft_tokens(tokens: ArrayLike, lead: tuple[int, ...], n: int, vocabulary: int) -> Array:
-    ids = _arrays.plain(tokens, "draft_tokens").copy()  # in which what is checked here cannot change
-    if ids.shape != (*lead, n):
+def _lengths(lengths: ArrayLike | None, lead: tuple[int, ...], n: int) -> Array:
+    """Return how many tokens of each row were drafted, in memory that nobody else writes to."""
+    if lengths is None:
+        return np.full(math.prod(lead), n, np.int64)
+    array = broadcast("lengths", _check.integers(lengths, "lengths", -(2**63), 2**63 - 1), lead)
+    own = np.ascontiguousarray(array).reshape(-1)
+    wrong = (own < 0) | (own > n)
+    if wrong.any():
+        at = int(wrong.nonzero()[0][0])
         raise ValueError(
-            f"draft_tokens: expected shape {(*lead, n)}, one place less than target_logits has, got {ids.shape}"
+            f"lengths: expected integers from 0 to {n}, the tokens that draft_tokens has{in_row(at, lead)}, got "
+            f"{own[at]}"
         )
-    if ids.size and ids.dtype.kind not in "iu":
-        raise TypeError(f"draft_tokens: expected token ids, got {ids.dtype}")
-    wrong = (ids < 0) | (ids >= vocabulary)
+    return own
+
+
+def _draft_tokens(tokens: ArrayLike, lengths: Array, lead: tuple[int, ...], n: int, vocabulary: int) -> Array:
+    """Return the tokens (rows, n), checked where they count, in memory that nobody else writes to."""
+    try:
+        given = _arrays.plain(tokens, "draft_tokens")
+    except ValueError:
+        raise ValueError(
+            "draft_tokens: expected as many tokens in each row, got nested lists of unequal lengths; pad them with -1 "
+            "and give lengths"
+        ) from None
+    if given.shape != (*lead, n):
+        raise ValueError(
+            f"draft_tokens: expected shape {(*lead, n)}, one place less than target_logits has, got {given.shape}"
+        )
+    if given.size and given.dtype.kind not in "iu":
+        raise TypeError(f"draft_tokens: expected token ids, got {given.dtype}")
+    ids = np.array(given, order="C", copy=True).reshape(math.prod(lead), n)
+    wrong = ((ids < 0) | (ids >= vocabulary)) & (np.arange(n) < lengths[:, None])
     if wrong.any():
         at = int(np.flatnonzero(wrong)[0])
-        where = in_row(at, ids.shape)
-        raise ValueError(f"draft_tokens: expected ids from 0 to {vocabulary - 1}, got {ids.flat[at]}{where}")
-    return np.ascontiguousarray(ids, np.int64).reshape(math.prod(lead), n)
+        where = in_row(at, given.shape)
+        raise ValueError(
+            f"draft_tokens: expected ids from 0 to {vocabulary - 1}, got {ids.flat[at]}{where}; say how many count "
+            f"with lengths where rows are padded"
+        )
+    return ids.astype(np.int64, copy=False)
 
 
 def _fail(draft: _Run | None, status: Array, shape: tuple[int, ...]) -> None:

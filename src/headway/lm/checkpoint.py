@@ -2,20 +2,25 @@
 
 The folder holds config.json, tokenizer.json, one or several *.safetensors (with model.safetensors.index.json
 where there are several) and, where it has one, generation_config.json. Whatever does not fit is a
-FileNotFoundError or a ValueError that names the file, the tensor or key, what was expected and what came.
+FileNotFoundError or a ValueError that names the file, the tensor or key, what was expected and what came; so is
+whatever would change the numbers and is not computed here.
 """
 
 from __future__ import annotations
 
 import decimal
-import json
 import math
+import reprlib
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .. import _json
+from .text import tokenizer_errors
 
 try:
     from safetensors import SafetensorError, safe_open
@@ -99,25 +104,88 @@ def read_checkpoint(folder: Path) -> tuple[Config, Weights, Tokenizer]:
     True
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected one with a Hugging Face Llama checkpoint")
+        what = "is a file" if folder.exists() else "no such folder"
+        error = NotADirectoryError if folder.exists() else FileNotFoundError
+        raise error(f"{folder}: {what}; expected a folder with a Hugging Face Llama checkpoint (config.json, ...)")
     config = read_config(folder)
-    return config, _read_weights(folder, config), _read_tokenizer(folder, config)
+    try:
+        return config, _read_weights(folder, config), _read_tokenizer(folder, config)
+    except MemoryError as error:
+        raise MemoryError(f"{folder}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------- config.json
+
+# Settings of Llama's relatives that change what is computed, and leave no tensor behind that would give them away;
+# with the values, besides null, that change nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "hidden_activation": ("silu",),
+    # what a token may look at
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "use_bidirectional_attention": (False,),
+    "layer_types": ("full_attention",),
+    "attention_chunk_size": (),
+    # positions
+    "alibi": (False,),
+    "position_embedding_type": ("rope", "rotary"),
+    "partial_rotary_factor": (1.0,),
+    "rotary_pct": (1.0,),
+    "rope_interleave": (False,),
+    "rope_interleaved": (False,),
+    "rope_traditional": (False,),
+    "no_rope_layers": (1,),
+    "attn_temperature_tuning": (False,),
+    # numbers that are scaled, bounded or normalised on their way
+    "attention_multiplier": (),
+    "query_pre_attn_scalar": (),
+    "embedding_multiplier": (1.0,),
+    "residual_multiplier": (1.0,),
+    "scale_emb": (1.0,),
+    "scale_depth": (),
+    "dim_model_base": (),
+    "logit_scale": (1.0,),
+    "logits_scaling": (1.0,),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "logits_soft_cap": (),
+    "clip_qkv": (),
+    "use_qk_norm": (False,),
+    "qk_norm": (False,),
+    "qk_layernorm": (False,),
+    # another order of the blocks
+    "parallel_attn": (False,),
+    "use_parallel_residual": (False,),
+    # weights that are not what they are called
+    "quantization_config": (),
+    "compression_config": (),
+}
+_ROPE_KEYS = (
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+)
+_LONGEST = 2**24  # positions that hw.rotary turns by
 
 
 def read_config(folder: Path) -> Config:
     """Read config.json, and the end-of-text tokens from generation_config.json where there is one.
 
     Both spellings of the rotary settings are understood: rope_theta and rope_scaling at the top level
-    (transformers 4) and rope_parameters (transformers 5). Rope types: default, linear, llama3.
+    (transformers 4) and rope_parameters (transformers 5). Rope types: default, linear, llama3. A setting that
+    changes what is computed and has no place here is an error.
     """
     config = _Section.read(folder / "config.json")
     if config.values.get("model_type") != "llama":
         raise config.error("model_type", "'llama'", "headway.lm runs the Llama architecture alone")
-    if config.values.get("hidden_act", "silu") != "silu":
-        raise config.error("hidden_act", "'silu'")
+    config.refuse_what_is_not_computed()
 
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     groups = config.integer("num_key_value_heads", default=heads)
@@ -125,21 +193,22 @@ def read_config(folder: Path) -> Config:
         raise config.error("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
     if config.values.get("head_dim") is None and hidden % heads:
         raise config.error("hidden_size", f"a multiple of num_attention_heads, {heads}, or a head_dim")
-    head_dim = config.integer("head_dim", default=hidden // heads)
-    if head_dim > 2**16:  # each pair of features takes a power in decimal arithmetic
-        raise config.error("head_dim", "at most 65,536")
+    # Each pair of features takes a power in decimal arithmetic.
+    head_dim = config.integer("head_dim", default=hidden // heads, high=2**16)
     if head_dim % 2:
         raise config.error("head_dim", "an even number, since rotary positions turn pairs")
-    context = config.integer("max_position_embeddings", default=2048)
+    context = config.integer("max_position_embeddings", default=2048, high=_LONGEST)
+    vocabulary = config.integer("vocab_size")
 
     ends = config
-    if (folder / "generation_config.json").exists():
-        generation = _Section.read(folder / "generation_config.json")
+    generation_path = folder / "generation_config.json"
+    if generation_path.exists():
+        generation = _Section.read(generation_path)
         # A chat model's end of turn, added after the training, is written here and not in config.json.
         ends = generation if generation.values.get("eos_token_id") is not None else config
 
     return Config(
-        vocab_size=config.integer("vocab_size"),
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=config.integer("intermediate_size"),
         num_hidden_layers=config.integer("num_hidden_layers"),
@@ -152,34 +221,42 @@ def read_config(folder: Path) -> Config:
         attention_bias=config.flag("attention_bias"),
         mlp_bias=config.flag("mlp_bias"),
         tie_word_embeddings=config.flag("tie_word_embeddings"),
-        bos_token_id=next(iter(config.token_ids("bos_token_id")), None),
-        eos_token_ids=ends.token_ids("eos_token_id"),
+        bos_token_id=next(iter(config.token_ids("bos_token_id", vocabulary)), None),
+        eos_token_ids=ends.token_ids("eos_token_id", vocabulary),
     )
 
 
 def _rope_frequencies(config: _Section, head_dim: int, context: int) -> tuple[float, ...]:
     """Take theta ** (-2 i / D) for each pair i, in radians a position, scaled as config.json asks."""
-    rope = config.section("rope_parameters") or config.section("rope_scaling") or config
-    theta = (rope if "rope_theta" in rope.values else config).number("rope_theta", default=10000.0)
+    rope, old = config.section("rope_parameters"), config.section("rope_scaling")
+    if rope and old and rope.values != old.values:
+        raise config.error("rope_scaling", "what rope_parameters says, or nothing")
+    rope = rope or old or _Section(config.path, {}, "rope_parameters.")
+    for key in rope.values:
+        if key not in _ROPE_KEYS:
+            rope.neutral(key, ())
+    rope.neutral("partial_rotary_factor", (1.0,))
+    theta = (config if rope.values.get("rope_theta") is None else rope).number("rope_theta", default=10000.0, low=1)
     # In decimal arithmetic and not with pow, which rounds differently from one C library to the next.
     with decimal.localcontext(decimal.Context(prec=40)):
         base = decimal.Decimal(theta)
         frequencies = [float(base ** (decimal.Decimal(-2 * i) / head_dim)) for i in range(head_dim // 2)]
 
-    # transformers before 4.45 wrote "type"; at the top level of config.json there is no type, and no scaling.
+    # transformers before 4.45 wrote "type".
     key = "type" if "rope_type" not in rope.values and "type" in rope.values else "rope_type"
     kind = rope.values.get(key, "default")
     if kind == "default":
         return tuple(frequencies)
     if kind == "linear":
-        factor = rope.number("factor")
+        factor = rope.number("factor", low=1)
         return tuple(frequency / factor for frequency in frequencies)
     if kind == "llama3":
-        factor = rope.number("factor")
+        factor = rope.number("factor", low=1)
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if high <= low:
             raise rope.error("high_freq_factor", f"a number above low_freq_factor, {low}")
         trained = rope.integer("original_max_position_embeddings", default=context)
+        config.neutral("original_max_position_embeddings", (trained,))  # transformers 5 would take it from here
         return tuple(_llama3_frequency(frequency, factor, low, high, trained) for frequency in frequencies)
     raise rope.error(key, "'default', 'linear' or 'llama3'")
 
@@ -201,10 +278,9 @@ class _Section:
 
     @classmethod
     def read(cls, path: Path) -> _Section:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; a checkpoint folder has one")
+        _require_file(path)
         try:
-            values = json.loads(path.read_bytes())
+            values = _json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not JSON: {error}") from None
         if not isinstance(values, dict):
@@ -212,25 +288,26 @@ class _Section:
         return cls(path, values)
 
     def section(self, key: str) -> _Section | None:
+        """Take an object; null and one without keys count as none."""
         values = self.values.get(key)
-        if values is None:
-            return None
-        if not isinstance(values, dict):
+        if values is not None and not isinstance(values, dict):
             raise self.error(key, "an object")
-        return _Section(self.path, values, f"{key}.")
+        return _Section(self.path, values, f"{key}.") if values else None
 
-    def integer(self, key: str, *, default: int | None = None) -> int:
+    def integer(self, key: str, *, default: int | None = None, high: int = 2**31 - 1) -> int:
         value = self._get(key, default)
         if type(value) is not int or value < 1:
             raise self.error(key, "a positive integer")
+        if value > high:
+            raise self.error(key, f"at most {high:,}")
         return value
 
-    def number(self, key: str, *, default: float | None = None) -> float:
+    def number(self, key: str, *, default: float | None = None, low: float = 1e-30) -> float:
         value = self._get(key, default)
         if type(value) not in (int, float) or not value > 0:
             raise self.error(key, "a positive number")
-        if not 1e-30 <= value <= 1e30:  # beyond, what is made of it would overflow one day, far from here
-            raise self.error(key, "a number from 1e-30 to 1e30")
+        if not low <= value <= 1e30:  # beyond, what is made of it would overflow one day, far from here
+            raise self.error(key, f"a number from {low} to 1e30")
         return float(value)
 
     def flag(self, key: str) -> bool:
@@ -239,20 +316,44 @@ class _Section:
             raise self.error(key, "true or false")
         return value
 
-    def token_ids(self, key: str) -> tuple[int, ...]:
+    def token_ids(self, key: str, vocabulary: int) -> tuple[int, ...]:
         value = self.values.get(key)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if any(type(token) is not int or token < 0 for token in ids):
             raise self.error(key, "a token id, a list of them, or null")
+        if any(token >= vocabulary for token in ids):
+            raise self.error(key, f"ids below vocab_size, {vocabulary}")
         return tuple(ids)
+
+    def refuse_what_is_not_computed(self) -> None:
+        for key, neutral in _NEUTRAL.items():
+            self.neutral(key, neutral)
+        if self.values.get("use_sliding_window") is not False:  # false: a window is written down, and not used
+            self.neutral("sliding_window", ())
+
+    def neutral(self, key: str, values: tuple[Any, ...]) -> None:
+        """Raise where a value, or one of a list of them, is neither null nor one that changes nothing."""
+        value = self.values.get(key)
+        for one in value if isinstance(value, list) else [value]:
+            # By type as well: true equals 1, and is none of the numbers.
+            if one is not None and not any(one == v and isinstance(one, bool) == isinstance(v, bool) for v in values):
+                expected = " or ".join(map(repr, values)) or "null"
+                raise self.error(key, expected, "headway.lm would compute something else")
 
     def _get(self, key: str, default: Any) -> Any:
         value = self.values.get(key)
         return default if value is None else value
 
     def error(self, key: str, expected: str, why: str = "") -> ValueError:
-        came = repr(self.values[key]) if key in self.values else "nothing"
+        came = reprlib.repr(self.values[key]) if key in self.values else "nothing"
         return ValueError(f"{self.path}: {self.name}{key}: expected {expected}, got {came}{why and '; '}{why}")
+
+
+def _require_file(path: Path, why: str = "a checkpoint folder has one") -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; {why}")
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a file, got a folder or device")
 
 
 # -------------------------------------------------------------------------------------------- *.safetensors
@@ -315,8 +416,21 @@ class _Tensors:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files = _safetensors_files(folder)
-        self._stored = {name: stored for path in self._files for name, stored in _map_file(path).items()}
+        index = _read_index(folder)
+        self._files = _safetensors_files(folder, index)
+        self._stored: dict[str, _Stored] = {}
+        for path in self._files:
+            for name, stored in _map_file(path).items():
+                if index and index.values.get(name, path.name) != path.name:
+                    continue  # the index takes it from another file
+                if name in self._stored:
+                    other = self._stored[name].path.name
+                    raise ValueError(f"{path}: tensor {name!r}: expected in one file, got it in {other} as well")
+                self._stored[name] = stored
+        if index:
+            for name in index.values:
+                if name not in self._stored:
+                    raise index.error(name, "the file that holds this tensor")
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored
@@ -357,19 +471,24 @@ class _Stored:
         return self.data.view(_NUMPY_DTYPES[self.dtype]).astype(np.float32).reshape(shape)
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
-    index_path = folder / "model.safetensors.index.json"
-    if index_path.exists():
-        index = _Section.read(index_path)
-        weight_map = index.section("weight_map")
-        names = [] if weight_map is None else weight_map.values.values()
-        # Names alone: a checkpoint does not point outside its folder.
-        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise index.error("weight_map", "an object that maps tensor names to file names")
-        files = [folder / name for name in sorted(set(names))]
+def _read_index(folder: Path) -> _Section | None:
+    """Take the object that says which file holds which tensor, where there is one."""
+    path = folder / "model.safetensors.index.json"
+    if not path.exists():
+        return None
+    index = _Section.read(path)
+    weight_map = index.section("weight_map")
+    # Names alone: a checkpoint does not point outside its folder.
+    if weight_map is None or not all(isinstance(n, str) and Path(n).name == n for n in weight_map.values.values()):
+        raise index.error("weight_map", "an object that maps tensor names to file names")
+    return weight_map
+
+
+def _safetensors_files(folder: Path, index: _Section | None) -> list[Path]:
+    if index:
+        files = [folder / name for name in sorted(set(index.values.values()))]
         for path in files:
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: no such file; {index_path.name} names it")
+            _require_file(path, f"{index.path.name} names it")
         return files
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
@@ -385,14 +504,16 @@ def _map_file(path: Path) -> dict[str, _Stored]:
     safetensors' own numpy reader hands out no bfloat16 unless ml_dtypes is there, and copies each tensor once
     more.
     """
+    _require_file(path)
+    path.open("rb").close()  # what the system refuses, in its own words
     try:
         with safe_open(path, framework="numpy"):
             pass  # opening checks the header, each tensor's size, and that they fill the file
-    except SafetensorError as error:
+        file = np.memmap(path, dtype=np.uint8, mode="r")
+        start = 8 + int.from_bytes(file[:8].tobytes(), "little")
+        header = _json.loads(file[8:start].tobytes())
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
-    file = np.memmap(path, dtype=np.uint8, mode="r")
-    start = 8 + int.from_bytes(file[:8].tobytes(), "little")
-    header = json.loads(file[8:start].tobytes())
     return {
         name: _Stored(
             path,
@@ -410,20 +531,23 @@ def _map_file(path: Path) -> dict[str, _Stored]:
 
 def _read_tokenizer(folder: Path, config: Config) -> Tokenizer:
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a checkpoint folder has one")
-    try:
+    _require_file(path)
+    with tokenizer_errors(f"{path}: not a tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception, for broken JSON and for unknown parts alike
-        raise ValueError(f"{path}: not a tokenizer: {error}") from None
+        # Some files carry the settings of a training run, which would cut prompts without a word.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # A part that panics does so with most texts: better here than later.
+        try:
+            tokens = tokenizer.encode("Aa 1.\né日").ids
+            tokenizer.decode(tokens)
+        except Exception:
+            tokens = []  # a text beyond its vocabulary, which may be all right
     # A vocabulary smaller than the model's is common: embeddings are padded to a round size.
-    last = max(tokenizer.get_vocab().values(), default=-1)
+    last = max(chain(tokenizer.get_vocab().values(), tokens), default=-1)  # a template may add ids of its own
     if last >= config.vocab_size:
         raise ValueError(
             f"{path}: token id {last}: expected ids below vocab_size, {config.vocab_size}, of config.json; "
             "tokenizer and model do not belong together"
         )
-    # Some files carry the settings of a training run, which would cut prompts without a word.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     return tokenizer

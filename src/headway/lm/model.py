@@ -21,7 +21,7 @@ import headway as hw
 
 from .. import _check
 from .checkpoint import Config, Floats, Weights, read_checkpoint
-from .text import detokenize, until_stop
+from .text import detokenize, tokenizer_errors, until_stop
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -39,8 +39,11 @@ def load(path: str | PathLike[str] | None = None) -> Model:
 
     Raises:
         FileNotFoundError: a folder or file that is not there.
-        ValueError: a file that is broken, a tensor that is missing or has another shape, an architecture that is
-            not Llama's; the message says which and where.
+        NotADirectoryError: a file instead of a folder.
+        ValueError: a file that is broken, a tensor that is missing, has another shape or is in two files, an
+            architecture that is not Llama's, or a setting of config.json that would change the numbers and is not
+            computed here (a sliding window, is_causal: false, quantization_config, ...); the message says which and
+            where.
 
     >>> import headway.lm
     >>> model = headway.lm.load()
@@ -110,7 +113,7 @@ class Model:
                 prompt included, is drawn at position i. One seed gives one text; without a seed each is another.
 
         Raises:
-            ValueError: a prompt that leaves no room in the context, or a bad option.
+            ValueError: a prompt that leaves no room in the context or is no UTF-8, or a bad option.
             TypeError: a prompt that is no text, or an option that is of another kind or does not exist.
 
         >>> from headway.lm import load
@@ -145,7 +148,7 @@ class Model:
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(text, str) and text for text in stops):
             raise ValueError(f"stop: expected strings of at least one character, got {stop!r}")
-        prompt_ids = self.tokenizer.encode(prompt).ids
+        prompt_ids = self._encode(prompt)
         if not prompt_ids:
             if self.config.bos_token_id is None:
                 raise ValueError("prompt: expected text, got none, and the model has no beginning-of-text token")
@@ -158,6 +161,16 @@ class Model:
             if getattr(chosen, name) is not None:
                 raise ValueError(f"{name}: expected None, since each token of a text is drawn at its own position")
         return TextStream(self, prompt_ids, max_tokens, stops, chosen)
+
+    def _encode(self, prompt: str) -> list[int]:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            surrogate = f"{prompt[error.start]!r} at {error.start}"
+            raise ValueError(f"prompt: expected text that UTF-8 can write, got a lone surrogate, {surrogate}") from None
+        with tokenizer_errors("tokenizer.json: cannot encode the prompt"):
+            ids: list[int] = self.tokenizer.encode(prompt).ids
+        return ids
 
 
 class TextStream(Iterator[str]):

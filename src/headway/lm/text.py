@@ -3,37 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # What a decoder writes for bytes that are no UTF-8, and so for a character whose last bytes are yet to come.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
-def detokenize(tokenizer: Tokenizer, context: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
-    """Yield the text of `tokens`, which continue `context`, in pieces of whole characters.
+@contextmanager
+def tokenizer_errors(what: str) -> Iterator[None]:
+    """Raise a ValueError where tokenizers fails.
 
-    A token's text can depend on the tokens before it (bytes of one character, a space that opens a word), so
-    each piece is a difference: a window decoded with the new tokens, less the same window without them. The
-    window reaches back to the piece before, which keeps the cost of a token constant. Bytes that never become
-    a character appear at the end, as the tokenizer writes them.
+    Its own are a plain Exception, and where its Rust panics a class that is no Exception and has no public name.
+
+    >>> with tokenizer_errors("tokenizer.json"):
+    ...     raise Exception("no such token")
+    Traceback (most recent call last):
+    ValueError: tokenizer.json: no such token
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {error}") from None
+
+
+def detokenize(tokenizer: Tokenizer, context: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
+    """Yield the text of `tokens`, which continue `context`, in pieces that no later token can change.
+
+    Together the pieces are what the tokenizer decodes `context` and `tokens` to, past the text of `context` alone.
+    A token's text can depend on those before it (bytes of one character, a space that opens a word), so a piece is
+    a difference: a window decoded with the new tokens, less the same window without them. The window reaches back
+    to the piece before, which keeps the cost of a token constant. Bytes that never become a character appear at the
+    end, as the tokenizer writes them.
 
     >>> from headway.lm import load
     >>> tokenizer = load().tokenizer
     >>> "".join(detokenize(tokenizer, [], tokenizer.encode("In the beginning").ids))
     'In the beginning'
     """
-    window, fresh = list(context), []
-    shown = tokenizer.decode(window)
-    text = shown
+
+    def decode(ids: list[int]) -> str:
+        with tokenizer_errors("tokenizer.json: cannot decode"):
+            return tokenizer.decode(ids)
+
+    # A vocabulary with byte tokens has its decoder write a run of them as characters only if all of the run is UTF-8.
+    bytes_ = (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(0x80, 0x100))
+    stray = next((token for token in bytes_ if token is not None), None)
+
+    def certain(ids: list[int], text: str) -> bool:
+        """Say whether `text`, of `ids`, stays as it is whatever comes; a stray byte would spoil a run that is open."""
+        return not text.endswith(_INCOMPLETE) and (stray is None or decode([*ids, stray]).startswith(text))
+
+    window: list[int] = list(context)
+    fresh: list[int] = []
+    shown = text = decode(window)
     for token in tokens:
         fresh.append(token)
-        text = tokenizer.decode(window + fresh)
-        # Without a new character the window stays, so that no piece starts from a token that shows nothing.
-        if len(text) > len(shown) and not text.endswith(_INCOMPLETE):
+        text = decode(window + fresh)
+        if len(text) > len(shown) and certain(window + fresh, text):
             yield text[len(shown) :]
-            window, fresh = fresh, []
-            shown = text = tokenizer.decode(window)
+            # A window of a text of its own: a decoder may strip spaces from the beginning of what it is given.
+            alone = decode(fresh)
+            window, shown = (fresh, alone) if alone else (window + fresh, text)
+            text, fresh = shown, []
     if len(text) > len(shown):
         yield text[len(shown) :]
 

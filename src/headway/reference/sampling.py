@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import secrets
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -153,6 +153,18 @@ def _exp(y: float) -> float:
     return math.ldexp(series, int(n))
 
 
+def _power(share: float, exponent: float) -> float:
+    """A share, from 0 to 1, to a power; one below the smallest normal number is 0."""
+    if exponent == 0:
+        return 1.0
+    if share < sys.float_info.min:
+        return 0.0 if exponent > 0 else math.inf
+    y = exponent * _log(share)
+    if y <= 0:
+        return _exp(y)
+    return 1 / _exp(-y) if _exp(-y) else math.inf
+
+
 class _Given(NamedTuple):
     """A row as it came."""
 
@@ -245,10 +257,9 @@ def _temperature(row: _Row, temperature: float, step: Step) -> None:
         row.measure(1.0)
         entropy = _log(float(row.total) * 2.0**-row.s) - row.mean()
         share = entropy / _log(float(row.ids.size)) if row.ids.size > 1 else 0.0
-        share = min(max(share, 0.0), 1.0)
-        power = _exp(row.settings["dynamic_temperature_exponent"] * _log(share)) if share >= sys.float_info.min else 0.0
-        temperature = low + (high - low) * power
-    row.measure(temperature)
+        power = _power(min(max(share, 0.0), 1.0), row.settings["dynamic_temperature_exponent"])
+        temperature = min(sys.float_info.max, low + (high - low) * power)
+    row.measure(float(temperature))
 
 
 def _below(row: _Row) -> AnyArray:
@@ -337,7 +348,10 @@ def _coin(row: _Row) -> float:
 
 
 def _xtc(row: _Row, probability: float, step: Step) -> None:
-    """Exclude top choices (llama.cpp #9742): if the coin says so, all that reach the threshold go but the last."""
+    """Exclude top choices (llama.cpp #9742): if the coin says so, all that reach the threshold go but the last.
+
+    Of these the special tokens stay.
+    """
     if _coin(row) >= probability:
         return
     least = max(1, _share(row.settings["xtc_threshold"], row.total, step.equal))
@@ -346,6 +360,7 @@ def _xtc(row: _Row, probability: float, step: Step) -> None:
         return
     key = _keys(row.z)
     goes = top[key[top] > key[top[-1]]] if step.ties == "keep" else top[:-1]
+    goes = goes[~np.isin(row.ids[goes], row.settings["xtc_special_tokens"] or ())]
     if row.ids.size - goes.size >= row.floor:
         row.keep(~np.isin(np.arange(row.ids.size), goes))
 
@@ -393,7 +408,7 @@ def _through_stages(
 
 def _read(value: Any, readings: tuple[Reading, ...]) -> Any:
     """What a number means in the dialect."""
-    return next((r.means for r in readings if value is not None and r.low <= value <= r.high), value)
+    return next((r.of(value) for r in readings if value is not None and r.low <= value <= r.high), value)
 
 
 def philox(seed: int, stream: int, position: int, draw: int = 0) -> tuple[int, int, int, int]:
@@ -444,7 +459,7 @@ def _mask(allowed: Any, shape: tuple[int, ...]) -> AnyArray | None:
     elif array.dtype != np.bool_:
         ids, array = array.astype(np.int64), np.zeros(shape[-1], np.bool_)
         array[ids] = True
-    return np.broadcast_to(array, shape)
+    return _fitted(array, shape)
 
 
 def _bias(logit_bias: Any, shape: tuple[int, ...]) -> AnyArray | None:
@@ -457,7 +472,14 @@ def _bias(logit_bias: Any, shape: tuple[int, ...]) -> AnyArray | None:
             array[token] = value
     else:
         array = np.asarray(logit_bias)
-    return np.broadcast_to(_float32(array), shape)
+    return _fitted(_float32(array), shape)
+
+
+def _fitted(array: AnyArray, shape: tuple[int, ...]) -> AnyArray:
+    """Broadcast to the shape of the logits; leading axes of length 1 that those do not have are dropped."""
+    while array.ndim > len(shape) and array.shape[0] == 1:
+        array = array[0]
+    return np.broadcast_to(array, shape)
 
 
 _DEFAULTS: _Settings = {
@@ -473,6 +495,7 @@ _DEFAULTS: _Settings = {
     "eta_cutoff": None,
     "xtc_probability": None,
     "xtc_threshold": 0.1,
+    "xtc_special_tokens": None,
     "min_tokens_to_keep": 1,
     "allowed": None,
     "logit_bias": None,
@@ -485,7 +508,9 @@ _DEFAULTS: _Settings = {
 }
 
 
-def _rows(logits: AnyArray, params: Any, options: _Settings, blocks: list[tuple[int, ...]] | None = None) -> list[_Row]:
+def _rows(
+    logits: AnyArray, params: Any, options: _Settings, blocks: Sequence[tuple[int, ...]] | None = None
+) -> list[_Row]:
     """Every row of logits (..., V), in C order, with its own settings, taken through the stages.
 
     blocks: the rows' random numbers, where they are not those of seed and position; good for one draw.
@@ -493,6 +518,7 @@ def _rows(logits: AnyArray, params: Any, options: _Settings, blocks: list[tuple[
     given = {} if params is None else {name: getattr(params, name) for name in _DEFAULTS}
     settings = {**_DEFAULTS, **given, **options}
     mask, bias = _mask(settings.pop("allowed"), logits.shape), _bias(settings.pop("logit_bias"), logits.shape)
+    special = settings.pop("xtc_special_tokens")  # one list for all rows
     if settings["seed"] is None:
         settings["seed"] = secrets.randbits(64)
     one_seed = np.ndim(settings["seed"]) == 0
@@ -501,6 +527,7 @@ def _rows(logits: AnyArray, params: Any, options: _Settings, blocks: list[tuple[
     rows = []
     for number, index in enumerate(np.ndindex(lead)):
         own = {name: values[index] for name, values in settings.items()}
+        own["xtc_special_tokens"] = None if special is None else sorted(special)
         row_bias = None if bias is None else bias[index]
         z = _scores(logits[index], row_bias, None if mask is None else mask[index])
         words = partial(_words, own, number if one_seed else 0) if blocks is None else _only(blocks[number])

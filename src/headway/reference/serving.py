@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import secrets
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .sampling import _draw, _float32, _floats, _mask, _masses, _rows, filter_logits, philox, weights
+from .sampling import _DEFAULTS, _bias, _draw, _float32, _floats, _mask, _masses, _rows, filter_logits, philox, weights
 
 AnyArray = NDArray[Any]
 
@@ -164,7 +166,7 @@ def logprobs(
     ranks: Any = None
     if tokens is not None:
         ids = np.asarray(tokens, np.int64)
-        flat = ids.reshape(*lead, -1)
+        flat = ids.reshape(*lead, math.prod(ids.shape[len(lead) :]))
         of_tokens = np.take_along_axis(ln_p, flat, -1).reshape(ids.shape)
         ranks = np.take_along_axis(place, flat, -1).reshape(ids.shape)
         if not ids.ndim:
@@ -225,6 +227,7 @@ def verify_draft(
     draft_tokens: Any,
     params: Any = None,
     *,
+    lengths: Any = None,
     draft_params: Any = None,
     seed: Any,
     position: Any = 0,
@@ -232,35 +235,63 @@ def verify_draft(
 ) -> Verified:
     """Speculative sampling of Leviathan et al. (2023, arXiv:2211.17192) and Chen et al. (2023, arXiv:2302.01318).
 
-    target_logits (..., n + 1, V), draft_logits (..., n, V) or None, draft_tokens (..., n); options (...).
+    target_logits (..., n + 1, V), draft_logits (..., n, V) or None, draft_tokens (..., n), of which the first lengths
+    (...) count, all unless given; options (...), allowed and logit_bias (V,) or of each place.
 
     >>> verify_draft([[0.0, 2.0, 1.0], [3.0, 1.0, 0.0], [1.0, 2.0, 5.0]], None, [1, 2], seed=0, temperature=0)
     Verified(accepted=1, next_token=0, tokens=array([ 1,  0, -1]))
     """
     target, tokens = _floats(target_logits), np.asarray(draft_tokens, np.int64)
+    drafted = None if draft_logits is None else _floats(draft_logits)
     lead, n, V = target.shape[:-2], target.shape[-2] - 1, target.shape[-1]
     seeds, positions = (np.broadcast_to(np.asarray(x, object), lead) for x in (seed, position))
-    per_place = {name: np.asarray(x)[..., None] if np.ndim(x) else x for name, x in options.items()}
-    blocks = [
-        [
-            philox(int(seeds[index]), 0 if np.ndim(seed) else stream, (int(positions[index]) + i) % 2**64)
-            for i in range(n + 1)
-        ]
-        for stream, index in enumerate(np.ndindex(lead))
-    ]
-    p = _masses(target, _rows(target, params, per_place, [block for row in blocks for block in row]))
-    if draft_logits is None:
-        q = (np.arange(V) == tokens[..., None]).astype(np.int64)
-    else:
-        drafted, own = _floats(draft_logits), (params, per_place) if draft_params is None else (draft_params, {})
-        q = _masses(drafted, _rows(drafted, *own, [block for row in blocks for block in row[:n]]))
+    drafts = np.broadcast_to(n if lengths is None else np.asarray(lengths), lead)
+    given = _given(params) | options
+    of_draft = {
+        name: _of_draft(value, n) if name in ("allowed", "logit_bias") else value
+        for name, value in (given if draft_params is None else _given(draft_params)).items()
+    }
     accepted, following = np.zeros(lead, np.int64), np.zeros(lead, np.int64)
     chain = np.full((*lead, n + 1), -1, np.int64)
-    for row, index in zip(blocks, np.ndindex(lead), strict=True):
-        draft = tokens[index].tolist()
-        accepted[index], following[index] = count, token = verify_row(p[index], q[index], draft, row)
+    for number, index in enumerate(np.ndindex(lead)):
+        length = int(drafts[index])
+        draft, stream = tokens[index][:length].tolist(), 0 if np.ndim(seed) else number
+        blocks = [philox(int(seeds[index]), stream, (int(positions[index]) + i) % 2**64) for i in range(length + 1)]
+        p = _masses_of_places(target, given, index, blocks)
+        if drafted is None:
+            q: AnyArray = (np.arange(V) == np.array(draft)[:, None]).astype(np.int64)
+        else:
+            q = _masses_of_places(drafted, of_draft, index, blocks[:-1])
+        accepted[index], following[index] = count, token = verify_row(p, q, draft, blocks)
         chain[index][: count + 1] = [*draft[:count], token]
     return Verified(int(accepted), int(following), chain) if not lead else Verified(accepted, following, chain)
+
+
+def _given(params: Any) -> dict[str, Any]:
+    return {} if params is None else {name: getattr(params, name) for name in _DEFAULTS}
+
+
+def _of_draft(value: Any, n: int) -> Any:
+    """What holds one for each of the target's n + 1 places serves the draft too, which has n."""
+    per_place = np.ndim(value) > 1 and np.shape(value)[-2] == n + 1
+    return np.asarray(value)[..., :n, :] if per_place else value
+
+
+def _masses_of_places(
+    logits: AnyArray, options: dict[str, Any], index: tuple[int, ...], blocks: Sequence[tuple[int, ...]]
+) -> AnyArray:
+    """The masses (len(blocks), V) of a row's first places, in logits (..., places, V)."""
+    own: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in ("allowed", "logit_bias"):
+            whole = (_mask if name == "allowed" else _bias)(value, logits.shape)
+            own[name] = None if whole is None else whole[index][: len(blocks)]
+        elif np.ndim(value) and name != "xtc_special_tokens":
+            own[name] = np.broadcast_to(np.asarray(value, object), logits.shape[:-2])[index]
+        else:
+            own[name] = value
+    rows = logits[index][: len(blocks)]
+    return _masses(rows, _rows(rows, None, own, blocks))
 
 
 # A sampler for serving loops --------------------------------------------------------------------------------------
