@@ -433,7 +433,7 @@ def test_bad_admissions_and_handles() -> None:
     for value in ([0.5], [True], "ab", None, [2**70], [[1]], 3, {}, [NAN], np.ma.array([1]), [None]):
         refused("prompt_tokens", lambda value=value: sampler.admit(prompt_tokens=value))
     for value in ([-1], [V], [0, 1, V], [2**63], np.array([2**64 - 1], np.uint64)):
-        refused("prompt_tokens", lambda value=value: sampler.admit(prompt_tokens=value, presence=1), "ignore")
+        refused("prompt_tokens", lambda value=value: sampler.admit(prompt_tokens=value, dry_multiplier=1), "ignore")
     for value in ("x", None, 99, -1, 0.0, False, NAN, [0], np.zeros(2), "0"):
         refused("handle", lambda value=value: sampler.retire(value))
     assert sampler.handles == [handle]

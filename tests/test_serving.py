@@ -809,7 +809,7 @@ BAD_ROWS = [
     ({"params": hw.SamplingParams(allowed=[70])}, ValueError, r"^allowed: expected ids from 0 to 69, got 70"),
     ({"params": hw.SamplingParams(logit_bias=np.zeros(7))}, ValueError, r"^logit_bias: expected a last axis of 70"),
     (
-        {"prompt_tokens": [3, 70], "presence": 1},
+        {"prompt_tokens": [3, 70], "repetition": 2},
         ValueError,
         r"^prompt_tokens: expected ids from 0 to 69, got 70 at 1; .*ignore",
     ),

@@ -226,7 +226,17 @@ def test_p40_ids_without_a_logit(history: Any) -> None:
             hw.penalize([FOUR] * 2, [history, history], **{name: [value, value - 1] for name, value in on.items()})
         assert changed(FOUR, history, unknown_tokens="ignore", **on) == changed(FOUR, [0, 1], **on)
         with pytest.raises(ValueError, match=r"^prompt_tokens: expected ids from 0 to 3, got .* at 1; .*ignore"):
-            hw.Sampler(4).admit(None, history, **on)
+            hw.Sampler(4).admit(None, history, **on, count_prompt=True)
+    for on in ({"frequency": 1}, {"presence": 1}, {"frequency": 1, "window": 2}):
+        longer = np.append(np.asarray(history), np.full(2, 2, np.asarray(history).dtype))
+        assert changed(FOUR, longer, prompt_lengths=5, **on) == changed(FOUR, [2, 2], **on)
+        with pytest.raises(ValueError, match=r"^token_ids: .* at 4; "):
+            hw.penalize(FOUR, np.append(longer[:4], longer[1:3]), prompt_lengths=4, **on)
+        sampler = hw.Sampler(4)
+        sampler.admit(hw.SamplingParams(temperature=0), history, **on)
+        assert [int(sampler.step([FOUR])[0]) for _ in range(2)] == [0, 0]
+    with pytest.raises(ValueError, match=r"^prompt_tokens: "):
+        hw.Sampler(4).admit(None, history, frequency=1, repetition=2)
     one = hw.penalize([FOUR] * 2, [history, [1]], presence=[0, 1])
     assert one.tolist() == [FOUR, [2, 0, -1, 0]]
 

@@ -104,9 +104,9 @@ def penalize(
 
     prompt_lengths: how many of a row's first tokens are its prompt, which frequency and presence do not count, as in
         OpenAI's interface and vLLM; repetition and DRY do. 0 unless given; (...) or one for all rows.
-    unknown_tokens: what to do with ids outside 0 to V - 1, such as placeholders for images, or padding, where a row
-        has penalties: "error", or "ignore", which is as if they were not in the history. lengths and prompt_lengths
-        count their places all the same. Rows that are padded on the left are thus
+    unknown_tokens: what to do with ids outside 0 to V - 1, such as placeholders for images, or padding, where a
+        penalty looks at them: "error", or "ignore", which is as if they were not in the history. lengths and
+        prompt_lengths count their places all the same. Rows that are padded on the left are thus
         `penalize(logits, np.where(attention_mask, token_ids, -1), unknown_tokens="ignore")`.
 
     Raises ValueError and TypeError that name the argument, the row, what was expected and what came.
@@ -143,7 +143,9 @@ def penalize(
     place = np.arange(tokens.shape[-1])
     unknown = ~known & (place < length[:, None])
     if unknown.any():
-        if unknown_tokens == "error" and (wrong := unknown & penalizes(rows)[:, None]).any():
+        of_all, of_output = (on[:, None] for on in penalizes(rows))
+        wrong = unknown & (of_all | (of_output & (place >= prompt[:, None])))
+        if unknown_tokens == "error" and wrong.any():
             row, at = map(int, np.argwhere(wrong)[0])
             raise ValueError(
                 f"token_ids: expected ids from 0 to {vocabulary - 1}, got {tokens[row, at]} at {at}"
@@ -181,11 +183,12 @@ def with_windows(settings: Mapping[str, Array]) -> dict[str, Array]:
     return dict.fromkeys(("repetition_window", "frequency_window", "dry_window"), settings["window"]) | own
 
 
-def penalizes(settings: Mapping[str, Array]) -> Array:
-    """Whether anything is on, for each row, or for all."""
-    counted: Array = (settings["frequency"] != 0) | (settings["presence"] != 0)
-    on: Array = (settings["repetition"] != 1) | counted | (settings["dry_multiplier"] > 0)
-    return on
+def penalizes(settings: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Whether penalties are on that look at a prompt too, and whether ones are that do not: of each row, or of all."""
+    return (
+        (settings["repetition"] != 1) | (settings["dry_multiplier"] > 0),
+        (settings["frequency"] != 0) | (settings["presence"] != 0),
+    )
 
 
 def breaker_ids(breakers: ArrayLike, vocabulary: int) -> Array:

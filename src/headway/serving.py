@@ -157,7 +157,7 @@ class Sampler:
 
         count_prompt: whether frequency and presence count the prompt too; repetition and DRY always do.
         unknown_tokens: what to do with ids of the prompt outside 0 to V - 1, such as placeholders for images, where
-            the row has penalties: "error", or "ignore", which leaves them out of the history.
+            a penalty looks at the prompt: "error", or "ignore", which leaves them out of the history.
 
         Raises ValueError and TypeError that name the argument.
         """
@@ -177,7 +177,8 @@ class Sampler:
         breakers = breaker_ids(penalties.get("dry_breakers", ()), self.vocabulary)
         if not isinstance(count_prompt, (bool, np.bool_)):
             raise TypeError(f"count_prompt: expected True or False, got {shown(count_prompt)}")
-        prompt = self._prompt(prompt_tokens, unknown_tokens, bool(penalizes(own)))
+        of_all, of_output = penalizes(own)
+        prompt = self._prompt(prompt_tokens, unknown_tokens, bool(of_all | (of_output & count_prompt)))
         if stream is not None:
             stream = _check.integer(stream, "stream", 0, 2**64 - 1)
 
@@ -202,14 +203,14 @@ class Sampler:
             self._regroup([*self._rows, row])
             return row.handle
 
-    def _prompt(self, prompt_tokens: ArrayLike, unknown_tokens: UnknownTokens, penalized: bool) -> Array:
-        """Return the tokens of a prompt that have a logit."""
+    def _prompt(self, prompt_tokens: ArrayLike, unknown_tokens: UnknownTokens, looked_at: bool) -> Array:
+        """Return the tokens of a prompt that have a logit; all must, if penalties look at it, unless told otherwise."""
         _check.choice(unknown_tokens, "unknown_tokens", ("error", "ignore"))
         prompt = _check.integers(prompt_tokens, "prompt_tokens", -(2**63), 2**64 - 1)
         if prompt.ndim != 1:
             raise ValueError(f"prompt_tokens: expected a list of token ids, got shape {prompt.shape}")
         known = (prompt >= 0) & (prompt < self.vocabulary)
-        if penalized and unknown_tokens == "error" and not known.all():
+        if looked_at and unknown_tokens == "error" and not known.all():
             at = int(np.flatnonzero(~known)[0])
             raise ValueError(
                 f"prompt_tokens: expected ids from 0 to {self.vocabulary - 1}, got {prompt[at]} at {at}; leave such "
@@ -324,7 +325,7 @@ class Sampler:
         self._rows = rows
         self._slots = np.array([row.slot for row in rows], np.int64)
         self._penalties = {name: np.array([row.penalties[name] for row in rows]) for name in with_windows(DEFAULTS)}
-        self._penalized = bool(penalizes(self._penalties).any())
+        self._penalized = any(on.any() for on in penalizes(self._penalties))
         before = {group.handles: group.settings for group in self._groups}
         runs = [list(run) for _, run in groupby(rows, _Row.kind)]
         if len(rows) < _ROWS_PER_CALL * len(runs):

@@ -48,13 +48,16 @@ def penalize(
         for i in index:
             row = row[i]
         row = [int(token) for token in row][: None if length is None else int(length[index])]
+        start = int(prompt_length[index])
         known = [0 <= token < V for token in row]
         history = [token for token, counts in zip(row, known, strict=True) if counts]
         own = {name: values[index] for name, values in per_row.items()}
-        prompt = sum(known[: int(prompt_length[index])])
-        changed = _penalize_row(out[index], history, prompt, {int(token) for token in dry_breakers}, **own)
-        if changed and unknown_tokens == "error" and not all(known):
+        of_all = own.get("repetition", 1) != 1 or own.get("dry_multiplier", 0) > 0
+        of_output = own.get("frequency", 0) != 0 or own.get("presence", 0) != 0
+        looked_at = known if of_all else known[start:] if of_output else []
+        if unknown_tokens == "error" and not all(looked_at):
             raise ValueError("token_ids: an id without a logit")
+        _penalize_row(out[index], history, sum(known[:start]), {int(token) for token in dry_breakers}, **own)
     return out
 
 
@@ -74,8 +77,8 @@ def _penalize_row(
     repetition_window: int | None = None,
     frequency_window: int | None = None,
     dry_window: int | None = None,
-) -> bool:
-    """Penalize z (V,) in place; return whether any penalty is on."""
+) -> None:
+    """Penalize z (V,) in place; `prompt` is how many tokens of the history are its prompt."""
 
     def last(own: int | None, on: bool, start: int = 0) -> list[int]:
         """What of the history, from `start` on, one kind of penalty is about."""
@@ -101,7 +104,6 @@ def _penalize_row(
                 new = new - min(penalty, _DBL_MAX)
             largest = _FLT_MAX if abs(given) <= _FLT_MAX else _DBL_MAX
             z[token] = min(max(new, -largest), largest) if np.isfinite(given) else new
-    return bool(repetition != 1 or frequency != 0 or presence != 0 or dry_multiplier > 0)
 
 
 def _repeats(history: list[int], breakers: set[int]) -> dict[int, int]:
