@@ -3,23 +3,33 @@
 #   make demo     text from the model that ships, every attention layer and every token through headway
 #   make test     the tests, against the peers that run here
 #   make check    lint, types, formatting, freshness of the generated stub
+#   make sanitize the tests that look for memory errors, undefined behaviour and races, under the compiler's sanitizers
+#   make mutants  break one line after another, and see the tests notice; MUTANTS='--only tree' for a part
 #   make bench    headway beside its peers, into docs/performance.md; BENCH='layers --only L=512' for a part
 #   make vectors  the conformance vectors, from the reference; make conformance: who passes them, into docs/conformance.md
-#   make versions build and test on the oldest and the newest Python
+#   make versions build and test on every Python here from 3.10 on, with the newest of everything
+#   make constraints  choose the newest of everything anew, into constraints.txt
 #   make cross    the same bits on 64-bit Arm, under emulation
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Every door installs the versions that are written here; CONSTRAINTS= takes the newest instead.
+CONSTRAINTS ?= constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS))
 CORE := $(shell find src/core -type f) CMakeLists.txt pyproject.toml
 CXX_FILES := $(shell find src/core tests -name '*.h' -o -name '*.cpp')
 
-# The CPU build of PyTorch is asked for by its version: an open requirement would bring gigabytes of CUDA along.
-PEERS := torch==2.13.0 transformers>=5,<6 mlx[cpu]>=0.29 mlx-lm>=0.28
-BENCH_PEERS := onnx>=1.18 onnxruntime>=1.23 openvino>=2025.0 jax>=0.6 llama-cpp-python>=0.3.16
+# What is installed beside what pyproject.toml names. PyTorch is asked for by its version in any case: an open requirement
+# would bring gigabytes of CUDA along.
+BUILD_TOOLS := scikit-build-core nanobind cmake ninja
+CHECK_TOOLS := ruff mypy clang-format
+PEERS := $(shell grep '^torch==' constraints.txt) transformers mlx[cpu] mlx-lm
+BENCH_PEERS := onnx onnxruntime openvino jax llama-cpp-python
+CONFORMANCE_PEERS := llama-cpp-python msgspec
+LONE_PEERS := sglang # installed without what they need
 
-.PHONY: demo test check bench vectors conformance versions cross stub format clean
+.PHONY: demo test check sanitize mutants bench vectors conformance versions constraints cross stub format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -41,16 +51,45 @@ check: $(VENV)/check
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks $(BENCH) --write
 
+# A build of its own, of the best table for this machine. The sanitizers' libraries of GCC must be loaded before Python,
+# whose leaks are not ours. ThreadSanitizer watches the pool in a program without Python.
+SANITIZED := SKBUILD_BUILD_DIR=build/sanitize VENV=$(VENV)-sanitize
+SANITIZE_TESTS := tests/test_races.py tests/test_attention.py tests/test_layers.py tests/test_cache.py \
+  tests/test_sampling.py tests/test_serving.py
+PRELOAD = $(foreach library,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(library).so))
+sanitize: $(VENV)/demo build/sanitize/hammer
+	build/sanitize/hammer
+	CMAKE_ARGS="-DHEADWAY_SANITIZE=address,undefined -DHEADWAY_OPTIMIZE=-O1 \
+	  -DHEADWAY_TABLES=$$($(BIN)/python -c 'import headway; print(headway.info().isa)')" \
+	  $(MAKE) $(SANITIZED) $(VENV)-sanitize/test
+	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	  $(VENV)-sanitize/bin/python -m pytest $(SANITIZE_TESTS)
+
+# Tests are named in tools/mutants.py, with each mutant.
+mutants: $(VENV)/peers
+	$(BIN)/python tools/mutants.py $(MUTANTS)
+
+build/sanitize/hammer: tests/pool/hammer.cpp src/core/threads.cpp src/core/threads.h src/core/kernels.h
+	mkdir -p $(@D)
+	$(CXX) -std=c++20 -O1 -g -Wall -Wextra -fsanitize=thread $(filter %.cpp,$^) -pthread -o $@
+
 vectors: $(VENV)/test
 	$(BIN)/python tools/make_vectors.py
 
 conformance: $(VENV)/peers
-	for peer in llama-cpp-python msgspec '--no-deps sglang'; do $(PIP) $$peer || echo "no $$peer here"; done
+	for peer in $(CONFORMANCE_PEERS) $(LONE_PEERS:%='--no-deps %'); do $(PIP) $$peer || echo "no $$peer here"; done
 	$(BIN)/python tools/conformance.py
 
+# Without the peers: not every one of them has a wheel for every Python.
 versions:
-	$(MAKE) VENV=.venv-3.10 PYTHON=python3.10 PEERS= test
-	$(MAKE) VENV=.venv-3.13 PYTHON=python3.13 PEERS= test
+	$(PYTHON) tools/pythons.py | { while read -r version path; do echo "Python $$version" && \
+	  rm -rf .venv-newest-$$version build/newest-$$version && \
+	  SKBUILD_BUILD_DIR=build/newest-$$version $(MAKE) VENV=.venv-newest-$$version PYTHON=$$path CONSTRAINTS= PEERS= test \
+	  </dev/null || exit 1; done; }
+
+constraints:
+	$(PYTHON) tools/constraints.py $(BUILD_TOOLS) $(CHECK_TOOLS) \
+	  --peers '$(subst $() ,' ',$(strip $(PEERS) $(BENCH_PEERS) $(CONFORMANCE_PEERS)))' --alone $(LONE_PEERS)
 
 cross:
 	tests/cross/run
@@ -67,9 +106,9 @@ clean:
 	rm -rf .venv .venv-* build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The tools that build, in the environment itself: an isolated build would compile everything again at each change.
-$(VENV)/tools:
+$(VENV)/tools: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) 'scikit-build-core>=0.11' 'nanobind==3.1.0' 'cmake>=3.18' ninja
+	$(PIP) $(BUILD_TOOLS)
 	touch $@
 
 # Builds the extension and installs the package in editable form; again whenever the core changes.
@@ -91,5 +130,5 @@ $(VENV)/bench: $(VENV)/peers
 	touch $@
 
 $(VENV)/check: $(VENV)/test
-	$(PIP) 'ruff==0.17.6' 'mypy==2.4.1' 'clang-format==23.1.5'
+	$(PIP) $(CHECK_TOOLS)
 	touch $@

@@ -75,6 +75,8 @@ def contest(make: Callable[[], Array], options: Options, peers: bool = True) -> 
     """Draw a token for each row; reading the logits once is the floor."""
     logits = make().squeeze()  # one row is (V,)
     builders = {"headway": partial(_headway, logits, options)}
+    if logits.ndim == 1:
+        builders["headway, explain"] = partial(_headway_explain, logits, options)
     if peers and _has_ties(logits):
         builders["headway, bfloat16"] = partial(_headway, _as_bfloat16(logits), options)
     if peers:
@@ -85,13 +87,18 @@ def contest(make: Callable[[], Array], options: Options, peers: bool = True) -> 
         builders["llama.cpp"] = partial(_llama_cpp, logits, options)
         builders["NumPy"] = partial(_numpy, logits, options)
     builders["reading once"] = partial(_torch_maximum, logits)
-    return Contest(builders, floors=("reading once",))
+    return Contest(builders, floors=("reading once", "headway, explain"))
 
 
 def _headway(logits: Array, options: Options) -> Candidate:
     params = hw.SamplingParams(temperature=TEMPERATURE, seed=1, **options)
     step = iter(range(1 << 62))
     return Candidate(lambda: hw.sample(logits, params, position=next(step)))
+
+
+def _headway_explain(logits: Array, options: Options) -> Candidate:
+    params = hw.SamplingParams(temperature=TEMPERATURE, seed=1, **options)
+    return Candidate(lambda: hw.explain(logits, params))
 
 
 def _has_ties(logits: Array) -> bool:

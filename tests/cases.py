@@ -1,7 +1,8 @@
 """A fixed set of calls that goes through every kernel, and the digests of their results.
 
 The contract of bits says that the digests are the same for every instruction set, number of threads, process and
-floating-point mode. As a program it prints them: ``HEADWAY_ISA=portable python tests/cases.py``.
+floating-point mode. As a program it prints them: ``HEADWAY_ISA=portable python tests/cases.py``; with ``--record 2`` it
+writes them down as those of version 2 of the contract.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -227,5 +229,27 @@ def digests() -> dict[str, str]:
     return found
 
 
+RECORDED = Path(__file__).parent / "bits.json"
+SAMPLED = ("sampling", "long row", "around")  # not recorded: the reference says their every token
+
+
+def inputs_digest() -> str:
+    """One digest of what attention and its layers are given here."""
+    given = [*PLAIN[64], *PLAIN[3], *LONG, *WIDE_PLAIN, X, W, B, *WEIGHTS, *NARROWED, ONCE_X, ONCE_W, POSITIONS]
+    for dtype in DTYPES:
+        arrays, options = INPUTS[dtype]
+        given += [*arrays, *AWKWARD[dtype], *(x for x in options.values() if isinstance(x, np.ndarray))]
+    return digest(*given)
+
+
+def record(version: str) -> None:
+    """Write down the bits of attention and its layers, once for each version of the contract."""
+    found = {name: value for name, value in digests().items() if not name.startswith(SAMPLED)}
+    content = {"version": version, "inputs": inputs_digest(), "digests": found}
+    RECORDED.write_text(json.dumps(content, indent=1) + "\n")
+
+
 if __name__ == "__main__":
+    if "--record" in sys.argv:
+        record(sys.argv[-1])
     json.dump({"isa": hw.info().isa, "digests": digests()}, sys.stdout)

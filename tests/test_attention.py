@@ -146,17 +146,57 @@ def test_how_exact(dtype: str, most: float, rms: float, capsys: pytest.CaptureFi
     assert figure <= rms
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("spread", [0.3, 1.0, 3.0, 8.0])
+def test_how_the_error_grows_with_the_scores(dtype: str, spread: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """By docs/numerics.md: 3 + m sqrt(D) / 8 units of the largest |v|, no scale * |q| |k| being larger than m."""
+    rng = np.random.default_rng(12)
+    shares = []
+    for D in (16, 64, 128, 256):
+        worst = 0.0
+        for S in (48, 600, 4096):
+            q, k, v = (normal(rng, 2, n, D, dtype="float64") for n in (60, S, S))
+            q, k, v = (q * spread).astype(dtype), (k * spread).astype(dtype), v.astype(dtype)
+            error = np.abs(hw.attention(q, k, v) - _in_long_double(q, k, v)) / np.max(np.abs(v)) / UNIT[dtype]
+            m = np.max(np.linalg.norm(wide(q), axis=-1)) * np.max(np.linalg.norm(wide(k), axis=-1)) / np.sqrt(D)
+            worst = max(worst, float(np.max(error)))
+            shares.append(float(np.max(error)) / (3 + m * np.sqrt(D) / 8))
+        if D == 128:
+            with capsys.disabled():
+                print(f"\nattention {dtype}, q and k of N(0, {spread:g}), D = 128: max error {worst:.1f} units", end="")
+    with capsys.disabled():
+        print(f"; {max(shares):.2f} of the bound")
+    assert max(shares) <= 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_error_of_products_that_cancel_is_within_the_same_bound(dtype: str) -> None:
+    """Scores near 0 of large vectors: what counts is the vectors' length."""
+    rng = np.random.default_rng(13)
+    q, k, v = (normal(rng, 2, n, 64, dtype="float64") for n in (50, 300, 300))
+    q, k = q * 5, k * 5
+    k[..., 32:] = -k[..., :32] * q[:, :1, :32] / q[:, :1, 32:] * (1 + 1e-3 * k[..., 32:])  # for the first query
+    q, k, v = (x.astype(dtype) for x in (q[:, :1], k, v))
+    error = np.max(np.abs(hw.attention(q, k, v) - _in_long_double(q, k, v))) / np.max(np.abs(v)) / UNIT[dtype]
+    m = np.max(np.linalg.norm(wide(q), axis=-1)) * np.max(np.linalg.norm(wide(k), axis=-1)) / 8
+    assert error <= 3 + m * 8 / 8
+
+
+def _in_long_double(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Attention in more digits than float64 has, where the machine has them (x86); else in float64."""
+    if q.dtype == np.float64 and np.finfo(np.longdouble).nmant <= 52:
+        pytest.skip("this machine's long double is no wider than float64")
+    Q, K, V = (x.astype(np.longdouble if q.dtype == np.float64 else np.float64) for x in (q, k, v))
+    s = np.einsum("hld,hsd->hls", Q, K) / np.sqrt(Q.dtype.type(q.shape[-1]))
+    w = np.exp(s - s.max(-1, keepdims=True))
+    return np.einsum("hls,hse->hle", w, V) / w.sum(-1, keepdims=True)
+
+
 def test_float64_agrees_with_an_oracle_of_more_digits() -> None:
     """The definition is float64 itself; where extended precision is real (x86), compare with that."""
-    if np.finfo(np.longdouble).nmant <= 52:
-        pytest.skip("this machine's long double is no wider than float64")
     rng = np.random.default_rng(2)
     q, k, v = (rng.standard_normal((2, n, 64)) for n in (7, 1100, 1100))
-    Q, K, V = (x.astype(np.longdouble) for x in (q, k, v))
-    s = np.einsum("hld,hsd->hls", Q, K) / np.sqrt(np.longdouble(64))
-    w = np.exp(s - s.max(-1, keepdims=True))
-    want = np.einsum("hls,hse->hle", w, V) / w.sum(-1, keepdims=True)
-    error = np.max(np.abs(hw.attention(q, k, v) - want)) / np.max(np.abs(v))
+    error = np.max(np.abs(hw.attention(q, k, v) - _in_long_double(q, k, v))) / np.max(np.abs(v))
     assert float(error) < 4 * 2.0**-53
 
 

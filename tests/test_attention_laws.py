@@ -369,6 +369,55 @@ def test_parts_merge_to_the_bits_of_the_whole(seed: int, L: int, S: int, dtype: 
     assert same_bits(got, want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("how", ["mask", "bias", "causal", "window", "kv_lengths", "all"])
+def test_a_state_holds_nothing_for_rows_without_keys(how: str, dtype: str, keep_threads: None) -> None:
+    """Whatever the memory that it was computed in held before; node by node."""
+    hw.set_num_threads(1)
+    L, S, first = 40, 3 * CHUNK + 9, CHUNK
+    q, k, v, rng = arrays(12, L, S, 16, 9, dtype)
+    position = np.arange(first, first + S)
+    rows = rng.random((4, L)) < 0.5
+    options: dict[str, Any] = {
+        "mask": {"mask": np.broadcast_to(rows[..., None] & (position < first + CHUNK), (4, L, S))},
+        "bias": {"bias": np.where(rows[..., None], 0, -np.inf) + np.zeros(S)},
+        "causal": {"causal": "top_left"},
+        "window": {"causal": "bottom_right", "kv_lengths": first + CHUNK + 20, "window": (25, 0)},
+        "kv_lengths": {"kv_lengths": first + CHUNK},
+        "all": {"mask": np.zeros(S, bool)},
+    }[how]
+    for poison in (np.nan, 7.0):  # what the memory of the next call holds
+        hw.partial_attention(q, k, np.full_like(v, poison), key_offset=first)
+        state = hw.partial_attention(q, k, v, key_offset=first, **options)
+        nothing = np.isneginf(state.maximum)
+        assert nothing.any()
+        assert nothing.all() == (how in ("all", "causal"))
+        assert not state.total_weight[nothing].any()
+        assert not state.weighted_sum[nothing].any()
+        assert state.total_weight[~nothing].all()
+        again = hw.partial_attention(q, k, v, key_offset=first, **options)
+        for name in ("maximum", "total_weight", "weighted_sum"):
+            assert same_bits(getattr(again, name), getattr(state, name))
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 15, 16, 17])
+def test_the_nodes_of_a_part_are_the_largest_that_it_fills(first: int) -> None:
+    """They begin at multiples of their sizes, which are powers of two."""
+    one = np.ones((1, 1, 1), np.float32)
+    for count in range(1, 20):
+        keys = np.ones((1, (count - 1) * CHUNK + 1, 1), np.float32)
+        state = hw.partial_attention(one, keys, keys, key_offset=first * CHUNK)
+        want, at, end = [], first, first + count
+        while at < end:
+            size = max(2**n for n in range(6) if at % 2**n == 0 and at + 2**n <= end)
+            want.append(at)
+            assert (
+                state.total_weight[len(want) - 1] == min(at + size, end - 1) * CHUNK + (at + size == end) - at * CHUNK
+            )
+            at += size
+        assert list(state.chunks) == want
+
+
 def test_parts_of_no_keys_and_a_generator_of_states() -> None:
     q, k, v, _ = arrays(7, 3, CHUNK + 9, 8, 8)
     bounds = [(0, 0), (0, CHUNK), (CHUNK, CHUNK), (CHUNK, CHUNK + 9)]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import copy
 import pickle
+import sys
 from typing import Any
 
 import numpy as np
@@ -225,7 +228,7 @@ def test_a_refused_append_changes_nothing() -> None:
     ("arguments", "message"),
     [
         ({"num_kv_heads": 0}, r"num_kv_heads: expected an integer >= 1, got 0"),
-        ({"head_dim": 2.0}, r"head_dim: expected an integer >= 1, got 2.0"),
+        ({"head_dim": 2.0}, r"head_dim: expected an integer from 1 to 65536, got 2.0"),
         ({"value_dim": -1}, r"value_dim: expected .*, got -1"),
         ({"batch_shape": (2, -1)}, r"batch_shape: expected .*, got -1"),
         ({"dtype": "int8"}, r"dtype: expected one of float64, float32, float16, bfloat16, got 'int8'"),
@@ -290,3 +293,138 @@ def test_growth_that_fails_leaves_the_cache_as_it_was(monkeypatch):
     assert len(cache) == 64
     np.testing.assert_array_equal(cache.keys, k)
     np.testing.assert_array_equal(cache.values, v)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrowing_beside_every_middle(dtype: str) -> None:
+    """Of all numbers that rounding to float32 on the way would move onto a tie, from either side, and of the ties."""
+    kind = DTYPES[dtype]
+    infinity = int(np.array(np.inf, kind).view(np.uint16))
+    numbers = wide(np.arange(infinity, dtype=np.uint16).view(kind))  # 0 and all that is positive and finite
+    numbers = np.append(numbers, 2 * numbers[-1] - numbers[-2])  # what would follow: it rounds to infinity
+    middle = (numbers[:-1] + numbers[1:]) / 2
+    below, above = np.nextafter(middle, 0), np.nextafter(middle, np.inf)
+    assert (below.astype(np.float32) == middle.astype(np.float32)).mean() > 0.9
+    numbers[-1] = np.inf
+    even = np.arange(len(middle)) % 2 == 0
+    given = np.concatenate([below, middle, above])
+    want = np.concatenate([numbers[:-1], np.where(even, numbers[:-1], numbers[1:]), numbers[1:]])
+    given, want = np.concatenate([given, -given]), np.concatenate([want, -want])
+    cache = hw.KVCache(1, 2, dtype=dtype)
+    cache.append(given.reshape(1, -1, 2), given.reshape(1, -1, 2))
+    assert np.array_equal(wide(cache.keys).ravel(), want)
+    assert np.array_equal(wide(cache.values).ravel(), want)
+
+
+@pytest.mark.parametrize("batch", [(0,), (0, 3), (2, 0)])
+def test_a_batch_without_items(batch: tuple[int, ...]) -> None:
+    cache = hw.KVCache(1, 5, batch_shape=batch)
+    for n in (0, 3, 20):
+        cache.truncate(0)
+        cache.append(np.zeros((*batch, 1, n, 5)), np.zeros((*batch, 1, n, 5)))
+        assert cache.keys.shape == cache.values.shape == (*batch, 1, n, 5)
+        out, lse = cache.attend(np.zeros((*batch, 2, 4, 5)), return_lse=True)
+        assert (out.shape, lse.shape) == ((*batch, 2, 4, 5), (*batch, 2, 4))
+        assert len(cache.fork()) == n
+
+
+# A44: one thread at a time -------------------------------------------------------------------------------------------
+
+
+CALLS: dict[str, Any] = {
+    "append": lambda cache: cache.append(np.ones((2, 1, 16)), np.ones((2, 1, 9))),
+    "attend": lambda cache: cache.attend(np.ones((4, 1, 16))),
+    "truncate": lambda cache: cache.truncate(1),
+    "fork": lambda cache: cache.fork(),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": pickle.dumps,
+    "keys": lambda cache: cache.keys,
+    "values": lambda cache: cache.values,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a44_where_two_calls_meet_the_second_is_an_error(name: str) -> None:
+    q, k, v, cache = filled(40)
+    cache.append(k, v)
+
+    class Meets:
+        """An array that is asked for while a call of the cache is under way."""
+
+        def __array__(self, *_: Any, **__: Any) -> Any:
+            with pytest.raises(RuntimeError, match=r"^KVCache: another call of this cache is under way"):
+                CALLS[name](cache)
+            return q
+
+    want = hw.attention(q, k, v, causal=True)
+    assert same_bits(cache.attend(Meets()), want)
+    assert same_bits((cache.keys, cache.values), (k, v))
+    CALLS[name](cache)  # and after it, it is none
+
+
+def test_a44_a_long_call_in_another_thread() -> None:
+    x = np.ones((1, 6000, 64), np.float32)
+    cache = hw.KVCache(1, 64)
+    cache.append(x, x)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(cache.attend, x)
+        refused = 0
+        while not running.done():
+            try:
+                cache.append(x[:, :1], x[:, :1])
+            except RuntimeError:
+                refused += 1
+        running.result()
+    assert refused
+    assert not cache.keys[:, 6000:].size or len(cache) > 6000
+
+
+def test_a44_no_append_is_lost_silently() -> None:
+    cache = hw.KVCache(1, 4)
+
+    def work(thread: int) -> int:
+        done = 0
+        for i in range(400):
+            token = np.full((1, 1, 4), thread * 1000 + i, np.float32)
+            with contextlib.suppress(RuntimeError):
+                cache.append(token, token)
+                done += 1
+        return done
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            done = sum(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(before)
+    assert len(cache) == done
+    assert (cache.keys == cache.keys[..., :1]).all()
+    assert len(np.unique(cache.keys[..., 0])) == done
+    assert same_bits(cache.keys, cache.values)
+
+
+def test_a44_forks_that_share_memory_may_be_used_by_threads_of_their_own() -> None:
+    rng = np.random.default_rng(8)
+    start = normal(rng, 1, 100, 4)
+    cache = hw.KVCache(1, 4)
+    cache.append(start, start)
+
+    def work(job: tuple[Any, int]) -> bool:
+        own, seed = job
+        more = normal(np.random.default_rng(seed), 1, 60, 4)
+        fine = True
+        for i in range(60):
+            own.append(more[:, i : i + 1], more[:, i : i + 1])
+            branch = own.fork()
+            branch.append(more[:, :1], more[:, :1])
+            fine &= same_bits(branch.keys[:, -1:], more[:, :1])
+            own.attend(more[:, :1])
+        return fine and same_bits(own.keys, np.concatenate([start, more], axis=1))
+
+    for _ in range(5):
+        twins = [cache.fork() for _ in range(4)]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(work, zip(twins, range(4), strict=True)))
+    assert same_bits(cache.keys, start)

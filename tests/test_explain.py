@@ -13,7 +13,9 @@ from oracles import DTYPES
 from test_sampling import KINDS, make_logits, make_options
 
 import headway as hw
-from headway import reference
+from headway import _native, reference
+from headway._dialects import DIALECTS, rules
+from headway.explain import _number
 
 
 @given(st.data())
@@ -55,6 +57,106 @@ def test_it_says_what_the_sampler_does(data: st.DataObject) -> None:
     check_every_token(found, masses)
     assert str(found)
     assert found._repr_html_().startswith("<table>")
+
+
+@given(st.data())
+@settings(max_examples=400)
+def test_it_equals_the_definition(data: st.DataObject) -> None:
+    """Any logits, options and dialect: every number is that of headway.reference, which sorts everything."""
+    V, dtype = data.draw(st.integers(1, 80) | st.just(3000)), data.draw(st.sampled_from(list(DTYPES)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    logits = make_logits(data.draw(st.sampled_from(list(KINDS))), dtype, (1, V), rng)
+    if data.draw(st.booleans()):  # few values, so that much is equal
+        logits = np.round(np.clip(logits.astype(np.float64), -4, 4)).astype(logits.dtype)
+    options = make_options(data.draw, V, 1, rng)
+    try:
+        hw.probabilities(logits, **options)
+    except ValueError:  # a row that has nothing to explain
+        return
+    check_definition(logits, options, rng)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("kind", ["normal", "all equal", "two values", "few values", "peaked", "bans"])
+@pytest.mark.parametrize("dialect", [None, *sorted(DIALECTS)])
+def test_it_equals_the_definition_on_many_tokens(dialect: str | None, kind: str, dtype: str) -> None:
+    """So many that the kernel keeps a row with gaps, skips blocks and guesses."""
+    rng = np.random.default_rng(len(kind))
+    logits = make_logits(kind, dtype, (1, 20_001), rng)
+    every = {
+        "temperature": 0.9,
+        "dynamic_temperature_range": 0.2,
+        "top_n_sigma": 3.0,
+        "top_k": 15_000,
+        "top_p": 0.999,
+        "min_p": 1e-4,
+        "typical_p": 0.99,
+        "epsilon_cutoff": 1e-6,
+        "eta_cutoff": 1e-5,
+        "xtc_probability": 1.0,
+        "xtc_threshold": 1e-4,
+        "min_tokens_to_keep": 7,
+    }
+    lacks = rules(dialect, "after_top_k").lacks()
+    options = {name: value for name, value in every.items() if name not in lacks}
+    if "xtc_probability" in lacks:
+        del options["xtc_threshold"]
+    check_definition(logits, {**options, "dialect": dialect, "seed": 1}, rng)
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "flashinfer", "sglang", "mlx"])
+def test_at_temperature_0_no_token_equals_the_first(dialect: str) -> None:
+    logits = np.array([[2.0, 2.0, 1.0, 2.0]])
+    options = {"temperature": 0, "top_p": 0.5, "dialect": dialect}
+    assert hw.explain(logits, **options).stages[1].rule == "lowest_id"
+    check_definition(logits, options, np.random.default_rng(0))
+
+
+def check_definition(logits: np.ndarray, options: dict[str, Any], rng: np.random.Generator) -> None:
+    found, facts = hw.explain(logits, **options), reference.explain(logits, **options)
+    np.testing.assert_array_equal(found.kept, facts.kept)
+    assert [one.token for one in found.head] == facts.kept[:10].tolist()
+    assert [stage.option for stage in found.stages] == [one.option for one in facts.stages]
+    for stage, one in zip(found.stages, facts.stages):
+        for name in one._fields:
+            if name in ("last_kept", "first_removed"):
+                candidate = getattr(stage, name)
+                assert (candidate and (candidate.token, candidate.probability)) == getattr(one, name), (stage, one)
+            elif name == "found":
+                shown = "" if one.found is None else f"{one.found:.4f}" if "coin" in stage.note else _number(one.found)
+                assert shown in stage.note, (stage, one)
+                assert bool(shown) == bool(stage.note)
+            else:
+                assert getattr(stage, name) == getattr(one, name), (name, stage, one)
+    for token in rng.choice(found.vocabulary, min(found.vocabulary, 60), replace=False):
+        why = found.why(token)
+        if (removed := facts.removed(int(token))) is None:
+            assert why.stage in (None, "mass", "logits", "logit_bias")
+            assert why.rank is None or facts.kept[why.rank - 1] == token
+        else:
+            assert (why.stage, why.measured, why.limit) == removed
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2000}, {"typical_p": 0.5}, {"temperature": 0.5, "top_p": 0.9}])
+def test_it_asks_the_kernel_once_and_sorts_only_what_it_shows(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = np.random.default_rng(0).standard_normal(5000, np.float32)
+    calls, sorted_sizes = [], []
+
+    def counted(function: Any, note: Any) -> Any:
+        return lambda *args, **kwargs: (note(args), function(*args, **kwargs))[1]
+
+    monkeypatch.setattr(_native, "trace", counted(_native.trace, calls.append))
+    for name in ("sort", "argsort", "lexsort", "unique"):
+        monkeypatch.setattr(np, name, counted(getattr(np, name), lambda args: sorted_sizes.append(np.size(args[0]))))
+    found = hw.explain(logits, top=10, **options)
+    assert str(found)
+    assert found.why(int(logits.argmin()))
+    assert len(calls) == 1
+    assert max(sorted_sizes) == 10
+    assert found.kept.size > 10  # which is in order, once it is asked for
+    assert max(sorted_sizes) == found.kept.size
 
 
 def packed(mask: np.ndarray) -> np.ndarray:

@@ -42,6 +42,21 @@ def test_every_case_has_a_result_of_its_own(expected: dict[str, str]) -> None:
     assert all(expected[name] == expected[name.replace("parts", "attention")] for name in equal_by_law)
 
 
+def test_the_bits_are_those_recorded_for_this_version_of_the_contract(expected: dict[str, str]) -> None:
+    recorded = json.loads(cases.RECORDED.read_text())
+    page = (HERE.parent / "docs" / "numerics.md").read_text()
+    assert f"version {recorded['version']} of the contract" in page
+    assert cases.inputs_digest() == recorded["inputs"], "the inputs are others, and so these digests say nothing"
+    assert {name: expected[name] for name in recorded["digests"]} == recorded["digests"]
+    assert {name.partition(" ")[0] for name in recorded["digests"]} >= {
+        "attention",
+        "weights",
+        "parts",
+        "layer",
+        "fused",
+    }
+
+
 # Threads and processes ----------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import headway as hw
+from headway import reference
 
 BF16 = ml_dtypes.bfloat16
 NAN, INF = np.nan, np.inf
@@ -50,7 +51,8 @@ Q, K, V = RNG.normal(size=(4, 3, 8)), RNG.normal(size=(2, 5, 8)), RNG.normal(siz
 def test_every_sentence_has_a_test() -> None:
     document = (Path(__file__).parent.parent / "docs" / "semantics.md").read_text()
     sentences = {int(n) for n in re.findall(r"^- \*\*A(\d+)\*\* ", document, re.MULTILINE)}
-    tests = {int(m[1]) for name in globals() if (m := re.match(r"test_a(\d+)_", name))}
+    files = [path.read_text() for path in Path(__file__).parent.glob("test_*.py")]
+    tests = {int(n) for text in files for n in re.findall(r"^def test_a(\d+)_", text, re.MULTILINE)}
     assert len(sentences) >= 40
     assert sentences == set(range(1, len(sentences) + 1))
     assert tests == sentences
@@ -221,6 +223,17 @@ def test_a19_nothing_of_something() -> None:
     assert np.array_equal(hw.attention(Q[:, 1:2], K, V), hw.attention(Q, K, V)[:, 1:2])
     with pytest.raises(ValueError, match=r"q: .*at least 1"):
         hw.attention(Q[..., :0], K[..., :0], V)
+    wide = np.ones((1, 3, 65_537), np.float16)
+    for D in (65_537, 2**24, 2**50):
+        wider = np.broadcast_to(wide[..., :1], (1, 3, D))
+        with pytest.raises(ValueError, match=f"^q: expected a head size D of at most 65536, got {D}"):
+            hw.attention(wider, wider, wide[..., :1])
+        with pytest.raises(ValueError, match=f"^v: expected a head size E of at most 65536, got {D}"):
+            hw.attention(wide[..., :1], wide[..., :1], wider)
+        with pytest.raises(ValueError, match=f"^head_dim: expected an integer from 1 to 65536, got {D}"):
+            hw.KVCache(1, D)
+    wide = wide[..., :-1]
+    assert (hw.attention(wide, wide, wide) == 1).all()
 
 
 # Numbers that are not ordinary --------------------------------------------------------------------------------------
@@ -232,6 +245,12 @@ def test_a20_non_finite_scores() -> None:
         assert np.isnan(of_scores([[1, bad, 2]])).all()
         assert np.isnan(of_scores([[1, 1, 2]], bias=[0, bad, 0])).all()
     assert np.isnan(of_scores([[-INF, -INF]])).all()
+    for dtype in ("float64", "float32", "float16"):  # in every type, whatever is done to the score
+        for options in ({}, {"bias": np.ones(3, dtype)}, {"mask": np.array([1, 1, 0])}, {"scale": 1e-5}):
+            q, k = np.array([[[1.0, 0]]], dtype), np.array([[[2.0, 0], [-INF, 0], [2.0, 0]]], dtype)
+            weights = hw.attention_weights(q, k, **options)[0, 0].tolist()
+            assert weights == ([1, 0, 0] if "mask" in options else [0.5, 0, 0.5])
+            assert np.isnan(hw.attention_weights(q, -k, **options)[0, 0, :2]).all()
     many = np.full((1, 3 * CHUNK), -INF)  # whole chunks of -inf before and after the one key that counts
     many[0, CHUNK + 7] = 3
     assert of_scores(many, np.arange(3.0 * CHUNK)[:, None]).tolist() == [[CHUNK + 7]]
@@ -346,6 +365,23 @@ def test_a30_states_of_other_results() -> None:
     want, want_lse = hw.attention(Q, K, V, return_lse=True)
     assert close(out, want)
     assert close(lse, want_lse)
+    x = np.ones((1, 2, 3))
+    for kinds in ("float64 float64", "float32 float32", "float16 float32", "float16 float64"):
+        dtype, lse_dtype = kinds.split()
+        odd = hw.AttentionState.from_lse(x.astype(dtype), np.array([[NAN, -INF]], lse_dtype))
+        other = hw.AttentionState.from_lse(np.full((1, 2, 3), 5, dtype), np.zeros((1, 2), lse_dtype))
+        for states in ([odd], [odd, other], [other, odd]):
+            merged, logs = hw.merge_attention(states, return_lse=True)
+            assert np.isnan(merged[0, 0]).all()
+            assert np.isnan(logs[0, 0])
+            assert (merged[0, 1] == (5 if len(states) > 1 else 0)).all()
+        for bad in (INF, 1e39, -1e39)[: 1 if dtype == "float64" or lse_dtype == "float32" else 3]:
+            expected = re.escape(f"got {bad}; a row without keys has the lse -inf")
+            with pytest.raises(ValueError, match=f"^lse: expected numbers below infinity within float.., {expected}"):
+                hw.AttentionState.from_lse(x.astype(dtype), np.array([[0, bad]], lse_dtype))
+    with pytest.raises(ValueError, match=r"^lse: expected numbers below infinity, got inf; a row without keys"):
+        reference.AttentionState.from_lse(x, [[0, INF]])
+    assert np.isnan(reference.merge_attention([reference.AttentionState.from_lse(x, [[0, NAN]])])[0, 1]).all()
 
 
 def test_a31_a_cache_attends_to_all_that_it_holds() -> None:

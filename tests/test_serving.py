@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from fractions import Fraction
@@ -602,6 +603,16 @@ BAD_DRAFTS = [
     ({"lengths": True}, TypeError, r"^lengths: expected integers, got bool"),
     ({"lengths": "1"}, TypeError, r"^lengths: expected integers"),
 ]
+
+
+def test_a_mask_of_places_is_shown_as_it_was_given() -> None:
+    target, draft = np.zeros((2, 3, 5)), np.zeros((2, 2, 5))
+    for shape in ((7, 3, 5), (1, 7, 3, 5), (3, 2, 5)):
+        for name, array in (("allowed", np.ones(shape, bool)), ("logit_bias", np.zeros(shape))):
+            with pytest.raises(
+                ValueError, match=rf"^{name}: .* broadcasts to \(2, 3, 5\), got {re.escape(str(shape))}$"
+            ):
+                hw.verify_draft(target, draft, np.zeros((2, 2), int), seed=1, **{name: array})
 
 
 def test_a_bad_length_names_its_row() -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import headway as hw
-from headway import _check, penalties
+from headway import _check, penalties, reference
 from headway._options import CHECKS as OPTION_CHECKS
 from headway._options import Integers, Reals
 from headway.sampling import _Run
@@ -492,6 +492,7 @@ def test_p30_what_follows_is_not_looked_at() -> None:
     target[2:] = NAN
     wrong = int(target[0].argmin())
     assert hw.verify_draft(target, None, [wrong, 0, 0], temperature=0).accepted == 0
+    assert reference.verify_draft(target, None, [wrong, 0, 0], temperature=0, seed=1).accepted == 0
     with pytest.raises(ValueError, match=r"^target_logits: expected numbers, got NaN at token 0 in row 2"):
         hw.verify_draft(target, None, target[:3].argmax(-1), temperature=0)
 

@@ -18,6 +18,8 @@ namespace {
 
 // How many units each thread should find, so that all end together.
 constexpr int64_t kUnitsPerThread = 4;
+// What the rows of a block take at most, unless they are a single band.
+constexpr int64_t kRowsBytes = 64 << 20;
 
 enum class Produce { output, nodes, weights };
 
@@ -65,18 +67,25 @@ template <class T> struct Results {
     m = joint;
     return scale;
   }
+  // What the type's range was too small for is done again by the caller, in a wider one.
+  void note_lost(bool lost) const {
+    if (lost && task.lost) __atomic_store_n(task.lost, true, __ATOMIC_RELAXED);
+  }
   // State to result: the sink, one division an element, the log-sum-exp over the keys alone.
-  void finish(int64_t head, int64_t query, const States<T>& s, T* buffer) const {
+  // `poison` becomes NaN in some lane where not all of these are finite.
+  void finish(int64_t head, int64_t query, const States<T>& s, T* buffer, Vec<T>& poison) const {
     T m = s.maximum[0], total = s.total[0];
     if (task.lse.data) {
       const T sum = m == kMinusInfinity<T> ? m : m + log(total);
       write_row(&sum, 1, address(task.lse, lse, head, query), task.lse.dtype);
+      if (m != kMinusInfinity<T>) poison = poison + Vec<T>(sum * T(0)); // x * 0 is 0 for finite x alone
     }
     const T scale = add_sink(head, m, total);
     for (int64_t e = 0; e < s.width; e += 16) {
       const Vec<T> sum = load(s.sum + e) * Vec<T>(scale);
       const Vec<T> y = m == kMinusInfinity<T> ? Vec<T>(T(0)) : sum / Vec<T>(total) + Vec<T>(T(0)); // -0 + 0 is 0
       y.store(buffer + e);
+      poison = poison + y * Vec<T>(T(0));
     }
     write_row(buffer, task.E, address(task.out, out, head, query), task.out.dtype);
   }
@@ -111,6 +120,7 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
   int64_t mask_offset, bias_offset;
   int64_t low[Operands::kRows], high[Operands::kRows]; // keys that a row may reach, relative to key 0 of the task
   ChunkStack stack;
+  Stop* stop;
 
   AttentionBlock(const Attention& t, const Plan& p, Arena& arena) : task(t), plan(p), operands(t, p.rows, arena) {
     keys = task.S;
@@ -144,6 +154,7 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
       n = *reinterpret_cast<const int64_t*>(static_cast<char*>(task.kv_lengths.data) +
                                             batch_offset(task.batch, task.kv_lengths, rows.item) * 8);
     const int64_t shift = task.bottom_right ? n - task.L : 0;
+    const int64_t rows_offset = batch_offset(task.batch, task.rows, rows.item);
     for (int64_t r = 0; r < rows.count; ++r) {
       const int64_t position = rows.query(r) + shift;
       int64_t from = task.window_left == kUnset ? 0 : position - task.window_left;
@@ -151,12 +162,15 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
       if (task.window_right != kUnset) to = least(to, position + task.window_right + 1);
       low[r] = least(most(from - task.key_offset, first_key), last_key);
       high[r] = most(low[r], least(to - task.key_offset, last_key));
+      if (task.rows.data && !*address(task.rows, rows_offset, rows.head(r), rows.query(r))) high[r] = low[r];
     }
     operands.begin(rows, rows.count <= kBandRows && produce != Produce::weights);
     mask_offset = batch_offset(task.batch, task.mask, rows.item);
     bias_offset = batch_offset(task.batch, task.bias, rows.item);
   }
 
+  // Whether the caller does a row again where it is lost. It may then be given up, but for the second time.
+  bool all_finite() const { return task.lost && !task.rows.data; }
   int64_t chunk() const { return operands.chunk.first; } // the first key of the chunk at hand
 
   RowRules<T> rules(int64_t r) const {
@@ -218,6 +232,7 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
 
   // Rows first .. first + kBandRows against the chunk: scores, softened, weighted sum, into `into`.
   void attend(int64_t first, const States<T>& into) {
+    if (stop->after(kBandRows * kChunk)) return; // what masks and exponentials take
     Band band;
     band.first = first;
     for (int64_t row = first; row < least(rows.count, first + kBandRows); row += kTile) {
@@ -235,14 +250,16 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
       const int64_t from = t.from / 16 * 16, to = round_up(t.to, 16);
       T *maximum = into.maximum + t.row, *total = into.total + t.row;
       // All maxima before all exponentials: a row's would wait for its own maximum.
+      Vec<T> poison[kTile];
       for (int64_t r = 0; r < t.count; ++r)
-        maximum[r] = score_row(s + r * kChunk, from, to, rules(t.row + r), scale, softcap);
+        maximum[r] = score_row(s + r * kChunk, from, to, rules(t.row + r), scale, softcap, poison[r]);
       const bool scaled = plain(rules(t.row), scale, softcap); // the same for all rows
       for (int64_t r = 0; r < t.count; ++r)
         if (maximum[r] == kMinusInfinity<T>)
           memset(s + r * kChunk + from, 0, size_t(to - from) * sizeof(T));
         else
-          total[r] = soften(s + r * kChunk, from, to, scaled ? scale : T(1), maximum[r]);
+          total[r] = soften(s + r * kChunk, from, to, scaled ? scale : T(1), maximum[r],
+                            all_finite() ? poison[r] : Vec<T>(T(0)));
       if (poisoned(t)) {
         select_values(t, s, into);
         t.bands = 0;
@@ -260,6 +277,7 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
         const Tile& t = band.tiles[i];
         const int64_t a = most(j, t.from / 16 * 16), b = least(j + kBandKeys, round_up(t.to, 16));
         if (a >= b || !t.reaches(j)) continue;
+        if (stop->after(t.count * (b - a) * task.D)) return;
         operands.score(t.row, t.count, a, b, scores + (t.row - band.first) * kChunk + a);
       }
   }
@@ -274,12 +292,13 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
         for (int64_t i = 0; i < band.count; ++i) {
           Tile& t = band.tiles[i];
           T* sum = t.from >= link ? into.sum + t.row * width : later_sums + (t.row - band.first) * width;
-          const int64_t stop = least(j + step, t.to);
-          for (int64_t a = most(j, t.from), b; a < stop; a = b) {
-            const auto next = [&](int64_t key) { return least((key / kBandKeys + 1) * kBandKeys, stop); };
+          const int64_t end = least(j + step, t.to);
+          for (int64_t a = most(j, t.from), b; a < end; a = b) {
+            const auto next = [&](int64_t key) { return least((key / kBandKeys + 1) * kBandKeys, end); };
             b = next(a);
             if (!t.reaches(a)) continue;
-            while (b < stop && t.reaches(b)) b = next(b);
+            while (b < end && t.reaches(b)) b = next(b);
+            if (stop->after(t.count * (b - a) * width)) return;
             operands.weigh(t.count, scores + (t.row - band.first) * kChunk, a, b, sum, t.begun);
             t.begun = true;
           }
@@ -315,6 +334,7 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
           allowed(row, j).store(keep);
           for (int64_t i = 0; i < 16; ++i) {
             if (!keep[i]) continue;
+            if (stop->after(width)) return;
             const Vec<T> p = tile_scores[r * kChunk + j + i];
             operands.value(j + i, [&](auto* v) {
               for (int64_t e = 0; e < width; e += 16) fma(p, load(v + e), load(chain + e)).store(chain + e);
@@ -332,13 +352,14 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
     for (int64_t r = 0; r < rows.count; ++r)
       if (low[r] < high[r]) from = least(from, low[r]), to = most(to, high[r]);
     if (produce == Produce::nodes) from = 0, to = keys; // a part hands on the same nodes for every row
-    for (int64_t first = from / kChunk * kChunk; first < to; first += kChunk) {
+    for (int64_t first = from / kChunk * kChunk; first < to && !stop->now; first += kChunk) {
       operands.enter({first, most(from, first) - first, least(to, first + kChunk) - first});
       visit();
     }
   }
 
-  void run(int64_t unit, void* shared) {
+  void run(int64_t unit, const Memory& memory) {
+    stop = memory.stop;
     begin(unit);
     const int64_t first_chunk = task.key_offset / kChunk;
     stack.size = stack.frozen = 0;
@@ -347,6 +368,7 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
       const int slot = stack.push(first_chunk + chunk() / kChunk, joiner());
       for (int64_t band = 0; band < rows.count; band += kBandRows) attend(band, state(slot, 0));
     });
+    if (stop->now) return;
     if (produce == Produce::nodes) {
       stack.settle(first_chunk + (keys + kChunk - 1) / kChunk, joiner());
       for (int64_t n = 0; n < task.nodes; ++n) hand_on(n);
@@ -355,10 +377,13 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
     stack.finish(joiner());
     if (stack.size == 0)
       for (int64_t r = 0; r < rows.count; ++r) state_maximum[r] = kMinusInfinity<T>, state_total[r] = T(0);
-    if (span_count(task, plan) > 1 && !last_of_spans(shared)) return;
+    if (span_count(task, plan) > 1 && !last_of_spans(memory.shared)) return;
     if (produce == Produce::weights) return write_weights();
     const Results<T> results(task, rows.item);
-    for (int64_t r = 0; r < rows.count; ++r) results.finish(rows.head(r), rows.query(r), state(0, r), row_buffer);
+    Vec<T> poison = T(0);
+    for (int64_t r = 0; r < rows.count; ++r)
+      results.finish(rows.head(r), rows.query(r), state(0, r), row_buffer, poison);
+    results.note_lost(any(poison != poison));
   }
   auto joiner() {
     return [this](int slot) { join(state(slot, 0), state(slot + 1, 0), rows.count); };
@@ -404,10 +429,12 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
   void write_weights() {
     const Results<T> results(task, rows.item);
     for (int64_t r = 0; r < rows.count; ++r) {
+      if (stop->after(keys)) return;
       memset(row_buffer, 0, size_t(keys) * sizeof(T));
       write_row(row_buffer, keys, address(task.out, results.out, rows.head(r), rows.query(r)), task.out.dtype);
       const States<T> s = state(0, r);
       results.add_sink(rows.head(r), s.maximum[0], s.total[0]);
+      results.note_lost(s.maximum[0] != kMinusInfinity<T> && !(s.total[0] > 0 && s.total[0] < -kMinusInfinity<T>));
     }
     for_each_chunk([&] {
       for (int64_t r = 0; r < rows.count; ++r) {
@@ -416,11 +443,13 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
         if (row.low >= row.high || s.maximum[0] == kMinusInfinity<T>) continue;
         const int64_t begin = row.low / 16 * 16, end = round_up(row.high, 16);
         for (int64_t j = begin, next; j < end; j = next) {
+          if (stop->after(kBandKeys * task.D)) return;
           next = least((j / kBandKeys + 1) * kBandKeys, end);
           operands.score(r, 1, j, next, scores + j);
         }
         const T scale = T(task.scale), softcap = T(task.softcap);
-        score_row(scores, begin, end, row, scale, softcap);
+        Vec<T> poison;
+        score_row(scores, begin, end, row, scale, softcap, poison);
         soften(scores, begin, end, plain(row, scale, softcap) ? scale : T(1), s.maximum[0]);
         for (int64_t j = begin; j < end; j += 16) // a NaN total is no weight of a masked key
           select(allowed(row, j), load(scores + j) / Vec<T>(s.total[0]), Vec<T>(T(0))).store(scores + j);
@@ -438,9 +467,13 @@ Plan plan_attention_as(const Attention& task, int64_t threads) {
   Plan plan{};
   plan.work = rough_product(task.batch.size(), task.H, task.L, task.S, task.D + task.E);
   const int64_t enough = kUnitsPerThread * most(least(threads, plan.work / kWorkPerThread), 1);
-  // Blocks of equal size; smaller ones where there are too few, but not so small that packing shows.
   using Block = AttentionBlock<T, produce, Operands>;
-  plan.rows = Operands::kRows;
+  // Blocks of equal size, of fewer rows where these are very wide; smaller ones where there are too few, but not so
+  // small that packing shows.
+  const int64_t slots = stack_slots((task.key_offset + task.S + kChunk - 1) / kChunk, produce == Produce::nodes);
+  const int64_t row_bytes = (task.D + slots * round_up(task.E, 16)) * int64_t(sizeof(T));
+  plan.rows =
+      most(least(Operands::kRows, kRowsBytes / row_bytes / Block::kBandRows * Block::kBandRows), Block::kBandRows);
   while (plan.rows > 2 * Block::kBandRows && heads * ((rows + plan.rows - 1) / plan.rows) < enough)
     plan.rows -= Block::kBandRows;
   const int64_t blocks = most((rows + plan.rows - 1) / plan.rows, 1);
@@ -461,12 +494,13 @@ template <Produce produce> Plan plan_attention(const Attention& task, int64_t th
   return task.compute == DType::f64 ? plan_attention_as<double, produce>(task, threads)
                                     : plan_attention_as<float, produce>(task, threads);
 }
-template <Produce produce> void run_attention(const Attention& task, const Plan& plan, int64_t unit, Memory memory) {
+template <Produce produce>
+void run_attention(const Attention& task, const Plan& plan, int64_t unit, const Memory& memory) {
   Arena arena{static_cast<char*>(memory.own)};
   if (task.compute == DType::f64)
-    AttentionBlock<double, produce>(task, plan, arena).run(unit, memory.shared);
+    AttentionBlock<double, produce>(task, plan, arena).run(unit, memory);
   else
-    AttentionBlock<float, produce>(task, plan, arena).run(unit, memory.shared);
+    AttentionBlock<float, produce>(task, plan, arena).run(unit, memory);
 }
 
 // Joining states that were computed apart: nodes (nodes, batch, H, L) in order of their chunks. A unit is one head.
@@ -483,9 +517,10 @@ template <class T> struct AttentionMerge {
     sums = arena.take<T>(slots * width);
     buffer = arena.take<T>(width);
   }
-  void run(int64_t unit) {
+  void run(int64_t unit, Stop* stop) {
     const int64_t item = unit / task.H, head = unit % task.H;
     const Results<T> results(task, item);
+    Vec<T> poison = T(0); // nobody asks: what is lost was lost in a part
     const auto joiner = [&](int i) {
       join_row(maximum[i], total[i], sums + i * width, maximum[i + 1], total[i + 1], sums + (i + 1) * width, width);
     };
@@ -494,6 +529,7 @@ template <class T> struct AttentionMerge {
       maximum[0] = kMinusInfinity<T>, total[0] = T(0);
       memset(sums, 0, size_t(width) * sizeof(T));
       for (int64_t n = 0; n < task.nodes; ++n) {
+        if (stop->after(width)) return;
         const int64_t row = ((n * task.batch.size() + item) * task.H + head) * task.L + query;
         const int slot = stack.push(task.node_chunk[n], joiner);
         maximum[slot] = static_cast<T*>(task.maximum)[row];
@@ -503,7 +539,7 @@ template <class T> struct AttentionMerge {
           sum[e] = e < task.E ? static_cast<T*>(task.weighted_sum)[row * task.E + e] : T(0);
       }
       stack.finish(joiner);
-      results.finish(head, query, {maximum, total, sums, width}, buffer);
+      results.finish(head, query, {maximum, total, sums, width}, buffer, poison);
     }
   }
 };
@@ -517,12 +553,12 @@ inline Plan plan_merge(const Attention& task, int64_t) {
   const int64_t rows = task.batch.size() * task.H;
   return {rows, counting.used, rough_product(rows, task.L, task.E, task.nodes)};
 }
-inline void run_merge(const Attention& task, const Plan&, int64_t unit, Memory memory) {
+inline void run_merge(const Attention& task, const Plan&, int64_t unit, const Memory& memory) {
   Arena arena{static_cast<char*>(memory.own)};
   if (task.compute == DType::f64)
-    AttentionMerge<double>(task, arena).run(unit);
+    AttentionMerge<double>(task, arena).run(unit, memory.stop);
   else
-    AttentionMerge<float>(task, arena).run(unit);
+    AttentionMerge<float>(task, arena).run(unit, memory.stop);
 }
 
 } // namespace

@@ -7,6 +7,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <pthread.h>
+
 #include <cmath>
 #include <optional>
 #include <stdexcept>
@@ -75,9 +77,24 @@ Batch batch_of(const In& a, size_t core_axes) {
 
 DType computing_type(bool wide) { return wide ? DType::f64 : DType::f32; }
 
+// Signals reach Python's main thread alone: no other looks for them. A child that is forked has a main thread of its
+// own.
+unsigned long main_thread;
+
+// Runs the handlers of the signals that have come meanwhile; whether one of them raised.
+bool interrupted() {
+  const nb::gil_scoped_acquire held;
+  return PyErr_CheckSignals() != 0;
+}
+
 template <class Task> void run(const Kernel<Task>& kernel, const Task& task) {
-  const nb::gil_scoped_release released;
-  execute(kernel, task);
+  const Interrupted look = PyThread_get_thread_ident() == main_thread ? interrupted : nullptr;
+  bool finished;
+  {
+    const nb::gil_scoped_release released;
+    finished = execute(kernel, task, look);
+  }
+  if (!finished) throw nb::python_error();
 }
 
 // What every attention function shares.
@@ -88,6 +105,13 @@ struct Options {
   std::optional<int64_t> window_left, window_right;
   int64_t total, key_offset;
   bool wide, k_in_panels, fast;
+
+  // The same for a computation in float64, of products that are to be scaled by another number.
+  Options wider(double other_scale) const {
+    Options o = *this;
+    o.scale = other_scale, o.wide = true, o.fast = false;
+    return o;
+  }
 };
 
 Attention attention_task(const In& q, const In& k, const std::optional<In>& v, const std::optional<In>& mask,
@@ -139,31 +163,43 @@ Attention attention_task(const In& q, const In& k, const std::optional<In>& v, c
   return t;
 }
 
-void attention(const In& q, const In& k, const In& v, const std::optional<In>& mask, const std::optional<In>& bias,
-               const std::optional<In>& sinks, const std::optional<In>& kv_lengths, const Options& options,
-               const Out& out, const std::optional<Out>& lse) {
+// Whether all results are finite.
+bool attention(const In& q, const In& k, const In& v, const std::optional<In>& mask, const std::optional<In>& bias,
+               const std::optional<In>& sinks, const std::optional<In>& kv_lengths, const std::optional<In>& rows,
+               const Options& options, const Out& out, const std::optional<Out>& lse) {
   Attention t = attention_task(q, k, v, mask, bias, sinks, kv_lengths, options);
   t.out = view(out, "out", t.batch, {t.H, t.L, t.E});
   t.lse = view(lse, "lse", t.batch, {t.H, t.L});
+  t.rows = view(rows, "rows", t.batch, {t.H, t.L});
+  bool lost = false;
+  t.lost = &lost;
   run(options.fast && !options.wide ? *fast_attention().kernel : kernels().attention, t);
+  return !lost;
 }
 
-void attention_weights(const In& q, const In& k, const std::optional<In>& mask, const std::optional<In>& bias,
-                       const std::optional<In>& sinks, const std::optional<In>& kv_lengths, const Options& options,
-                       const Out& out) {
+bool attention_weights(const In& q, const In& k, const std::optional<In>& mask, const std::optional<In>& bias,
+                       const std::optional<In>& sinks, const std::optional<In>& kv_lengths,
+                       const std::optional<In>& rows, const Options& options, const Out& out) {
   Attention t = attention_task(q, k, std::nullopt, mask, bias, sinks, kv_lengths, options);
   t.out = view(out, "out", t.batch, {t.H, t.L, t.S});
+  t.rows = view(rows, "rows", t.batch, {t.H, t.L});
+  bool lost = false;
+  t.lost = &lost;
   run(kernels().attention_weights, t);
+  return !lost;
 }
 
-// The first chunks of the tree nodes that the chunks first .. end - 1 leave, in order.
+// The first chunks of the tree nodes that the chunks first .. end - 1 leave, in order: from each on the largest node
+// that begins there and does not reach beyond the end.
 std::vector<int64_t> node_chunks(int64_t first, int64_t end) {
-  ChunkStack stack;
-  stack.before = first - 1;
-  const auto nothing = [](int) {};
-  for (int64_t c = first; c < end; ++c) stack.push(c, nothing);
-  stack.settle(end, nothing);
-  return {stack.chunk, stack.chunk + stack.size};
+  std::vector<int64_t> chunks;
+  while (first < end) {
+    int64_t size = first ? first & -first : int64_t(1) << 62;
+    while (size > end - first) size /= 2;
+    chunks.push_back(first);
+    first += size;
+  }
+  return chunks;
 }
 
 void check_nodes(const Attention& t, const Out& maximum, const Out& total, const Out& sum, size_t nodes) {
@@ -392,6 +428,21 @@ bool sample(Rows& rows, int64_t draws, bool replacement, const std::optional<Out
   return fine(t);
 }
 
+bool trace(Rows& rows, const Out& counts, const Out& found, const std::optional<Out>& ids,
+           const std::optional<Out>& logits, const std::optional<Out>& masses) {
+  Sampling t = rows.task();
+  if (t.batch.size() != 1) throw std::invalid_argument("rows: expected one");
+  if (bool(ids) != bool(logits) || bool(ids) != bool(masses)) throw std::invalid_argument("ids: expected all or none");
+  const int64_t n = t.step_count + 1;
+  t.trace.count = rows_out<int64_t>(counts, "counts", n, 8);
+  t.trace.found = rows_out<double>(found, "found", n, 8);
+  t.trace.id = rows_out<int64_t>(ids, "ids", n * t.V, 8);
+  t.trace.z = rows_out<float>(logits, "logits", n * t.V, 4);
+  t.trace.mass = rows_out<int64_t>(masses, "masses", n * t.V, 8);
+  run(kernels().sampling->sample, t);
+  return fine(t);
+}
+
 void penalize(const In& logits, const RowHistories& histories, const In& repetition, const In& frequency,
               const In& presence, const In& dry_multiplier, const In& dry_base, const In& dry_allowed_length,
               const In& repetition_window, const In& frequency_window, const In& dry_window) {
@@ -457,8 +508,8 @@ bool verify(Rows& target, Rows* draft, const In& tokens, const In& lengths, cons
   return fine(t.target);
 }
 
-// Each row of x in the type of y, rounded to nearest even whatever the caller's modes are.
-void convert_rows(const In& x, const Out& y) {
+// Each row of x in the type of y, times a power of two, rounded to nearest even whatever the caller's modes are.
+void convert_rows(const In& x, const Out& y, int exponent) {
   if (x.ndim() != 2 || y.ndim() != 2) throw std::invalid_argument("convert: expected matrices");
   const int64_t rows = int64_t(x.shape(0)), columns = int64_t(x.shape(1));
   const View from = view(x, "x", {}, {rows, columns}), to = view(y, "y", {}, {rows, columns});
@@ -467,6 +518,8 @@ void convert_rows(const In& x, const Out& y) {
   std::vector<double> row(static_cast<size_t>(columns)); // holds every number of every type exactly
   for (int64_t i = 0; i < rows; ++i) {
     read_row(address(from, 0, i), from.dtype, from.stride[1], columns, row.data());
+    if (exponent)
+      for (double& number : row) number = std::ldexp(number, exponent);
     write_row(row.data(), columns, address(to, 0, i), to.dtype);
   }
 }
@@ -503,13 +556,16 @@ std::vector<std::string> isas() {
 
 NB_MODULE(_native, m) {
   using namespace headway;
+  main_thread = nb::cast<unsigned long>(nb::module_::import_("threading").attr("main_thread")().attr("ident"));
+  pthread_atfork(nullptr, nullptr, [] { main_thread = PyThread_get_thread_ident(); });
   m.doc() = "The kernels of headway behind plain arrays. Everything is checked by the Python layer; call that.";
 
   nb::class_<Options>(m, "Options")
       .def(nb::init<std::optional<double>, double, bool, bool, std::optional<int64_t>, std::optional<int64_t>, int64_t,
                     int64_t, bool, bool, bool>(),
            nb::kw_only(), "scale"_a.none(), "softcap"_a, "causal"_a, "bottom_right"_a, "window_left"_a.none(),
-           "window_right"_a.none(), "total"_a, "key_offset"_a, "wide"_a, "k_in_panels"_a, "fast"_a);
+           "window_right"_a.none(), "total"_a, "key_offset"_a, "wide"_a, "k_in_panels"_a, "fast"_a)
+      .def("wider", &Options::wider, "scale"_a);
 
   m.attr("CHUNK") = kChunk;
   m.attr("LANES") = kLanes;
@@ -519,9 +575,9 @@ NB_MODULE(_native, m) {
                                              "typical_p", "epsilon_cutoff", "eta_cutoff", "xtc_probability");
   m.attr("SAMPLING_TIES") = nb::make_tuple("lowest_id", "highest_id", "keep");
   m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "mask"_a.none(), "bias"_a.none(), "sinks"_a.none(),
-        "kv_lengths"_a.none(), "options"_a, "out"_a, "lse"_a.none());
+        "kv_lengths"_a.none(), "rows"_a.none(), "options"_a, "out"_a, "lse"_a.none());
   m.def("attention_weights", &attention_weights, "q"_a, "k"_a, "mask"_a.none(), "bias"_a.none(), "sinks"_a.none(),
-        "kv_lengths"_a.none(), "options"_a, "out"_a);
+        "kv_lengths"_a.none(), "rows"_a.none(), "options"_a, "out"_a);
   m.def("node_chunks", &node_chunks, "first"_a, "end"_a);
   m.def("attention_nodes", &attention_nodes, "q"_a, "k"_a, "v"_a, "mask"_a.none(), "bias"_a.none(),
         "kv_lengths"_a.none(), "options"_a, "maximum"_a, "total_weight"_a, "weighted_sum"_a);
@@ -544,6 +600,7 @@ NB_MODULE(_native, m) {
       "histories"_a.none(), "seed"_a.none(), "stream"_a.none(), "position"_a.none(), "uniform"_a.none(), "status"_a);
   m.def("sample", &sample, "rows"_a, "draws"_a, "replacement"_a, "tokens"_a.none(), "probabilities"_a.none(),
         "filtered"_a.none());
+  m.def("trace", &trace, "rows"_a, "counts"_a, "found"_a, "ids"_a.none(), "logits"_a.none(), "masses"_a.none());
   m.attr("PENALTY_KINDS") = int(kPenaltyKinds);
   m.def("penalize", &penalize, "logits"_a, "histories"_a, nb::kw_only(), "repetition"_a, "frequency"_a, "presence"_a,
         "dry_multiplier"_a, "dry_base"_a, "dry_allowed_length"_a, "repetition_window"_a, "frequency_window"_a,
@@ -551,7 +608,7 @@ NB_MODULE(_native, m) {
   m.def("rank", &rank, "rows"_a, "tokens"_a, "processed"_a, "ranks"_a, "logprob"_a, "top_id"_a, "top_key"_a,
         "top_logprob"_a);
   m.def("verify", &verify, "target"_a, "draft"_a.none(), "tokens"_a, "lengths"_a, "status"_a, "accepted"_a, "next"_a);
-  m.def("convert", &convert_rows, "x"_a, "y"_a);
+  m.def("convert", &convert_rows, "x"_a, "y"_a, "exponent"_a = 0);
   m.def("round", &round_rows, "x"_a, "decimals"_a, "y"_a);
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("isas", &isas);

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(HEADWAY_HAS_FAST)
+#if defined(HEADWAY_HAS_fast)
 #include <cpuid.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -15,14 +15,9 @@
 
 namespace headway {
 
-#if defined(__x86_64__)
-extern const Kernels kernels_avx512, kernels_avx2;
-#elif defined(__aarch64__)
-extern const Kernels kernels_neon;
-#endif
-extern const Kernels kernels_portable;
+extern const Kernels kernels_avx512, kernels_avx2, kernels_neon, kernels_portable;
 
-#if defined(HEADWAY_HAS_FAST)
+#if defined(HEADWAY_HAS_fast)
 extern const Kernel<Attention> attention_avx512bf16, attention_amx;
 
 namespace {
@@ -47,15 +42,24 @@ const KernelList& supported_kernels() {
     KernelList found{};
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); // F16C came before
+    // F16C came before.
+    [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+#if defined(HEADWAY_HAS_avx512)
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       found.table[found.size++] = &kernels_avx512;
+#endif
+#if defined(HEADWAY_HAS_avx2)
     if (avx2) found.table[found.size++] = &kernels_avx2;
-#elif defined(__aarch64__)
+#endif
+#if defined(HEADWAY_HAS_neon)
     found.table[found.size++] = &kernels_neon;
 #endif
+#if defined(HEADWAY_HAS_portable)
     found.table[found.size++] = &kernels_portable;
+#endif
+    if (!found.size) throw std::runtime_error("headway was built without a table of kernels for this machine");
     return found;
   }();
   return list;
@@ -82,8 +86,8 @@ const FastAttention& fast_attention() {
     const std::string name = wanted ? wanted : "";
     FastAttention found[3];
     int size = 0;
-#if defined(HEADWAY_HAS_FAST)
-    if (&kernels() == &kernels_avx512 && __builtin_cpu_supports("avx512bf16")) {
+#if defined(HEADWAY_HAS_fast)
+    if (std::string(kernels().name) == "avx512" && __builtin_cpu_supports("avx512bf16")) {
       if (name != "avx512bf16" && name != "none" && may_use_amx()) found[size++] = {"amx", &attention_amx};
       found[size++] = {"avx512bf16", &attention_avx512bf16};
     }

@@ -17,11 +17,11 @@ Plan plan_fast(const Attention& task, int64_t threads) {
   if (waits_for_memory(task)) return plan_attention_as<float, Produce::output>(task, threads);
   return plan_attention_as<float, Produce::output, PairOperands>(task, threads);
 }
-void run_fast(const Attention& task, const Plan& plan, int64_t unit, Memory memory) {
+void run_fast(const Attention& task, const Plan& plan, int64_t unit, const Memory& memory) {
   Arena arena{static_cast<char*>(memory.own)};
-  if (waits_for_memory(task)) return AttentionBlock<float, Produce::output>(task, plan, arena).run(unit, memory.shared);
+  if (waits_for_memory(task)) return AttentionBlock<float, Produce::output>(task, plan, arena).run(unit, memory);
   const Tiles tiles;
-  AttentionBlock<float, Produce::output, PairOperands>(task, plan, arena).run(unit, memory.shared);
+  AttentionBlock<float, Produce::output, PairOperands>(task, plan, arena).run(unit, memory);
 }
 
 } // namespace

@@ -52,7 +52,9 @@ struct Attention {
   int64_t window_right; // kUnset: unbounded
   int64_t key_offset;   // absolute position of key 0, a multiple of kChunk
   View out;             // (H, L, E) of any dtype; for weights (H, L, S)
-  View lse;             // (H, L) of the computing type, or absent
+  View lse;             // (H, L) of float64 or float32, or absent
+  View rows;            // (H, L): boolean, the rows that are computed, others are 0; or absent: all are
+  bool* lost;           // becomes true where some number of a result is infinite or NaN; or absent
   // Nodes of the chunk tree, (nodes, batch, H, L) and (nodes, batch, H, L, E), contiguous, of the computing type.
   void *maximum, *total_weight, *weighted_sum;
   const int64_t* node_chunk; // first chunk of each node
@@ -136,6 +138,16 @@ struct Histories {
   double* logit;
 };
 
+// What of a lone row is left at the start and after each stage.
+struct Trace {
+  int64_t* count = nullptr; // (steps + 1) of tokens; absent: nobody asks
+  double* found;            // (steps + 1): what the stage worked out, which stages.h says for each
+  // (steps + 1, V), of which the first `count` are filled in: the tokens by id, logit + bias, mass. All three or none.
+  int64_t* id;
+  float* z;
+  int64_t* mass;
+};
+
 struct Sampling {
   Batch batch; // a row each
   int64_t V;
@@ -158,6 +170,7 @@ struct Sampling {
   int64_t* tokens;
   void *probabilities, *filtered;
   int64_t* status; // (rows)
+  Trace trace;     // instead of all other outputs
 };
 
 // The logits that tokens of a history get for being in it.
@@ -214,14 +227,28 @@ struct Team {
   void (*run)(void* threads, int64_t parts, void (*part)(const void* work, int64_t i), const void* work) = nullptr;
   void* threads = nullptr;
 };
+// What a unit that takes long asks now and then: whether the call is to end at once. It then returns, and whatever it
+// leaves behind is thrown away.
+constexpr int64_t kWorkPerLook = 1 << 20; // between two questions: some 50 microseconds
+struct Stop {
+  bool (*asked)(void* by) = nullptr; // absent: never
+  void* by = nullptr;
+  int64_t work = 0;
+  bool now = false;
+  bool after(int64_t more) { // multiply-adds or so
+    if ((work += more) >= kWorkPerLook && asked) work = 0, now = asked(by);
+    return now;
+  }
+};
 struct Memory {
   void *own, *shared;
   Team team{};
+  Stop* stop = nullptr; // never absent where a unit runs
 };
 
 template <class Task> struct Kernel {
   Plan (*plan)(const Task&, int64_t threads);
-  void (*run)(const Task&, const Plan&, int64_t unit, Memory);
+  void (*run)(const Task&, const Plan&, int64_t unit, const Memory&);
 };
 
 // Apart, because nothing may fuse in them: isa_sampling.cpp.

@@ -8,13 +8,13 @@ namespace {
 
 // rotary: each pair (i, i + D/2) turns by position * frequency[i] (Su et al., 2021, in the layout of Llama). Angles are
 // float64: at position 100,000 a float32 angle is already wrong by 0.004. A unit is one position.
-template <class T> void rotate(const Rotary& task, int64_t l, Arena arena) {
+template <class T> void rotate(const Rotary& task, int64_t l, Arena arena, Stop* stop) {
   const int64_t half = task.D / 2, padded = round_up(half, 16), items = task.batch.size();
   double *angle = arena.take<double>(padded), *sine = arena.take<double>(padded), *cosine = arena.take<double>(padded);
   T* row = arena.take<T>(task.D);
   T* turned = arena.take<T>(task.D);
   int64_t known = -1;
-  for (int64_t item = 0; item < items; ++item) {
+  for (int64_t item = 0; item < items && !stop->after(4 * task.D); ++item) {
     const int64_t position = *reinterpret_cast<const int64_t*>(
         static_cast<char*>(task.positions.data) +
         (batch_offset(task.batch, task.positions, item) + l * task.positions.stride[0]) * 8);
@@ -46,9 +46,12 @@ inline Plan plan_rotary(const Rotary& task, int64_t) {
   const int64_t row = (task.D + 16) * 8 + 64;
   return {task.L, 5 * row, rough_product(task.batch.size(), task.L, task.D, 8)};
 }
-inline void run_rotary(const Rotary& task, const Plan&, int64_t unit, Memory memory) {
+inline void run_rotary(const Rotary& task, const Plan&, int64_t unit, const Memory& memory) {
   const Arena arena{static_cast<char*>(memory.own)};
-  task.compute == DType::f64 ? rotate<double>(task, unit, arena) : rotate<float>(task, unit, arena);
+  if (task.compute == DType::f64)
+    rotate<double>(task, unit, arena, memory.stop);
+  else
+    rotate<float>(task, unit, arena, memory.stop);
 }
 
 // rms_norm: x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019). A unit is one row. Squares are summed in
@@ -86,11 +89,11 @@ template <class T> void gate(const RowWise& task, int64_t r, Arena arena) {
 inline Plan plan_row_wise(const RowWise& task, int64_t) {
   return {task.rows, 3 * ((task.columns + 16) * 8 + 64), rough_product(task.rows, task.columns, 8)};
 }
-inline void run_rms_norm(const RowWise& task, const Plan&, int64_t unit, Memory memory) {
+inline void run_rms_norm(const RowWise& task, const Plan&, int64_t unit, const Memory& memory) {
   const Arena arena{static_cast<char*>(memory.own)};
   task.compute == DType::f64 ? normalise<double>(task, unit, arena) : normalise<float>(task, unit, arena);
 }
-inline void run_swiglu(const RowWise& task, const Plan&, int64_t unit, Memory memory) {
+inline void run_swiglu(const RowWise& task, const Plan&, int64_t unit, const Memory& memory) {
   const Arena arena{static_cast<char*>(memory.own)};
   task.compute == DType::f64 ? gate<double>(task, unit, arena) : gate<float>(task, unit, arena);
 }

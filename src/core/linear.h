@@ -53,7 +53,7 @@ template <class T> struct LinearBlock {
     sums = arena.take<T>(stack_slots((task.K + kChain - 1) / kChain, false) * area);
   }
 
-  void run(int64_t unit) {
+  void run(int64_t unit, Stop* stop) {
     const int64_t row_blocks = (task.M + plan.rows - 1) / plan.rows;
     const int64_t first_row = unit % row_blocks * plan.rows, rows = least(plan.rows, task.M - first_row);
     const int64_t first = unit / row_blocks * plan.span, columns = least(plan.span, task.N - first);
@@ -66,6 +66,7 @@ template <class T> struct LinearBlock {
     if (task.K == 0) memset(sums, 0, size_t(area) * sizeof(T)); // what an empty inner axis sums to
     for (int64_t k = 0; k < task.K; k += kChain) {
       const int64_t count = least(kChain, task.K - k);
+      if (stop->after(rows * columns * count)) return;
       T* sum = sums + stack.push(k / kChain, joiner) * area;
       int64_t x_row;
       const T* x = read_x(first_row, rows, k, count, x_row);
@@ -205,12 +206,12 @@ template <class T> Plan plan_linear_as(const Linear& task, int64_t threads) {
 inline Plan plan_linear(const Linear& task, int64_t threads) {
   return task.compute == DType::f64 ? plan_linear_as<double>(task, threads) : plan_linear_as<float>(task, threads);
 }
-inline void run_linear(const Linear& task, const Plan& plan, int64_t unit, Memory memory) {
+inline void run_linear(const Linear& task, const Plan& plan, int64_t unit, const Memory& memory) {
   Arena arena{static_cast<char*>(memory.own)};
   if (task.compute == DType::f64)
-    LinearBlock<double>(task, plan, arena).run(unit);
+    LinearBlock<double>(task, plan, arena).run(unit, memory.stop);
   else
-    LinearBlock<float>(task, plan, arena).run(unit);
+    LinearBlock<float>(task, plan, arena).run(unit, memory.stop);
 }
 
 } // namespace

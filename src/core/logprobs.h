@@ -36,7 +36,7 @@ inline Plan plan_ranking(const Ranking& task, int64_t threads) {
   return plan;
 }
 
-HEADWAY_FLATTEN inline void run_ranking(const Ranking& task, const Plan&, int64_t index, Memory memory) {
+HEADWAY_FLATTEN inline void run_ranking(const Ranking& task, const Plan&, int64_t index, const Memory& memory) {
   const Workspace space(Arena{static_cast<char*>(memory.own)}, task.rows.V, nullptr, memory.team);
   Row row{task.rows, index, space};
   if (!begin(row)) return;
@@ -44,6 +44,7 @@ HEADWAY_FLATTEN inline void run_ranking(const Ranking& task, const Plan&, int64_
   weigh(row.tokens, row);
   const Logarithms logarithm(row, task.processed);
   for (int64_t g = index * task.given; g < (index + 1) * task.given; ++g) {
+    if (memory.stop->after(row.tokens.n)) return;
     const Tokens& tokens = row.tokens;
     const int64_t id = task.tokens[g], place = place_of(tokens, id);
     const bool left = holds(tokens, place, id);

@@ -117,7 +117,7 @@ inline Plan plan_penalties(const Penalties& task, int64_t) {
   return plan;
 }
 
-inline void run_penalties(const Penalties& task, const Plan&, int64_t index, Memory memory) {
+inline void run_penalties(const Penalties& task, const Plan&, int64_t index, const Memory& memory) {
   const Histories& all = task.histories;
   const double repetition = task.repetition[index], frequency = task.frequency[index], presence = task.presence[index],
                multiplier = task.dry_multiplier[index];

@@ -153,7 +153,7 @@ inline int64_t draw(const Row& row, uint64_t word) {
 }
 
 // Several draws: from the blocks' masses, so that none looks at the whole vocabulary.
-inline void draw_several(Row& row) {
+inline void draw_several(Row& row, Stop* stop) {
   const Sampling& task = row.task;
   int64_t* weight = row.tokens.weight;
   int64_t *block_mass = row.space.mass, total = row.tokens.total, drawable = 0;
@@ -168,7 +168,7 @@ inline void draw_several(Row& row) {
     task.status[row.index] = drawable * kSamplingFaults + int64_t(SamplingFault::few);
     return;
   }
-  for (int64_t draw = 0; draw < task.draws; ++draw) {
+  for (int64_t draw = 0; draw < task.draws && !stop->after(row.tokens.blocks()); ++draw) {
     int64_t target = int64_t(high_product(random_word(task, row.index, draw), uint64_t(total))), b = 0;
     // Both ends are reached only where another thread has written to the logits since they were weighed.
     while (b + 1 < row.tokens.blocks() && block_mass[b] <= target) target -= block_mass[b++];
@@ -247,22 +247,62 @@ inline bool begin(Row& row) {
   return true;
 }
 
+inline void run_stage(Row& row, const Step& step) {
+  row.floor = step.floor ? row.task.min_tokens[row.index] : 1;
+  close_gaps(row);
+  kStages[int(step.stage)](row, step);
+}
+
 // All stages; where the token is all that is asked for, those up to the one that leaves no choice.
 inline void filter(Row& row, bool token_only = false) {
   for (int64_t i = 0; i < row.task.step_count; ++i) {
-    const Step& step = row.task.steps[i];
-    row.floor = step.floor ? row.task.min_tokens[row.index] : 1;
-    close_gaps(row);
-    kStages[int(step.stage)](row, step);
+    run_stage(row, row.task.steps[i]);
     if (token_only && row.scale.one_hot >= 0) return; // it outlives every stage that follows
   }
   if (!token_only) close_gaps(row);
 }
 
-inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memory memory) {
+HEADWAY_FLATTEN inline void write_left(Row& row, int64_t stage) {
+  if (row.scale.one_hot >= 0) weigh(row.tokens, row);
+  const Trace& to = row.task.trace;
+  const Tokens& tokens = row.tokens;
+  const int64_t first = stage * row.task.V;
+  int64_t n = first;
+  for (int64_t b = 0; b < tokens.blocks(); ++b) {
+    const float* z = tokens.block(b);
+    uint64_t in = block_bits(z, [](Vec<float> x) { return x != Vec<float>(kNever); });
+    if (!to.id) {
+      n += __builtin_popcountll(in);
+      continue;
+    }
+    Vec<int64_t> w[kBlock / 16];
+    int64_t mass[kBlock];
+    block_masses(row, b, w);
+    memcpy(mass, w, sizeof w);
+    for (; in; ++n) {
+      const int64_t i = take_lowest(in);
+      to.id[n] = tokens.at(b * kBlock + i);
+      to.z[n] = z[i] + 0.0f; // which makes -0 a 0
+      to.mass[n] = mass[i];
+    }
+  }
+  to.count[stage] = n - first;
+  to.found[stage] = row.found;
+}
+inline void trace(Row& row) {
+  write_left(row, 0);
+  for (int64_t i = 0; i < row.task.step_count; ++i) {
+    run_stage(row, row.task.steps[i]);
+    close_gaps(row);
+    write_left(row, i + 1);
+  }
+}
+
+inline void run_sampling(const Sampling& task, const Plan&, int64_t index, const Memory& memory) {
   const Workspace space(Arena{static_cast<char*>(memory.own)}, task.V, nullptr, memory.team);
   Row row{task, index, space};
   if (!begin(row)) return;
+  if (task.trace.count) return trace(row);
   const Tokens& tokens = row.tokens;
   const bool token_only = !task.probabilities && !task.filtered && task.draws == 1;
   filter(row, token_only);
@@ -273,7 +313,7 @@ inline void run_sampling(const Sampling& task, const Plan&, int64_t index, Memor
   }
   if (task.filtered) write_filtered(row);
   if (task.tokens || task.probabilities) weigh(row.tokens, row);
-  if (task.tokens) draw_several(row);
+  if (task.tokens) draw_several(row, memory.stop);
   if (task.probabilities) {
     if (task.logits.dtype == DType::f64)
       write_probabilities(tokens, task.V, static_cast<double*>(task.probabilities) + index * task.V);

@@ -55,15 +55,18 @@ template <class T> bool plain(const RowRules<T>& row, T scale, T softcap) {
 // Products of keys begin .. end (multiples of 16) become scores, but for a plain row's scale, and -inf where the row
 // may not attend. Returns the maximum of the scores: -inf where nothing is allowed, else finite or +inf, so that the
 // exponentials of -inf scores are 0. A NaN score does not decide the maximum; it reaches the row through its
-// exponential.
-template <class T> T score_row(T* s, int64_t begin, int64_t end, const RowRules<T>& row, T scale, T softcap) {
+// exponential. `poison` becomes 0, or NaN in some lane where a product or a score that counts is infinite: a product
+// that left the type's range may belong to any score.
+template <class T>
+T score_row(T* s, int64_t begin, int64_t end, const RowRules<T>& row, T scale, T softcap, Vec<T>& poison) {
   using Int = typename IntOf<T>::type;
   const bool is_plain = plain(row, scale, softcap);
-  Vec<T> top = kMinusInfinity<T>;
+  Vec<T> top = kMinusInfinity<T>, low = T(0), lost = T(0); // x * 0 is 0 for finite x alone
   Mask<T> seen = Int(0);
   const auto decide = [&](int64_t from, int64_t to) {
     for (int64_t j = from; j < to; j += 16) {
-      Vec<T> x = Vec<T>::load(s + j);
+      const Vec<T> product = Vec<T>::load(s + j);
+      Vec<T> x = product;
       if (!is_plain) {
         x = x * Vec<T>(scale);
         if (softcap > 0) x = Vec<T>(softcap) * tanh(x / Vec<T>(softcap));
@@ -71,6 +74,8 @@ template <class T> T score_row(T* s, int64_t begin, int64_t end, const RowRules<
       }
       const Mask<T> keep = allowed(row, j);
       seen = seen | keep;
+      low = smaller(select(keep, product, Vec<T>(T(0))), low);
+      if (!is_plain) lost = lost + select(keep, product * Vec<T>(T(0)) + x * Vec<T>(T(0)), Vec<T>(T(0)));
       x = select(keep, x, Vec<T>(kMinusInfinity<T>));
       x.store(s + j);
       top = larger(x, top);
@@ -80,16 +85,19 @@ template <class T> T score_row(T* s, int64_t begin, int64_t end, const RowRules<
   if (is_plain && !row.mask && round_up(row.low, 16) < row.high / 16 * 16)
     free_from = round_up(row.low, 16), free_to = row.high / 16 * 16, seen = Mask<T>(Int(-1));
   decide(begin, free_from);
-  for (int64_t j = free_from; j < free_to; j += 16) top = larger(Vec<T>::load(s + j), top);
+  for (int64_t j = free_from; j < free_to; j += 16) {
+    const Vec<T> x = Vec<T>::load(s + j);
+    top = larger(x, top), low = smaller(x, low);
+  }
   decide(free_to, end);
+  poison = low * Vec<T>(T(0)) + lost;
   if (!any(seen)) return kMinusInfinity<T>;
   const T m = is_plain ? maximum(top) * scale : maximum(top);
   return m > Constants<T>::lowest ? m : Constants<T>::lowest;
 }
 
-// Scores times scale become exp(score - m); returns their sum over 16 lanes and one tree.
-template <class T> T soften(T* s, int64_t begin, int64_t end, T scale, T m) {
-  Vec<T> total = T(0);
+// Scores times scale become exp(score - m); returns their sum over 16 lanes and one tree. The lanes begin with `total`.
+template <class T> T soften(T* s, int64_t begin, int64_t end, T scale, T m, Vec<T> total = T(0)) {
 #pragma GCC unroll 2
   for (int64_t j = begin; j < end; j += 16) {
     const Vec<T> p = exp(Vec<T>::load(s + j) * Vec<T>(scale) - Vec<T>(m));

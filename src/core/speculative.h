@@ -38,11 +38,11 @@ inline Plan plan_verification(const Verification& task, int64_t) {
   return plan;
 }
 
-inline void run_verification(const Verification& task, const Plan& plan, int64_t index, Memory memory) {
+inline void run_verification(const Verification& task, const Plan& plan, int64_t index, const Memory& memory) {
   char* own = static_cast<char*>(memory.own);
   const Workspace space(Arena{own}, task.target.V, nullptr, memory.team);
   const Workspace draft_space(Arena{own + plan.workspace / 2}, task.target.V, nullptr, memory.team);
-  for (int64_t i = 0;; ++i) {
+  for (int64_t i = 0; !memory.stop->after(16 * task.target.V); ++i) {
     const int64_t at = index * (task.n + 1) + i, draft_at = index * task.n + i;
     Row row{task.target, at, space};
     if (!begin(row)) return;

@@ -24,6 +24,9 @@ struct Row {
   Scale scale{};
   Tokens tokens{};   // those still in
   bool gaps = false; // but of these only what has its bit in space.chosen
+  // What the last stage worked out on its way, to be told: the temperature, the standard deviation, the mean of x, the
+  // least mass, the coin. It decides nothing more.
+  double found = 0;
 };
 
 inline void weigh(Tokens& tokens, const Row& row) {
@@ -242,7 +245,8 @@ inline void measure(Row& row, double temperature) {
 }
 
 inline void greedy(Row& row, const Step& step) {
-  if (step.value[0][row.index] == 0) measure(row, 0);
+  row.found = step.value[0][row.index];
+  if (row.found == 0) measure(row, 0);
 }
 
 // With a range, the temperature rises with the entropy at temperature 1, as a share of the largest that so many tokens
@@ -261,6 +265,7 @@ inline void temperature(Row& row, const Step& step) {
     t = low + (high - low) * power(entropy, step.value[2][row.index]);
     t = t < largest ? t : largest;
   }
+  row.found = t;
   measure(row, t);
 }
 
@@ -272,7 +277,8 @@ inline void top_n_sigma(Row& row, const Step& step) {
     second = first * first;
   });
   const double mean = all.first / double(all.count), variance = all.second / double(all.count) - mean * mean;
-  const double below = n * (variance > 0 ? __builtin_sqrt(variance) : 0);
+  row.found = variance > 0 ? __builtin_sqrt(variance) : 0;
+  const double below = n * row.found;
   const float bound = lowest(float(top), [&](float z) { return double(z) - top >= -below; });
   keep(row, row.tokens, choose_inside(row.tokens, row.space, {bound, 0, row.tokens.n}), step.ties);
 }
@@ -358,7 +364,8 @@ inline void typical_p(Row& row, const Step& step) {
   const double p = step.value[0][row.index];
   if (p == 1.0) return;
   weigh(row.tokens, row);
-  const float mean = float(moments(row).mean);
+  row.found = moments(row).mean;
+  const float mean = float(row.found);
   const int64_t target = share(p, row.tokens.total, !step.equal), floor = least(row.floor, row.tokens.n);
   const auto choose_near = [&](const Tokens& tokens, Boundary end) {
     return choose(tokens, row.space, Inside{tokens, nullptr, end});
@@ -395,14 +402,16 @@ inline void eta_cutoff(Row& row, const Step& step) {
   const Moments all = moments(row);
   int64_t middle[16];
   weights_at(Vec<float>(float(all.mean)), row.scale).store(middle);
-  keep_heavy(row, least(share(epsilon, all.total), share(__builtin_sqrt(epsilon), middle[0])), step.ties);
+  const int64_t weight = least(share(epsilon, all.total), share(__builtin_sqrt(epsilon), middle[0]));
+  row.found = double(weight); // exact: a share of one token's mass is below 2^53
+  keep_heavy(row, weight, step.ties);
 }
 
 // Of the tokens that reach the threshold all but the last of the order go (Ties::keep: all but its equals), and all but
 // the spared.
 inline void xtc(Row& row, const Step& step) {
-  const uint64_t coin = random_block(row.task, row.index).word[1];
-  if (double(coin >> 11) * 0x1p-53 >= step.value[0][row.index]) return;
+  row.found = double(random_block(row.task, row.index).word[1] >> 11) * 0x1p-53;
+  if (row.found >= step.value[0][row.index]) return;
   weigh(row.tokens, row);
   const Tokens& tokens = row.tokens;
   const int64_t weight = most(1, share(step.value[1][row.index], tokens.total, step.equal));

@@ -65,12 +65,18 @@ private:
   int64_t size_ = 0;
 };
 
+using Clock = std::chrono::steady_clock;
+constexpr std::chrono::milliseconds kLook{50}; // between two questions whether to end: Python's lock may have to be had
+
 struct Job {
   const Call& call;
   Plan plan;
   int64_t participants;
   Memory memory; // own: of participant 0
+  Interrupted interrupted = nullptr;
   std::atomic<int64_t> next{0};
+  std::atomic<bool> stopped{false};
+  Clock::time_point next_look{};
 
   // Where all of it lies in one workspace: the shared part first, then a piece for each participant.
   int64_t shared_bytes() const { return (plan.shared + 63) / 64 * 64; }
@@ -81,11 +87,27 @@ struct Job {
     if (plan.shared) std::memset(workspace, 0, size_t(plan.shared));
   }
 
+  // Participant 0 is the thread that made the call.
   void take_part(int64_t participant) {
     const StandardFloats floats;
-    const Memory mine{static_cast<char*>(memory.own) + participant * own_bytes(), memory.shared, memory.team};
-    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < plan.units;)
+    Stop stop{};
+    if (interrupted) stop = {participant ? has_stopped : asks, this};
+    const Memory mine{static_cast<char*>(memory.own) + participant * own_bytes(), memory.shared, memory.team, &stop};
+    const int64_t work = plan.work / plan.units;
+    for (int64_t unit; !stop.now && (unit = next.fetch_add(1, std::memory_order_relaxed)) < plan.units;) {
       call.run(call.call, plan, unit, mine);
+      stop.after(work);
+    }
+  }
+  static bool has_stopped(void* job) { return static_cast<Job*>(job)->stopped.load(std::memory_order_relaxed); }
+  static bool asks(void* of) {
+    Job& job = *static_cast<Job*>(of);
+    if (has_stopped(of)) return true;
+    const Clock::time_point now = Clock::now();
+    if (now < job.next_look) return false;
+    if (job.interrupted()) job.stopped = true;
+    job.next_look = Clock::now() + kLook;
+    return has_stopped(of);
   }
 };
 
@@ -113,7 +135,7 @@ constexpr int64_t kKeptWorkspace = 16 << 20; // bytes kept between calls, so tha
 constexpr std::chrono::microseconds kPatience{100};
 
 template <class Condition> void look_on(Condition met) {
-  const auto end = std::chrono::steady_clock::now() + kPatience;
+  const auto end = Clock::now() + kPatience;
   do {
     for (int i = 0; i < 32; ++i) {
       if (met()) return;
@@ -123,7 +145,7 @@ template <class Condition> void look_on(Condition met) {
       asm volatile("yield");
 #endif
     }
-  } while (std::chrono::steady_clock::now() < end);
+  } while (Clock::now() < end);
 }
 
 class Pool {
@@ -133,6 +155,7 @@ public:
   int threads() const { return threads_; }
 
   void resize(int threads) {
+    if (inside_) throw std::runtime_error("n: a signal's handler cannot change the number of threads during a call");
     const std::lock_guard<std::mutex> alone(busy_);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -145,17 +168,23 @@ public:
     threads_ = threads;
   }
 
-  void run(const Call& call) {
-    std::unique_lock<std::mutex> mine(busy_, std::try_to_lock);
+  bool run(const Call& call, Interrupted interrupted) {
+    std::unique_lock<std::mutex> mine(busy_, std::defer_lock);
+    if (!inside_) mine.try_lock();
     int64_t threads = mine ? threads_.load() : 1;
-    Job job{call, call.plan(call.call, threads), 1, {}};
-    if (job.plan.units == 0) return;
+    Job job{call, call.plan(call.call, threads), 1, {}, interrupted};
+    if (job.plan.units == 0) return true;
+    job.next_look = Clock::now() + kLook;
     threads = std::min(threads, 1 + job.plan.work / kWorkPerThread);
     const bool team = job.plan.team && threads > 1;
     if (!team) threads = std::min(threads, job.plan.units);
     job.participants = team ? 1 : threads;
     if (threads == 1 && mine) mine.unlock();
-    static thread_local Workspace own;
+    // What a call within this one, from a signal's handler, must leave alone.
+    const Inside inside;
+    static thread_local Workspace kept;
+    Workspace own;
+    if (!mine) std::swap(own, kept);
     Workspace& workspace = mine ? workspace_ : own;
     job.place(workspace.at_least(job.bytes()));
     if (threads > 1) threads = std::min(threads, int64_t(1 + workers(int(threads - 1))));
@@ -170,25 +199,33 @@ public:
       run(job);
     }
     workspace.keep_at_most(kKeptWorkspace);
+    if (&workspace == &own) std::swap(own, kept);
+    return !job.stopped;
   }
 
 private:
+  struct Inside { // whether this thread is in a call
+    const bool before = std::exchange(inside_, true);
+    ~Inside() { inside_ = before; }
+  };
+  static inline thread_local bool inside_ = false;
+
   void run(Job& job) {
     if (job.participants > 1) share(&job);
     job.take_part(0);
-    if (job.participants > 1) finish();
+    if (job.participants > 1) finish(job);
   }
   // On behalf of a unit that runs alone, while its caller holds busy_.
   using Part = void (*)(const void* work, int64_t i);
   void run_parts(int64_t parts, Part part, const void* work) {
     const std::pair<Part, const void*> both{part, work};
     const Call call{nullptr,
-                    [](const void* c, const Plan&, int64_t i, Memory) {
+                    [](const void* c, const Plan&, int64_t i, const Memory&) {
                       const auto& [part, work] = *static_cast<const std::pair<Part, const void*>*>(c);
                       part(work, i);
                     },
                     &both};
-    Job job{call, Plan{parts, 0, 0}, threads_, {}};
+    Job job{call, Plan{parts, 0, 0}, threads_, {}}; // it is ended by nobody: a row that is half looked at is no row
     run(job);
   }
 
@@ -200,14 +237,18 @@ private:
     }
     if (sleepers_) wake_.notify_all();
   }
-  void finish() {
+  void finish(Job& job) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       job_ = nullptr; // a worker that wakes only now finds nothing to do
     }
     look_on([this] { return active_ == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return active_ == 0; });
+    while (!done_.wait_for(lock, kLook, [this] { return active_ == 0; })) {
+      lock.unlock();
+      if (job.interrupted) Job::asks(&job);
+      lock.lock();
+    }
   }
 
   // Starts workers up to this number, or as many as the system allows: no result depends on how many there are.
@@ -273,6 +314,6 @@ Pool& pool() {
 void set_num_threads(int n) { pool().resize(n); }
 int get_num_threads() { return pool().threads(); }
 
-void execute(const Call& call) { pool().run(call); }
+bool execute(const Call& call, Interrupted interrupted) { return pool().run(call, interrupted); }
 
 } // namespace headway

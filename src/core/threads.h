@@ -8,33 +8,37 @@
 
 namespace headway {
 
-void set_num_threads(int n); // n >= 1
+void set_num_threads(int n); // n >= 1; throws where a call of this very thread is under way
 int get_num_threads();       // HEADWAY_NUM_THREADS, or the processors that this process may use
 
 // A kernel and its task, with their types forgotten.
 struct Call {
   Plan (*plan)(const void* call, int64_t threads);
-  void (*run)(const void* call, const Plan& plan, int64_t unit, Memory memory);
+  void (*run)(const void* call, const Plan& plan, int64_t unit, const Memory& memory);
   const void* call;
 };
 // Plans the call and runs its units on up to get_num_threads() threads. The caller's floating-point modes are set aside
-// while a unit runs. Throws std::bad_alloc where there is no memory for it.
-void execute(const Call& call);
+// while a unit runs. Every 50 milliseconds the calling thread asks whether the call is to end unfinished, if there is
+// something to ask; it then returns false. The answer may come from a call of its own, which works alone. Throws
+// std::bad_alloc where there is no memory for it.
+using Interrupted = bool (*)();
+bool execute(const Call& call, Interrupted interrupted);
 
-template <class Task> void execute(const Kernel<Task>& kernel, const Task& task) {
+template <class Task> bool execute(const Kernel<Task>& kernel, const Task& task, Interrupted interrupted = nullptr) {
   struct Typed {
     const Kernel<Task>& kernel;
     const Task& task;
   } typed{kernel, task};
-  execute(Call{[](const void* c, int64_t threads) {
-                 const Typed& call = *static_cast<const Typed*>(c);
-                 return call.kernel.plan(call.task, threads);
-               },
-               [](const void* c, const Plan& plan, int64_t unit, Memory memory) {
-                 const Typed& call = *static_cast<const Typed*>(c);
-                 call.kernel.run(call.task, plan, unit, memory);
-               },
-               &typed});
+  const Call call{[](const void* c, int64_t threads) {
+                    const Typed& call = *static_cast<const Typed*>(c);
+                    return call.kernel.plan(call.task, threads);
+                  },
+                  [](const void* c, const Plan& plan, int64_t unit, const Memory& memory) {
+                    const Typed& call = *static_cast<const Typed*>(c);
+                    call.kernel.run(call.task, plan, unit, memory);
+                  },
+                  &typed};
+  return execute(call, interrupted);
 }
 
 // Sets rounding to nearest and gradual underflow for its lifetime, whatever the caller's thread had.

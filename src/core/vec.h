@@ -187,6 +187,20 @@ inline Vec<float> larger(Vec<float> a, Vec<float> b) {
   return a;
 }
 inline Vec<double> larger(Vec<double> a, Vec<double> b) { return select(a > b, a, b); }
+inline Vec<float>::Reg smaller_reg(Vec<float>::Reg a, Vec<float>::Reg b) {
+#if defined(__AVX512F__)
+  return (Vec<float>::Reg)_mm512_mask_min_ps((__m512)a, 0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec<float>::Reg)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+inline Vec<float> smaller(Vec<float> a, Vec<float> b) {
+  for (int i = 0; i < Vec<float>::parts; ++i) a.part[i] = smaller_reg(a.part[i], b.part[i]);
+  return a;
+}
+inline Vec<double> smaller(Vec<double> a, Vec<double> b) { return select(a < b, a, b); }
 
 inline Vec<int32_t>::Reg smaller_reg(Vec<int32_t>::Reg a, Vec<int32_t>::Reg b) {
 #if defined(__AVX512F__) // GCC 12 makes two instructions of the plain one

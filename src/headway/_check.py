@@ -109,9 +109,9 @@ def integers(x: Any, name: str, low: int, high: int) -> NDArray[np.int64]:
     array = plain(x, name)
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"{name}: expected integers, got {array.dtype.name}")
-    array = array.copy()
+    shape, array = array.shape, unrepeated(array).copy()
     if array.size and (int(array.min()) < low or int(array.max()) > high):
         index = tuple(map(int, np.argwhere((array < low) | (array > high))[0]))
         place = f" at {index[0] if len(index) == 1 else index}" if index else ""
         raise ValueError(f"{name}: expected integers from {low} to {high}, got {array[index]}{place}")
-    return array.astype(np.int64, copy=False)
+    return np.broadcast_to(array.astype(np.int64, copy=False), shape)

@@ -304,13 +304,14 @@ def check_together(settings: Settings) -> None:
 _LEAST = {"min_tokens_to_keep": 1}  # what says nothing in any dialect
 
 
-def broadcast(name: str, array: Array, shape: tuple[int, ...]) -> Array:
+def broadcast(name: str, array: Array, shape: tuple[int, ...], given: tuple[int, ...] | None = None) -> Array:
+    """Return an array in this shape; an error shows the shape that was given, if that is another than the array's."""
     if array.shape == shape:
         return array
     try:
         return np.broadcast_to(array, shape)
     except ValueError:
-        raise ValueError(f"{name}: expected a shape that broadcasts to {shape}, got {array.shape}") from None
+        raise ValueError(f"{name}: expected a shape that broadcasts to {shape}, got {given or array.shape}") from None
 
 
 def known_ids(name: str, ids: Array, vocabulary: int) -> Array:
@@ -326,7 +327,7 @@ def over_rows(name: str, array: Array, shape: tuple[int, ...]) -> Array:
     own = array
     while own.ndim > len(shape) and own.shape[0] == 1:
         own = own[0]
-    return broadcast(name, own if own.ndim <= len(shape) else array, shape)
+    return broadcast(name, own, shape, array.shape)
 
 
 def per_token(name: str, array: Array, shape: tuple[int, ...]) -> Array:
@@ -423,7 +424,8 @@ def identity(value: Any) -> Any:
 
 
 def _first(array: Array, wrong: Array) -> tuple[tuple[int, ...], Any]:
-    index = tuple(map(int, np.argwhere(wrong)[0]))
+    # Not argwhere, which finds nothing where another thread has mended the caller's array in between.
+    index = tuple(map(int, np.unravel_index(np.argmax(wrong), wrong.shape)))
     return index, array[index].item()
 
 

@@ -6,7 +6,8 @@ D head size of q and k, E head size of v.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import NoneType
@@ -16,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _check, _native
-from ._arrays import Operand, as_numpy, compute_dtype, promote, storage, unwrap
+from ._arrays import Operand, as_numpy, compute_dtype, promote, storage, unrepeated, unwrap
 
 __all__ = ["AttentionState", "attention", "attention_weights", "merge_attention", "partial_attention"]
 
 CHUNK: int = _native.CHUNK
-_LARGEST_HEAD = 2**24  # a chunk of keys must fit the address space many times over
+LARGEST_HEAD = 2**16  # each thread packs a chunk of keys and one of values
 _CAUSAL = (None, False, True, "top_left", "bottom_right")
 _PRECISION = ("exact", "fast")
 _FARTHEST = 2**53  # positions, so that no sum of two leaves int64
@@ -49,6 +50,7 @@ class Call(NamedTuple):
     sinks: NDArray[Any] | None
     kv_lengths: NDArray[Any] | None
     options: _native.Options
+    scale: float
     shape: tuple[int, ...]  # (..., H, L)
     keys: int
     dtype: str  # of the result
@@ -76,6 +78,7 @@ class Plan(NamedTuple):
     v: tuple[int, ...]
     lead: tuple[int, ...]  # (..., H, L)
     dtype: str  # of the result
+    scale: float
     options: _native.Options
 
 
@@ -102,8 +105,8 @@ def _plan(
     *batch, q_heads, length, q_size = q
     if q_size < 1:
         raise ValueError(f"q: expected a head size D of at least 1, got shape {q}")
-    if q_size > _LARGEST_HEAD:
-        raise ValueError(f"q: expected a head size D of at most {_LARGEST_HEAD}, got {q_size}")
+    if q_size > LARGEST_HEAD:
+        raise ValueError(f"q: expected a head size D of at most {LARGEST_HEAD}, got {q_size}")
     if q_size != size:
         raise ValueError(f"k: expected the head size D = {q_size} of q in its last axis, got {size}")
     if heads < 1 or q_heads % heads:
@@ -113,8 +116,8 @@ def _plan(
     if v is not None:
         if len(v) < 3 or v[-3:-1] != (heads, keys):
             raise ValueError(f"v: expected shape (..., {heads}, {keys}, E) to go with k, got {v}")
-        if v[-1] > _LARGEST_HEAD:
-            raise ValueError(f"v: expected a head size E of at most {_LARGEST_HEAD}, got {v[-1]}")
+        if v[-1] > LARGEST_HEAD:
+            raise ValueError(f"v: expected a head size E of at most {LARGEST_HEAD}, got {v[-1]}")
         batches["v"] = v[:-3]
     shape = _check.batch_shape(**batches)
     dtype = promote(*dtypes)
@@ -135,11 +138,13 @@ def _plan(
             f"window: expected causal='top_left' or 'bottom_right' beside it where the numbers of queries and keys "
             f"differ, got {length} queries and {keys} keys: say where the queries stand, or use a mask"
         )
+    factor = 1 / math.sqrt(q_size) if scale is None else _check.number(scale, "scale", within=compute)
+    cap = 0.0
+    if softcap is not None:
+        cap = _check.number(softcap, "softcap", "a number > 0 or None", above=0.0, within=compute)
     options = _native.Options(
-        scale=None if scale is None else _check.number(scale, "scale", within=compute),
-        softcap=0.0
-        if softcap is None
-        else _check.number(softcap, "softcap", "a number > 0 or None", above=0.0, within=compute),
+        scale=None if scale is None else factor,
+        softcap=cap,
         causal=causal not in (None, False),
         bottom_right=causal == "bottom_right",
         window_left=left,
@@ -151,7 +156,7 @@ def _plan(
         fast=precision == "fast",
     )
     lead = (*shape, q_heads, length)
-    return Plan((*lead, q_size), (*shape, *core), () if v is None else (*shape, *v[-3:]), lead, dtype, options)
+    return Plan((*lead, q_size), (*shape, *core), () if v is None else (*shape, *v[-3:]), lead, dtype, factor, options)
 
 
 def prepare(
@@ -210,6 +215,7 @@ def prepare(
         sinks=sinks,
         kv_lengths=kv_lengths,
         options=plan.options,
+        scale=plan.scale,
         shape=plan.lead,
         keys=keys.length,
         dtype=plan.dtype,
@@ -248,18 +254,20 @@ def _added(bias: Any, compute: str) -> NDArray[Any]:
     operand = unwrap(bias, "bias")
     added = operand.astype(compute)
     if operand.dtype == "float64" and compute == "float32":
-        lost = np.isinf(added) & np.isfinite(operand.data)
+        given = unrepeated(operand.data)
+        lost = np.isinf(unrepeated(added)) & np.isfinite(given)
         if lost.any():
             raise ValueError(
-                f"bias: expected numbers within float32, which q, k and v are computed in, got "
-                f"{operand.data[lost].flat[0]}; -inf masks"
+                f"bias: expected numbers within float32, which q, k and v are computed in, got {given[lost].flat[0]}; "
+                f"-inf masks"
             )
     return added
 
 
 def _sinks(sinks: Any, shape: tuple[int, ...], compute: str) -> NDArray[Any]:
     array = unwrap(sinks, "sinks").astype(compute)
-    if np.isnan(array).any() or (array == np.inf).any():
+    given = unrepeated(array)
+    if np.isnan(given).any() or (given == np.inf).any():
         raise ValueError("sinks: expected numbers below infinity, got NaN or inf")
     return _check.broadcast(array, shape, "sinks", "(..., H)")
 
@@ -270,9 +278,88 @@ def run(call: Call, return_lse: bool, out: NDArray[Any] | None = None) -> Any:
     if out is None:
         out = np.empty((*call.shape, call.v.shape[-1]), storage(call.dtype))
     lse = np.empty(call.shape, call.compute) if return_lse else None
-    _native.attention(call.q, call.k, call.v, call.mask, call.bias, call.sinks, call.kv_lengths, call.options, out, lse)
+    _compute(_attend, call, out, lse)
     result = call.like.wrap(out, call.dtype)
     return result if lse is None else (result, call.like.wrap(lse, call.compute))
+
+
+# A kernel with its call, the rows (..., H, L) that are wanted, and where results go. Returns whether these are finite.
+_Kernel = Callable[[Call, "NDArray[Any] | None", NDArray[Any], "NDArray[Any] | None"], bool]
+
+
+def _attend(call: Call, rows: NDArray[Any] | None, out: NDArray[Any], lse: NDArray[Any] | None) -> bool:
+    assert call.v is not None
+    arrays = call.q, call.k, call.v, call.mask, call.bias, call.sinks, call.kv_lengths
+    return _native.attention(*arrays, rows, call.options, out, lse)
+
+
+def _weigh(call: Call, rows: NDArray[Any] | None, out: NDArray[Any], lse: NDArray[Any] | None) -> bool:
+    arrays = call.q, call.k, call.mask, call.bias, call.sinks, call.kv_lengths
+    return _native.attention_weights(*arrays, rows, call.options, out)
+
+
+def _compute(kernel: _Kernel, call: Call, out: NDArray[Any], lse: NDArray[Any] | None = None) -> None:
+    """Run a kernel. Numbers that come out infinite or NaN are computed again where there is more range.
+
+    Each number is replaced on its own account, so it depends on nothing but what its row depended on before.
+    """
+    if not (out.size or (lse is not None and lse.size)) or kernel(call, None, out, lse):
+        return
+    results = [out] if lse is None else [out, lse]
+    for wider, exponent in _wider(call):
+        lost = [~_finite(x) for x in results]
+        rows: NDArray[Any] = np.any(lost[0], axis=-1)
+        if lse is not None:
+            rows |= lost[1]
+        again = [np.empty(x.shape, x.dtype) for x in results]
+        finite = kernel(wider, rows.view(np.uint8), again[0], None if lse is None else again[1])
+        if exponent:
+            again[0] = _lifted(again[0], exponent)
+        for old, new, where in zip(results, again, lost):
+            np.copyto(old, new, where=where)
+        if finite:
+            return
+
+
+def _wider(call: Call) -> Iterator[tuple[Call, int]]:
+    """Give the same call with more range, and the power of two that its result is to be multiplied by.
+
+    float64 holds all that float32 can lead to. For float64 itself, what scale takes away is taken from q and k before,
+    and then the values are made smaller.
+    """
+    if call.compute == "float32":
+        bias, sinks = (None if x is None else _times(x, 0) for x in (call.bias, call.sinks))
+        yield call._replace(bias=bias, sinks=sinks, options=call.options.wider(call.scale)), 0
+        return
+    shift = min(math.frexp(call.scale)[1] - 64, 0)  # 64: the terms of a sum may be larger than the sum
+    options = call.options.wider(math.ldexp(call.scale, -shift))
+    q, k = _times(call.q, shift // 2), _times(call.k, shift - shift // 2)
+    call = call._replace(q=q, k=k, options=options)
+    yield call, 0
+    if call.v is not None:
+        yield call._replace(v=_times(call.v, -64)), 64
+
+
+def _times(x: NDArray[Any], exponent: int) -> NDArray[Any]:
+    """Return the numbers times a power of two, as float64."""
+    once = unrepeated(x)
+    out = np.empty(once.shape)
+    if out.size:
+        columns = once.shape[-1]
+        _native.convert(once.reshape(-1, columns), out.reshape(-1, columns), exponent)
+    return np.broadcast_to(out, x.shape)
+
+
+def _lifted(out: NDArray[Any], exponent: int) -> NDArray[Any]:
+    """Return averages times a power of two. None is beyond the largest number, whatever rounding made of it."""
+    lifted = _times(out, exponent)
+    beyond = np.isfinite(out) & np.isinf(lifted)
+    return np.where(beyond, np.copysign(np.finfo(np.float64).max, out), lifted)
+
+
+def _finite(x: NDArray[Any]) -> NDArray[np.bool_]:
+    finite: NDArray[np.bool_] = (x & 0x7F80) != 0x7F80 if x.dtype == np.uint16 else np.isfinite(x)
+    return finite
 
 
 def attention(
@@ -380,7 +467,7 @@ def attention_weights(
         kv_lengths=kv_lengths,
     )
     out = np.empty((*call.shape, call.keys), storage(call.dtype))
-    _native.attention_weights(call.q, call.k, call.mask, call.bias, call.sinks, call.kv_lengths, call.options, out)
+    _compute(_weigh, call, out)
     return call.like.wrap(out, call.dtype)
 
 
@@ -408,7 +495,8 @@ class AttentionState:
     def from_lse(out: Any, lse: Any) -> AttentionState:
         """Make a state of another library's partial result: out (..., H, L, E), lse (..., H, L), natural logarithm.
 
-        Merging it is exact up to rounding; the promise of equal bits holds for states from `partial_attention` alone.
+        A row without keys has the lse -inf. One whose lse is NaN makes the merged row NaN; +inf is an error. Merging is
+        exact up to rounding; the promise of equal bits holds for states from `partial_attention` alone.
         """
         result, logs = unwrap(out, "out"), unwrap(lse, "lse")
         if result.data.ndim < 3 or logs.data.shape != result.data.shape[:-1]:
@@ -418,7 +506,14 @@ class AttentionState:
             )
         compute = compute_dtype(result.dtype)
         maximum = np.array(logs.astype(compute))[None]
-        total = np.where(maximum == -np.inf, 0, 1).astype(compute)
+        given = logs.astype("float64")
+        lost = np.isposinf(given) | (np.isfinite(given) & ~np.isfinite(maximum[0]))
+        if lost.any():
+            raise ValueError(
+                f"lse: expected numbers below infinity within {compute}, got {given[lost].flat[0]}; a row without keys "
+                f"has the lse -inf, and larger numbers need float64 for out and lse"
+            )
+        total = np.where(maximum == -np.inf, 0, np.where(np.isnan(maximum), np.nan, 1)).astype(compute)
         weighted = np.array(result.astype(compute))[None]
         return AttentionState(maximum, total, weighted, None, 0, result.dtype, result.wrap)
 
@@ -494,9 +589,9 @@ def partial_attention(
     chunks = tuple(_native.node_chunks(first, end))
     maximum, total = (np.empty((len(chunks), *call.shape), call.compute) for _ in range(2))
     weighted = np.empty((len(chunks), *call.shape, call.v.shape[-1]), call.compute)
-    _native.attention_nodes(
-        call.q, call.k, call.v, call.mask, call.bias, call.kv_lengths, call.options, maximum, total, weighted
-    )
+    if maximum.size:
+        arrays = call.q, call.k, call.v, call.mask, call.bias, call.kv_lengths
+        _native.attention_nodes(*arrays, call.options, maximum, total, weighted)
     return AttentionState(maximum, total, weighted, chunks, end, call.dtype, call.like.wrap)
 
 
@@ -540,15 +635,17 @@ def merge_attention(states: Iterable[AttentionState], *, sinks: Any = None, retu
     *shape, size = first.weighted_sum.shape[1:]
     out = np.empty((*shape, size), storage(dtype))
     lse = np.empty(shape, compute) if return_lse else None
-    _native.attention_merge(
-        nodes,
-        np.concatenate([state.maximum for state in parts]),
-        np.concatenate([state.total_weight for state in parts]),
-        np.concatenate([state.weighted_sum for state in parts]),
-        None if sinks is None else _sinks(sinks, tuple(shape[:-1]), compute),
-        compute == "float64",
-        out,
-        lse,
-    )
+    sinks = None if sinks is None else _sinks(sinks, tuple(shape[:-1]), compute)
+    if out.size or (lse is not None and lse.size):
+        _native.attention_merge(
+            nodes,
+            np.concatenate([state.maximum for state in parts]),
+            np.concatenate([state.total_weight for state in parts]),
+            np.concatenate([state.weighted_sum for state in parts]),
+            sinks,
+            compute == "float64",
+            out,
+            lse,
+        )
     result = first._wrap(out, dtype)
     return result if lse is None else (result, first._wrap(lse, compute))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,32 @@ from numpy.typing import NDArray
 
 from . import _check, _native
 from ._arrays import FLOATING, Operand, as_numpy, storage, unwrap
-from .attention import Keys, prepare, run
+from .attention import LARGEST_HEAD, Keys, prepare, run
 
 __all__ = ["KVCache"]
 
 LANES: int = _native.LANES
 _FIRST_CAPACITY = 64
+
+
+class _OneAtATime:
+    """Lets one call of an object in, and refuses another that meets it."""
+
+    __slots__ = ("_acquire", "_release")
+
+    def __init__(self) -> None:
+        lock = threading.Lock()
+        self._acquire, self._release = lock.acquire, lock.release
+
+    def __enter__(self) -> None:
+        if not self._acquire(False):
+            raise RuntimeError(
+                "KVCache: another call of this cache is under way, in another thread or in what a signal interrupted; "
+                "give each thread its own fork(), or guard the cache with a lock"
+            )
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
 
 
 class KVCache:
@@ -28,6 +49,9 @@ class KVCache:
         batch_shape: the leading axes of every array that goes in and comes out.
         dtype: float64, float32, float16 or bfloat16 (by name, or as a NumPy type): how keys and values are stored.
         capacity: how many tokens to make room for at the start; the cache grows when it must.
+
+    A cache belongs to one thread at a time: where two calls meet, the second is a RuntimeError and changes nothing. Its
+    forks are caches of their own.
 
     Keys are kept in panels of 16, transposed, (..., G, panels, D, 16): a kernel reads the scores of 16 keys in
     one go, and never transposes. Decoding with a cache equals attention over the whole, bit for bit:
@@ -57,10 +81,13 @@ class KVCache:
         if not isinstance(batch_shape, (tuple, list)):
             raise TypeError(f"batch_shape: expected a tuple of integers, got {batch_shape!r}; one axis is (n,)")
         self._heads = _check.integer(num_kv_heads, "num_kv_heads", 1)
-        self._key_size = _check.integer(head_dim, "head_dim", 1)
-        self._value_size = self._key_size if value_dim is None else _check.integer(value_dim, "value_dim", 0)
+        self._key_size = _check.integer(head_dim, "head_dim", 1, LARGEST_HEAD)
+        self._value_size = (
+            self._key_size if value_dim is None else _check.integer(value_dim, "value_dim", 0, LARGEST_HEAD)
+        )
         self._batch = tuple(_check.integer(n, "batch_shape", 0) for n in batch_shape)
         self._dtype = _dtype_name(dtype)
+        self._alone = _OneAtATime()
         self._length = 0
         self._shared = False  # whether a fork reads the same memory, so that writing must copy first
         room = 0 if capacity is None else _check.integer(capacity, "capacity", 0, 2**40)
@@ -77,14 +104,16 @@ class KVCache:
     @property
     def keys(self) -> Any:
         """A copy of the keys (..., G, S, D)."""
-        panels = np.moveaxis(self._panels, -1, -2)  # (..., G, panels, 16, D)
-        rows = panels.reshape(*self._batch, self._heads, -1, self._key_size)
-        return as_numpy(rows[..., : self._length, :].copy(), self._dtype)
+        with self._alone:
+            panels = np.moveaxis(self._panels, -1, -2)  # (..., G, panels, 16, D)
+            rows = panels.reshape(*self._batch, self._heads, panels.shape[-3] * LANES, self._key_size)
+            return as_numpy(rows[..., : self._length, :].copy(), self._dtype)
 
     @property
     def values(self) -> Any:
         """A copy of the values (..., G, S, E)."""
-        return as_numpy(self._values[..., : self._length, :].copy(), self._dtype)
+        with self._alone:
+            return as_numpy(self._values[..., : self._length, :].copy(), self._dtype)
 
     def append(self, k: Any, v: Any) -> None:
         """Add the keys (..., G, L, D) and values (..., G, L, E) of L more tokens, converted to the cache's type.
@@ -95,13 +124,15 @@ class KVCache:
         count = new_keys.shape[-2]
         if new_values.shape[-2] != count:
             raise ValueError(f"v: expected as many tokens as k has, {count}, got {new_values.shape[-2]}")
-        end = self._length + count
-        if end > self._values.shape[-2] or (self._shared and count):
-            self._grow(end)
-        slots = np.arange(self._length, end)
-        self._panels[..., slots // LANES, :, slots % LANES] = np.moveaxis(new_keys, -2, 0)
-        self._values[..., self._length : end, :] = new_values
-        self._length = end
+        with self._alone:
+            end = self._length + count
+            if end > self._values.shape[-2] or (self._shared and count):
+                self._grow(end)
+            if new_keys.size:
+                slots = np.arange(self._length, end)
+                self._panels[..., slots // LANES, :, slots % LANES] = np.moveaxis(new_keys, -2, 0)
+                self._values[..., self._length : end, :] = new_values
+            self._length = end
 
     def attend(
         self,
@@ -123,37 +154,48 @@ class KVCache:
         The queries (..., H, L, D) count as the last L tokens of the cache, causally, unless causal says otherwise.
         The other options are those of `attention`.
         """
-        batch = self._batch
-        stored = Operand(self._panels, self._dtype, as_numpy)
-        values = Operand(self._values[..., : self._length, :], self._dtype, as_numpy)
-        call = prepare(
-            q,
-            Keys(stored, batch, self._heads, self._length, self._key_size, in_panels=True),
-            values,
-            mask=mask,
-            bias=bias,
-            causal=causal,
-            window=window,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            kv_lengths=kv_lengths,
-            precision=precision,
-        )
-        return run(call, return_lse)
+        with self._alone:
+            batch = self._batch
+            stored = Operand(self._panels, self._dtype, as_numpy)
+            values = Operand(self._values[..., : self._length, :], self._dtype, as_numpy)
+            call = prepare(
+                q,
+                Keys(stored, batch, self._heads, self._length, self._key_size, in_panels=True),
+                values,
+                mask=mask,
+                bias=bias,
+                causal=causal,
+                window=window,
+                scale=scale,
+                softcap=softcap,
+                sinks=sinks,
+                kv_lengths=kv_lengths,
+                precision=precision,
+            )
+            return run(call, return_lse)
 
     def truncate(self, length: int) -> None:
         """Forget all tokens but the first ``length``."""
-        self._length = _check.integer(length, "length", 0, self._length)
+        with self._alone:
+            self._length = _check.integer(length, "length", 0, self._length)
 
     def fork(self) -> KVCache:
         """Return a second cache with the same tokens. They share memory until either is written to."""
         twin = object.__new__(type(self))
-        self._shared = True
-        twin.__dict__.update(self.__dict__)
+        twin.__setstate__(self.__getstate__())
         return twin
 
     __copy__ = fork
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy holds; whichever of the two writes first copies the memory."""
+        with self._alone:
+            self._shared = True
+            return {name: value for name, value in self.__dict__.items() if name != "_alone"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become the cache with this state."""
+        self.__dict__.update(state, _alone=_OneAtATime())
 
     def _allocate(self, capacity: int) -> tuple[NDArray[Any], NDArray[Any]]:
         panels = -(-capacity // LANES)

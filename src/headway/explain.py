@@ -1,27 +1,27 @@
 """Why a token can be drawn or cannot: the sampler's stages one by one, each with its boundary.
 
-The stages are those of `headway.reference`, looked at between one and the next: what is said here is what decides.
+The kernel that draws tells what the first stages leave, once for each of them: what is said here is what decides.
+`headway.reference.explain` says the same by sorting everything.
 """
 
 from __future__ import annotations
 
-import copy
 import html
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _arrays, _check
-from ._dialects import OFF, Step
+from . import _arrays, _check, _native
+from ._dialects import Step
 from ._options import Array, shown, unpacked
-from .reference import sampling as definition
-from .sampling import Options, SamplingParams, _Run, _shows_options
+from .reference.sampling import _exponents
+from .sampling import Options, SamplingParams, _native_stages, _Run, _shows_options
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -140,22 +140,32 @@ class Explanation:
     entropy: of the final distribution, in nats.
     """
 
-    def __init__(
-        self, final: definition._Row, seen: list[_Look], banned_by: Callable[[int], str], top: int, words: Words
-    ) -> None:
-        self._final, self._seen, self._banned_by, self._words = final, seen, banned_by, words
-        self.vocabulary = final.vocabulary
-        self.banned = self.vocabulary - seen[0].before.ids.size
-        self.stages = tuple(look.stage(words) for look in seen if look.on())
-        self.masses: Array = final.final_weights()
-        self.kept: Array = final.ids[final.mass > 0]
-        self.massless = final.ids.size - self.kept.size
-        self.head = tuple(
-            Candidate(int(token), int(mass) / final.total, words(int(token)))
-            for token, mass in zip(self.kept[:top], final.mass[final.mass > 0][:top])
-        )
-        shares = self.masses[self.kept] / final.total
-        self.entropy = max(0.0, float(-(shares * np.log(shares)).sum()))
+    def __init__(self, trace: _Trace, banned_by: Callable[[int], str], top: int, words: Words) -> None:
+        start, final, looks = trace.left[0], trace.left[-1], _looks(trace)
+        drawn = final.take(np.flatnonzero(final.mass))
+        self._start, self._looks, self._drawn = start, looks, drawn
+        self._banned_by, self._words = banned_by, words
+        self._temperature = looks[-1].temperature if looks else 1.0
+        self.vocabulary = trace.run.vocabulary
+        self.banned = self.vocabulary - start.ids.size
+        self.stages = tuple(look.stage(trace, words) for look in looks)
+        self.masses: Array = np.zeros(self.vocabulary, np.int64)
+        self.masses[final.ids] = final.mass
+        self.massless = final.ids.size - drawn.ids.size
+        best = _Order.falling(drawn.z).first(min(top, drawn.ids.size))
+        self.head = tuple(drawn.candidate(int(place), words) for place in best)
+
+    @cached_property
+    def kept(self) -> Array:
+        """The ids that can be drawn, the best first."""
+        drawn = self._drawn
+        return drawn.ids[_Order.falling(drawn.z).first(drawn.ids.size)]
+
+    @cached_property
+    def entropy(self) -> float:
+        """Of the final distribution, in nats."""
+        shares = self._drawn.mass / self._drawn.total
+        return max(0.0, float(-(shares * np.log(shares)).sum()))
 
     def why(self, token: int) -> Why:
         """Say why a token is in or out.
@@ -174,11 +184,11 @@ class Explanation:
             measured, limit, missed = numbers or (None, None, None)
             return Why(token, word, False, stage, measured, limit, missed, 0.0, None, f"{name}: {text}")
 
-        if token not in self._seen[0].before.ids:
+        if not self._start.has(token):
             by = self._banned_by(token)
             return out(by, f"banned by {by}, before the first stage")
-        for look in self._seen:
-            if token not in look.after.ids:
+        for look in self._looks:
+            if not look.after.has(token):
                 what, measured, limit = look.judge(token)
                 missed = float(abs(measured - limit))
                 text = (
@@ -187,12 +197,13 @@ class Explanation:
                 )
                 text += f"missed by {_number(missed)}" if missed else "exactly on the boundary, where it is out"
                 return out(look.step.option, text, float(measured), float(limit), missed)
-        mass = int(self.masses[token])
-        if not mass:
-            cause = "its mass rounds to 0" if self._final.temperature else "temperature 0 leaves all mass to the best"
+        if not self._drawn.has(token):
+            cause = "its mass rounds to 0" if self._temperature else "temperature 0 leaves all mass to the best"
             return out("mass", f"no stage removed it, but {cause}, so it is never drawn")
-        probability, rank = mass / self._final.total, int(np.flatnonzero(self.kept == token)[0]) + 1
-        text = f"{name}: in, with probability {_number(probability)}, rank {rank} of {self.kept.size}"
+        drawn, place = self._drawn, self._drawn.place(token)
+        earlier = _Order.falling(drawn.z).before(place)
+        probability, rank = drawn.share(place), int(np.count_nonzero(earlier)) + 1
+        text = f"{name}: in, with probability {_number(probability)}, rank {rank} of {drawn.ids.size}"
         return Why(token, word, True, None, None, None, None, probability, rank, text)
 
     def plot(self) -> Figure:
@@ -203,7 +214,7 @@ class Explanation:
 
     def __repr__(self) -> str:
         stages = f"{len(self.stages)} stage{'' if len(self.stages) == 1 else 's'}"
-        return f"<Explanation: {self.kept.size} of {self.vocabulary} tokens left after {stages}>"
+        return f"<Explanation: {self._drawn.ids.size} of {self.vocabulary} tokens left after {stages}>"
 
     def __str__(self) -> str:
         stages, head = self._tables()
@@ -238,132 +249,269 @@ class Explanation:
         return stages, head if any(one.word for one in self.head) else [row[:3] for row in head]
 
     def _summary(self) -> str:
-        text = f"{self.kept.size} of {self.vocabulary} tokens can be drawn, entropy {self.entropy:.4f} nats"
-        cause = "whose mass rounds to 0" if self._final.temperature else "to which temperature 0 leaves no mass"
+        text = f"{self._drawn.ids.size} of {self.vocabulary} tokens can be drawn, entropy {self.entropy:.4f} nats"
+        cause = "whose mass rounds to 0" if self._temperature else "to which temperature 0 leaves no mass"
         return text + (f"; {self.massless} more stay, {cause}" if self.massless else "")
 
+
+# Rows between stages -------------------------------------------------------------------------------------------------
 
 _MEASURES = ("greedy", "temperature")
 _NO_LIMIT = 2**63 - 1  # what a top_k without limit is read as
 
 
 @dataclass(frozen=True)
+class _Order:
+    """Tokens by their places in an array: a smaller key comes first; of equal ones the first, or the last. No sort."""
+
+    key: Array
+    last_first: bool = False
+
+    @classmethod
+    def rising(cls, x: Array, last_first: bool = False) -> _Order:
+        """Order float32 numbers, of which none is -0, as whole ones: a machine may take tiny floats for 0."""
+        bits = x.view(np.int32)
+        return cls(bits ^ (bits >> 31 & 0x7FFFFFFF), last_first)
+
+    @classmethod
+    def falling(cls, x: Array, last_first: bool = False) -> _Order:
+        return cls(~cls.rising(x).key, last_first)
+
+    def equal(self, key: int) -> Array:
+        places = np.flatnonzero(self.key == key)
+        return places[::-1] if self.last_first else places
+
+    def ends(self, places: Array) -> tuple[int, int]:
+        """Return the first and the last of these tokens, whose places rise."""
+        keys = self.key[places]
+        best, worst = places[keys == keys.min()], places[keys == keys.max()]
+        return (int(best[-1]), int(worst[0])) if self.last_first else (int(best[0]), int(worst[-1]))
+
+    def first(self, count: int) -> Array:
+        """Return the first `count` in order, or all."""
+        places = np.arange(self.key.size)
+        if count < places.size:
+            key = np.partition(self.key, count - 1)[count - 1]
+            sure = np.flatnonzero(self.key < key)
+            places = np.concatenate([sure, self.equal(key)[: count - sure.size]])
+        return places[np.argsort(self.key[places], kind="stable")]
+
+    def before(self, place: int) -> Array:
+        """Tell which come before this one, (n,) bool."""
+        before: Array = self.key < self.key[place]
+        equal = self.equal(self.key[place])
+        before[equal[: np.flatnonzero(equal == place)[0]]] = True
+        return before
+
+
+@dataclass(frozen=True)
+class _Left:
+    """The tokens that some stages left: ids, which rise, logits with their bias, and masses.
+
+    found: what the last of the stages worked out, which `Row::found` in stages.h says for each.
+    """
+
+    ids: Array
+    z: Array
+    mass: Array
+    found: float
+
+    @cached_property
+    def total(self) -> int:
+        return int(self.mass.sum())
+
+    def take(self, places: Array) -> _Left:
+        if places.size == self.ids.size:
+            return self
+        return _Left(self.ids[places], self.z[places], self.mass[places], self.found)
+
+    def place(self, token: int) -> int:
+        return int(np.searchsorted(self.ids, token))
+
+    def holds(self, ids: Array) -> Array:
+        """Tell which of the tokens are among these, (n,) bool."""
+        among = np.zeros(self.ids[-1] + 1, np.bool_)
+        among[ids] = True
+        return among[self.ids]
+
+    def has(self, token: int) -> bool:
+        place = self.place(token)
+        return place < self.ids.size and bool(self.ids[place] == token)
+
+    def share(self, place: int) -> float:
+        return int(self.mass[place]) / self.total
+
+    def candidate(self, place: int, words: Words) -> Candidate:
+        token = int(self.ids[place])
+        return Candidate(token, self.share(place), words(token))
+
+
+class _Trace:
+    """The kernel's account of a row: the stages that it went through, and what was left before and after each."""
+
+    def __init__(self, run: _Run) -> None:
+        self.run, self.source = run, run.coin()
+        rows = self.rows()
+        self.steps = run.steps()
+        shape = len(self.steps) + 1, run.vocabulary  # of which only what is left is ever touched
+        ids, z, mass = np.empty(shape, np.int64), np.empty(shape, np.float32), np.empty(shape, np.int64)
+        counts, found = self.read(rows, shape[0], ids, z, mass)
+        self.left = [_Left(ids[i, :n], z[i, :n], mass[i, :n], found[i]) for i, n in enumerate(counts)]
+
+    def rows(self, stages: _native.Stages | None = None) -> _native.Rows:
+        self.status = np.empty(1, np.int64)
+        return self.run.native(self.status, stages=stages, **self.source)
+
+    def read(self, rows: _native.Rows, states: int, *left: Array) -> tuple[list[int], list[float]]:
+        """Return how many tokens there are in each state, and what the stage before it worked out."""
+        counts, found = np.empty(states, np.int64), np.empty(states)
+        if not _native.trace(rows, counts, found, *(left or (None, None, None))):
+            self.run.fail(self.status)
+        return counts.tolist(), found.tolist()
+
+    def would_leave(self, number: int, step: Step) -> int:
+        """Return how many tokens there would be after the stage with this number, from 1, if it were this one."""
+        steps = [*self.steps[: number - 1], (step, self.steps[number - 1][1])]
+        rows = self.rows(_native_stages(steps, self.run.per_row("min_tokens_to_keep")))
+        return self.read(rows, number + 1)[0][-1]
+
+
+@dataclass(frozen=True)
 class _Look:
-    """A row before and after one stage."""
+    """A row before and after one stage.
 
-    before: definition._Row
-    after: definition._Row
+    number: of the stage, from 1. values: of its options, the one that switches it on first. floor: how many tokens it
+    leaves at least. temperature: that at which masses are measured after it. spared: how many tokens xtc never takes.
+    """
+
+    before: _Left
+    after: _Left
+    number: int
     step: Step
-    value: float
+    values: dict[str, float]
+    floor: int
+    temperature: float
+    spared: int
 
-    def on(self) -> bool:
-        """Whether the stage is switched on."""
-        option = self.step.option
-        if option == "greedy":
-            return self.value == 0
-        if option == "top_k":
-            return self.value < _NO_LIMIT
-        if option == "temperature":
-            dynamic = bool(self.before.settings["dynamic_temperature_range"])
-            return dynamic or (self.value != OFF[option] and self.before.temperature != 0)
-        return self.value != OFF[option]
+    @property
+    def value(self) -> float:
+        return self.values["temperature" if self.step.option == "greedy" else self.step.option]
 
-    def stage(self, words: Words) -> Stage:
-        before, after, option = self.before, self.after, self.step.option
-        order, key = self.order()
-        stays = np.isin(before.ids, after.ids)
-        count = after.ids.size
+    def stage(self, trace: _Trace, words: Words) -> Stage:
+        before, after, step = self.before, self.after, self.step
         last = first = None
-        ties_kept = ties_removed = 0
-        if count < before.ids.size:
-            inner, outer = int(order[stays[order]][-1]), int(order[~stays[order]][0])  # xtc may spare what lies between
-            last, first = self.candidate(inner, words), self.candidate(outer, words)
-            equal = key == key[inner]
-            if equal[outer]:
-                ties_kept, ties_removed = int((equal & stays).sum()), int((equal & ~stays).sum())
-        if self.step.ties == "keep":
-            ties_kept = count - self.again(self.step._replace(ties="lowest_id"), before.floor)
+        ties_kept = ties_removed = floor_kept = 0
+        mass_after = before.total
+        if after.ids.size < before.ids.size:
+            stays = before.holds(after.ids)
+            mass_after = int(before.mass @ stays)
+            order = self.order()
+            places = self.boundary(order, stays)
+            last, first = (before.candidate(place, words) for place in places)
+            if order.key[places[0]] == order.key[places[1]]:
+                equal = stays[order.equal(order.key[places[0]])]
+                ties_kept = int(np.count_nonzero(equal))
+                ties_removed = equal.size - ties_kept
+        if step.ties == "keep":
+            ties_kept = after.ids.size - trace.would_leave(self.number, step._replace(ties="lowest_id"))
+        if self.floor > 1:
+            floor_kept = after.ids.size - trace.would_leave(self.number, step._replace(floor=False))
         return Stage(
-            option=option,
+            option=step.option,
             value=self.value,
             before=before.ids.size,
-            after=count,
+            after=after.ids.size,
             mass_before=before.total,
-            mass_after=after.total if option in _MEASURES else int(before.mass[stays].sum()),
+            mass_after=after.total if step.option in _MEASURES else mass_after,
             last_kept=last,
             first_removed=first,
             ties_kept=ties_kept,
             ties_removed=ties_removed,
-            rule=self.step.ties,
-            floor_kept=count - self.again(self.step, 1),
+            rule=step.ties,
+            floor_kept=floor_kept,
             note=self.note(),
         )
 
-    def again(self, step: Step, floor: int) -> int:
-        """How many tokens the stage would leave under another rule."""
-        row = copy.copy(self.before)
-        row.floor = floor
-        definition._STAGES[step.option](row, self.value, step)
-        return int(row.ids.size)
+    def order(self) -> _Order:
+        """Return the stage's order of the tokens that came in, what it keeps first; that of xtc is read backwards."""
+        z, highest_first = self.before.z, self.step.ties == "highest_id"
+        if self.step.option != "typical_p":
+            return _Order.falling(z, highest_first)
+        return _Order.rising(np.abs(_exponents(z, self.temperature) - np.float32(self.after.found)), highest_first)
 
-    def order(self) -> tuple[Array, Array]:
-        """Return the places of tokens in the stage's order, what it keeps first, and what makes two of them equal."""
-        row = self.before
-        key = ~definition._keys(row.z)
-        if self.step.option == "typical_p":
-            key = definition._keys(definition._distance(row))
-        ids = -row.ids if self.step.ties == "highest_id" else row.ids
-        order = np.lexsort((ids, key))
-        return (order[::-1] if self.step.option == "xtc_probability" else order), key
-
-    def candidate(self, place: int, words: Words) -> Candidate:
-        token = int(self.before.ids[place])
-        return Candidate(token, int(self.before.mass[place]) / self.before.total, words(token))
+    def boundary(self, order: _Order, stays: Array) -> tuple[int, int]:
+        """Return the places of the last that stayed and the first that went."""
+        best_kept, worst_kept = order.ends(np.flatnonzero(stays))
+        best_removed, worst_removed = order.ends(np.flatnonzero(~stays))
+        if self.step.option == "xtc_probability":
+            return best_kept, worst_removed
+        return worst_kept, best_removed
 
     def note(self) -> str:
-        row = self.before
-        if self.step.option == "temperature" and row.settings["dynamic_temperature_range"]:
-            return f"dynamic: {_number(self.after.temperature)}"
+        found = self.after.found
+        if self.step.option == "temperature" and self.values.get("dynamic_temperature_range"):
+            return f"dynamic: {_number(found)}"
         if self.step.option == "top_n_sigma":
-            return f"the standard deviation is {_number(definition._deviation(row))}"
+            return f"the standard deviation is {_number(found)}"
         if self.step.option == "eta_cutoff":
-            return f"the least probability is {_number(definition._eta(row, self.value) / row.total)}"
+            return f"the least probability is {_number(int(found) / self.before.total)}"
         if self.step.option == "xtc_probability":
-            coin = definition._coin(row)
-            fell = "below" if coin < self.value else "not below"
-            spared = len(row.settings["xtc_special_tokens"] or ())
-            return (
-                f"coin {coin:.4f} is {fell} {_number(self.value)}; threshold {_number(row.settings['xtc_threshold'])}"
-                + (f"; spares {spared} token{'' if spared == 1 else 's'}" if spared else "")
-            )
+            fell = "below" if found < self.value else "not below"
+            threshold = _number(self.values["xtc_threshold"])
+            spared = f"; spares {self.spared} token{'' if self.spared == 1 else 's'}" if self.spared else ""
+            return f"coin {found:.4f} is {fell} {_number(self.value)}; threshold {threshold}{spared}"
         return ""
 
     def judge(self, token: int) -> tuple[str, Fraction, Fraction]:
         """Return the number by which the stage judges a token that it removed, what it is, and the limit."""
-        row, option = self.before, self.step.option
-        place = int(np.flatnonzero(row.ids == token)[0])
-        share = Fraction(int(row.mass[place]), row.total)
+        before, option, found = self.before, self.step.option, self.after.found
+        place = before.place(token)
+        share = Fraction(int(before.mass[place]), before.total)
         if option == "min_p":
-            return "its share of the best one's mass", Fraction(int(row.mass[place]), 1 << row.s), Fraction(self.value)
+            best = int(before.mass.max())
+            return "its share of the best one's mass", Fraction(int(before.mass[place]), best), Fraction(self.value)
         if option == "epsilon_cutoff":
             return "its probability", share, Fraction(self.value)
         if option == "eta_cutoff":
-            return "its probability", share, Fraction(definition._eta(row, self.value), row.total)
+            return "its probability", share, Fraction(int(found), before.total)
         if option == "xtc_probability":
-            return "its probability", share, Fraction(row.settings["xtc_threshold"])
+            return "its probability", share, Fraction(self.values["xtc_threshold"])
         if option == "top_n_sigma":
-            distance = -float(definition._below(row)[place])
-            return (
-                "its distance from the best logit",
-                Fraction(distance),
-                Fraction(self.value * definition._deviation(row)),
-            )
-        order, _ = self.order()
-        earlier = order[: int(np.flatnonzero(order == place)[0])]
+            below = float(before.z.max()) - float(before.z[place])
+            return "its distance from the best logit", Fraction(below), Fraction(self.value * found)
+        earlier = self.order().before(place)
         if option == "top_k":
-            return "its rank", Fraction(earlier.size + 1), Fraction(max(int(self.value), row.floor))
+            rank = int(np.count_nonzero(earlier)) + 1
+            return "its rank", Fraction(rank), Fraction(max(int(self.value), self.floor))
         what = "the mass before it" + (" in order of typicality" if option == "typical_p" else "")
-        return what, Fraction(int(row.mass[earlier].sum()), row.total), Fraction(self.value)
+        return what, Fraction(int(before.mass @ earlier), before.total), Fraction(self.value)
+
+
+def _looks(trace: _Trace) -> list[_Look]:
+    """Look at each stage that is on."""
+    looks: list[_Look] = []
+    temperature = 1.0
+    for number, (step, arrays) in enumerate(trace.steps, 1):
+        values = {name: array[0].item() for name, array in arrays.items()}
+        if not _is_on(step.option, values, temperature):
+            continue
+        before, after = trace.left[number - 1 : number + 1]
+        if step.option in _MEASURES:
+            temperature = after.found
+        if step.option == "top_p" and temperature == 0:
+            step = step._replace(ties="lowest_id")  # no token equals the first of the order, which has all the mass
+        floor = int(trace.run.per_row("min_tokens_to_keep")[0]) if step.floor else 1
+        looks.append(_Look(before, after, number, step, values, floor, temperature, trace.run.spared().size))
+    return looks
+
+
+def _is_on(option: str, values: dict[str, float], temperature: float) -> bool:
+    """Tell whether a stage that was given has something to do in a row whose masses are measured at a temperature."""
+    if option == "greedy":
+        return values["temperature"] == 0
+    if option == "temperature":
+        return bool(values.get("dynamic_temperature_range")) or (temperature != 0 and values["temperature"] != 1)
+    return option != "top_k" or values["top_k"] < _NO_LIMIT
 
 
 @_shows_options
@@ -379,7 +527,7 @@ def explain(
 
     logits (V,), or an array that holds one row. top says how many of the best tokens to show. tokens puts words beside
     ids: a sequence of V strings, or a function from an id to a string. Options and errors are those of `sample`; seed
-    and position matter to xtc's coin alone. It is made to be exact, not fast: it may take half a second.
+    and position matter to xtc's coin alone.
 
     Raises ValueError for more than one row too.
 
@@ -397,7 +545,8 @@ def explain(
     <BLANKLINE>
     2 of 4 tokens can be drawn, entropy 0.3653 nats
     """
-    run = _Run(logits, params, options)
+    operand = _arrays.unwrap(logits, "logits")
+    run = _Run(operand._replace(data=operand.data.copy()), params, options)  # which nobody writes to meanwhile
     if run.rows != 1:
         raise ValueError(
             f"logits: expected one row (V,), got {run.rows} in shape {run.data.shape}; explain them one by one, "
@@ -405,34 +554,15 @@ def explain(
         )
     top = _check.integer(top, "top", 1)
     words = _words(tokens, run.vocabulary)
-    source = run.coin()
-    run(probabilities=np.empty(run.data.shape, _arrays.compute_dtype(run.operand.dtype)), **source)  # finds faults
-    settings = {name: value for name, value in run.settings.items() if name not in ("allowed", "logit_bias")}
-    settings |= {name: run.per_row(name)[0].item() for name, value in settings.items() if isinstance(value, np.ndarray)}
-    if "seed" in source:
-        settings["seed"] = int(source["seed"][0])
-
-    row = run.operand.astype("float64" if run.operand.dtype == "float64" else "float32").reshape(-1)
-    bias, mask = run.bias(), _mask(run)
-    bias = None if bias is None else bias.reshape(-1)
-    z = definition._scores(row, bias, mask)
-    seen: list[tuple[definition._Row, Step, float]] = []
-    final = definition._through_stages(
-        definition._Given(row, bias),
-        z,
-        settings,
-        partial(definition._words, settings, 0),
-        lambda now, step, value: seen.append((copy.copy(now), step, value)),
-    )
-    later = [now for now, _, _ in seen[1:]] + [final]
-    looks = [_Look(before, after, step, value) for (before, step, value), after in zip(seen, later)]
+    trace = _Trace(run)
+    never, mask = run.operand.astype("float32").reshape(-1) == -np.inf, _mask(run)
 
     def banned_by(token: int) -> str:
-        if row[token] == -np.inf:
+        if never[token]:
             return "logits"
         return "allowed" if mask is not None and not mask[token] else "logit_bias"
 
-    return Explanation(final, looks, banned_by, top, words)
+    return Explanation(trace, banned_by, top, words)
 
 
 def _mask(run: _Run) -> Array | None:

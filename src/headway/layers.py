@@ -30,11 +30,12 @@ def product(x: Operand, w: Operand, b: Operand | None, dtype: str, names: tuple[
     if b is not None and b.data.shape != w.data.shape[1:]:
         raise ValueError(f"{b_name}: expected shape ({w.data.shape[1]},), got {b.data.shape}")
     *leading, inner = x.data.shape
-    rows = x.data.reshape(math.prod(leading), inner)
-    y = np.empty((rows.shape[0], w.data.shape[1]), storage(dtype))
-    wide = compute_dtype(dtype) == "float64"
-    _native.linear(rows, w.data, None if b is None else b.data, wide, y)
-    return y.reshape(*leading, w.data.shape[1])
+    y = np.empty((*leading, w.data.shape[1]), storage(dtype))
+    if y.size:
+        rows = math.prod(leading)
+        wide = compute_dtype(dtype) == "float64"
+        _native.linear(x.data.reshape(rows, inner), w.data, None if b is None else b.data, wide, y.reshape(rows, -1))
+    return y
 
 
 def linear(x: Any, w: Any, b: Any = None) -> Any:
@@ -94,14 +95,18 @@ def rotary(x: Any, *, positions: Any = None, base: float = 10000.0, frequencies:
         )
         if not np.isfinite(turns).all():
             raise ValueError("frequencies: expected finite numbers, got NaN or inf")
-    places = np.arange(length) if positions is None else _check.integers(positions, "positions", 0, MAX_ANGLE - 1)
+    if positions is None:
+        places = np.arange(length) if operand.data.size else np.broadcast_to(np.int64(0), length)
+    else:
+        places = _check.integers(positions, "positions", 0, MAX_ANGLE - 1)
     places = _check.broadcast(places, (*batch, length), "positions", "(..., L)")
     if turns.size and places.size and np.abs(turns).max() * int(places.max()) >= MAX_ANGLE:
         raise ValueError(
             f"frequencies: expected angles below 2^24, got {np.abs(turns).max()} at position {places.max()}"
         )
     y = np.empty(operand.data.shape, operand.data.dtype)
-    _native.rotary(operand.data, places, turns, operand.dtype == "float64", y)
+    if y.size:
+        _native.rotary(operand.data, places, turns, operand.dtype == "float64", y)
     return operand.wrap(y, operand.dtype)
 
 

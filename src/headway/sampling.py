@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _arrays, _check, _native
-from ._dialects import OFF, rules
+from ._dialects import OFF, Step, rules
 from ._options import (
     CHECKS,
     Array,
@@ -312,6 +312,7 @@ class _Run:
         status: Array,
         histories: _native.Histories | None = None,
         *,
+        stages: _native.Stages | None = None,
         seed: Array | None = None,
         stream: Array | None = None,
         position: Array | None = None,
@@ -328,7 +329,7 @@ class _Run:
             bias=bias,
             allowed=allowed,
             packed=packed,
-            stages=self.stages(),
+            stages=self.stages() if stages is None else stages,
             spared=self.spared(),
             histories=histories,
             seed=seed,
@@ -340,12 +341,19 @@ class _Run:
 
     def stages(self) -> _native.Stages:
         """Return the stages that do something, in order, with their values for each row."""
-        settings = self.settings
-        how = settings["dialect"], settings["nucleus"], settings["ties"]
-        values = [settings[name] for name in _NUMBERS]
+        values = [self.settings[name] for name in _NUMBERS]
         if all(value is None or value.ndim == 0 for value in values):
-            return _stages_of_all(*how, tuple(None if value is None else value.item() for value in values))
-        return _stages(*how, [None if value is None else self.per_row(name) for name, value in zip(_NUMBERS, values)])
+            return _stages_of_all(*self.how(), tuple(None if value is None else value.item() for value in values))
+        return _native_stages(self.steps(), self.per_row("min_tokens_to_keep"))
+
+    def steps(self) -> list[_Valued]:
+        """Return these stages by name."""
+        given = {name: self.per_row(name) for name in _NUMBERS if self.settings[name] is not None}
+        return list(_steps(*self.how(), given))
+
+    def how(self) -> tuple[str | None, str, str]:
+        """Return what decides about stages besides numbers."""
+        return self.settings["dialect"], self.settings["nucleus"], self.settings["ties"]
 
     def coin(self) -> dict[str, Any]:
         """Return the source of random numbers where xtc needs one, although no token is drawn."""
@@ -431,10 +439,11 @@ _VALUES = {
 }
 
 
-def _stages(dialect: str | None, nucleus: str, ties: str, values: Sequence[Array | None]) -> _native.Stages:
-    """Return what the kernel does: the stages as it numbers them, each with its options, (1,) or (rows,)."""
-    given = {name: value for name, value in zip(_NUMBERS, values) if value is not None}
-    steps: list[tuple[int, int, bool, bool, list[Array]]] = []
+_Valued = tuple[Step, dict[str, Array]]  # a stage with the options that it takes, (1,) or (rows,)
+
+
+def _steps(dialect: str | None, nucleus: str, ties: str, given: Mapping[str, Array]) -> Iterator[_Valued]:
+    """Yield the stages that do something, in order."""
     for step in rules(dialect, nucleus).steps:
         names = _VALUES.get(step.option, (step.option,))
         dynamic = step.option == "temperature" and "dynamic_temperature_range" in given
@@ -443,17 +452,26 @@ def _stages(dialect: str | None, nucleus: str, ties: str, values: Sequence[Array
         value = given.get(names[0])
         if value is None or (value.size == 1 and value[0] == OFF.get(step.option) and not dynamic):
             continue
-        rule = "keep" if ties == "keep" and step.option == "top_k" else step.ties
-        numbers = [given[name].astype(np.float64, copy=False) for name in names]
-        place = _native.SAMPLING_STAGES.index(step.option), _native.SAMPLING_TIES.index(rule)
-        steps.append((*place, step.equal, step.floor, numbers))
-    return _native.Stages(steps=steps, min_tokens=given["min_tokens_to_keep"])
+        if ties == "keep" and step.option == "top_k":
+            step = step._replace(ties="keep")
+        yield step, {name: given[name] for name in names}
+
+
+def _native_stages(steps: Iterable[_Valued], min_tokens: Array) -> _native.Stages:
+    """Return stages as the kernel numbers them."""
+    numbered: list[tuple[int, int, bool, bool, list[Array]]] = []
+    for step, values in steps:
+        numbers = [value.astype(np.float64, copy=False) for value in values.values()]
+        place = _native.SAMPLING_STAGES.index(step.option), _native.SAMPLING_TIES.index(step.ties)
+        numbered.append((*place, step.equal, step.floor, numbers))
+    return _native.Stages(steps=numbered, min_tokens=min_tokens)
 
 
 @lru_cache(1024)
 def _stages_of_all(dialect: str | None, nucleus: str, ties: str, numbers: tuple[float | None, ...]) -> _native.Stages:
     """Return them where all rows have the same numbers, as they have in most calls."""
-    return _stages(dialect, nucleus, ties, [None if number is None else np.array([number]) for number in numbers])
+    given = {name: np.array([number]) for name, number in zip(_NUMBERS, numbers) if number is not None}
+    return _native_stages(_steps(dialect, nucleus, ties, given), given["min_tokens_to_keep"])
 
 
 _FIRST_STREAM = np.zeros(1, np.uint64)

@@ -104,14 +104,14 @@ def verify_draft(
 
     status, draft_status = np.zeros(rows * (n + 1), np.int64), np.zeros(rows * n, np.int64)
     accepted, next_token = np.empty(rows, np.int64), np.empty(rows, np.int64)
-    if draft is not None and rows * n:
-        draft_rows = draft.native(draft_status, **_of_draft(source, n))
-    if rows and not _native.verify(
-        run.native(status, **source), draft_rows, tokens, drafted, draft_status, accepted, next_token
-    ):
-        if not draft_status.any():
-            run.fail(status)
-        _fail(draft, draft_status, (*lead, n))
+    if rows:
+        target_rows = run.native(status, **source)  # first, for what is wrong with both has the target's shape
+        if draft is not None and n:
+            draft_rows = draft.native(draft_status, **_of_draft(source, n))
+        if not _native.verify(target_rows, draft_rows, tokens, drafted, draft_status, accepted, next_token):
+            if not draft_status.any():
+                run.fail(status)
+            _fail(draft, draft_status, (*lead, n))
     chain = np.full((rows, n + 1), -1, np.int64)
     chain[:, :n] = np.where(np.arange(n) < accepted[:, None], tokens, -1)
     np.put_along_axis(chain, accepted[:, None], next_token[:, None], -1)

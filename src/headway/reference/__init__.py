@@ -33,6 +33,7 @@ from .attention import (
     softmax,
     swiglu,
 )
+from .explanation import explain
 from .sampling import filter_logits, philox, probabilities, sample, weights
 from .serving import Sampler, logprobs, penalize, verify_draft
 
@@ -43,6 +44,7 @@ __all__ = [
     "allowed_keys",
     "attention",
     "attention_weights",
+    "explain",
     "filter_logits",
     "linear",
     "logprobs",

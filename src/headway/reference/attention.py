@@ -64,8 +64,18 @@ def attention(
         head, keys = row[:-1], allowed[row]
         # Forbidden keys are left out, not multiplied by 0: 0 * nan is nan, and they may hold anything.
         weight, lse[row] = softmax(score[row][keys], float(sink[row]))
-        out[row] = weight @ values[head][keys]
+        out[row] = average(weight, values[head][keys])
     return (out, lse) if return_lse else out
+
+
+def average(weight: Array, values: Array) -> Array:
+    """Sum weighted values (S, E) to their average (E,). Weights add up to 1, or less where a sink takes some.
+
+    So it lies between the least and the greatest value, or 0. Rounding could make it leave them, and so be infinite
+    where the values are as large as numbers can be.
+    """
+    least, greatest = np.min(values, axis=0, initial=0.0), np.max(values, axis=0, initial=0.0)
+    return np.clip(weight @ values, least, greatest)
 
 
 @ieee
@@ -129,7 +139,11 @@ def scores(
     shape = (*np.broadcast_shapes(q.shape[:-3], k.shape[:-3]), *q.shape[-3:-1], k.shape[-2])
     if scale is None:
         scale = 1 / np.sqrt(q.shape[-1])
-    score = np.matmul(q, np.swapaxes(_for_every_head(k, shape), -1, -2)) * scale
+    # q . k * scale. What scale takes away is taken before: a product may be beyond all numbers where the score is not.
+    fraction, exponent = np.frexp(scale)
+    shift = min(int(exponent) - 64, 0)  # 64: a term may be, where the sum is not
+    q, k = np.ldexp(q, shift // 2), np.ldexp(k, shift - shift // 2)
+    score = np.matmul(q, np.swapaxes(_for_every_head(k, shape), -1, -2)) * np.ldexp(fraction, int(exponent) - shift)
     if softcap is not None:
         score = softcap * np.tanh(score / softcap)
     if bias is not None:
@@ -220,8 +234,10 @@ class AttentionState(NamedTuple):
 
     @classmethod
     def from_lse(cls, out: ArrayLike, lse: ArrayLike) -> AttentionState:
-        """Make a state of a finished result: measured against exp(lse), its total is 1."""
+        """Make a state of a finished result: measured against exp(lse), its total is 1. Without keys, lse is -inf."""
         lse = np.asarray(lse, np.float64)
+        if np.isposinf(lse).any():
+            raise ValueError("lse: expected numbers below infinity, got inf; a row without keys has the lse -inf")
         return cls(lse, np.ones(lse.shape), np.asarray(out, np.float64))
 
 

@@ -44,6 +44,7 @@ _LN2_LOW_WIDE = float.fromhex("0x1.473de6af278edp-34")
 
 _Settings = dict[str, Any]
 _Words = Callable[[int], tuple[int, ...]]  # the random numbers of a draw
+_Watch = Callable[["_Row", Step, float], None]  # sees a row, a stage and its value before the stage
 
 
 def _floats(logits: Any) -> AnyArray:
@@ -95,11 +96,11 @@ def _keys(z: AnyArray) -> AnyArray:
 
 
 def _exponents(z: AnyArray, temperature: float) -> AnyArray:
-    """X float32: (z - max z) / temperature, from -40, where the mass is 0 already, to 0. z is best first."""
+    """X float32: (z - max z) / temperature, from -40, where the mass is 0 already, to 0."""
     inverse = min(1.0 / temperature, _FLT_MAX) if temperature else _FLT_MAX
     inverse = 0.0 if inverse < _FLT_MIN else inverse
     with np.errstate(over="ignore", under="ignore"):
-        d = np.maximum(z - z[0], np.float32(-_FLT_MAX))
+        d = np.maximum(z - z.max(), np.float32(-_FLT_MAX))
         return np.asarray(np.maximum(d * np.float32(inverse), _LOWEST_X))
 
 
@@ -384,12 +385,9 @@ def _through_stages(
     z: AnyArray,
     settings: _Settings,
     words: _Words,
-    watch: Callable[[_Row, Step, float], None] = lambda row, step, value: None,
+    watch: _Watch = lambda row, step, value: None,
 ) -> _Row:
-    """Take one row through the stages that its settings switch on, in its dialect's order.
-
-    watch: sees the row, the stage and its value before each stage.
-    """
+    """Take one row through the stages that its settings switch on, in its dialect's order."""
     dialect = rules(settings["dialect"], settings["nucleus"])
     settings = {name: _read(value, dialect.readings.get(name, ())) for name, value in settings.items()}
     row = _Row(given, z, settings, words)
@@ -509,7 +507,11 @@ _DEFAULTS: _Settings = {
 
 
 def _rows(
-    logits: AnyArray, params: Any, options: _Settings, blocks: Sequence[tuple[int, ...]] | None = None
+    logits: AnyArray,
+    params: Any,
+    options: _Settings,
+    blocks: Sequence[tuple[int, ...]] | None = None,
+    watch: _Watch = lambda row, step, value: None,
 ) -> list[_Row]:
     """Every row of logits (..., V), in C order, with its own settings, taken through the stages.
 
@@ -531,7 +533,7 @@ def _rows(
         row_bias = None if bias is None else bias[index]
         z = _scores(logits[index], row_bias, None if mask is None else mask[index])
         words = partial(_words, own, number if one_seed else 0) if blocks is None else _only(blocks[number])
-        rows.append(_through_stages(_Given(logits[index], row_bias), z, own, words))
+        rows.append(_through_stages(_Given(logits[index], row_bias), z, own, words, watch))
     return rows
 
 

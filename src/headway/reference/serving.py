@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .sampling import _DEFAULTS, _bias, _draw, _float32, _floats, _mask, _masses, _rows, filter_logits, philox, weights
+from .sampling import _DEFAULTS, _bias, _draw, _float32, _floats, _mask, _rows, filter_logits, philox, weights
 
 AnyArray = NDArray[Any]
 
@@ -204,17 +204,20 @@ def residual(p: AnyArray, q: AnyArray) -> list[int]:
     return [max(0, int(a) * Q - int(b) * P) for a, b in zip(p, q, strict=True)]
 
 
-def verify_row(p: AnyArray, q: AnyArray, draft: list[int], words: list[tuple[int, int, int, int]]) -> tuple[int, int]:
+def verify_row(
+    p: Sequence[AnyArray], q: Sequence[AnyArray], draft: list[int], words: Sequence[tuple[int, ...]]
+) -> tuple[int, int]:
     """How many tokens are accepted, and the next: masses p (n + 1, V) and q (n, V), and a block of words a place."""
     for i, token in enumerate(draft):
-        if q[i][token] == 0:
+        of_target, of_draft = p[i], q[i]
+        if of_draft[token] == 0:
             raise ValueError("draft_tokens: not drawn from draft_logits")
-        chance = acceptance(p[i], q[i], token)
+        chance = acceptance(of_target, of_draft, token)
         # As in a draw: a place among q P, of which the first p Q accept.
-        whole = int(q[i][token]) * int(p[i].sum())
+        whole = int(of_draft[token]) * int(of_target.sum())
         if (words[i][2] * whole >> 64) < chance * whole:
             continue
-        left = residual(p[i], q[i])
+        left = residual(of_target, of_draft)
         target = words[i][3] * sum(left) >> 64
         for candidate, mass in enumerate(left):
             if target < mass:
@@ -259,11 +262,11 @@ def verify_draft(
         length = int(drafts[index])
         draft, stream = tokens[index][:length].tolist(), 0 if np.ndim(seed) else number
         blocks = [philox(int(seeds[index]), stream, (int(positions[index]) + i) % 2**64) for i in range(length + 1)]
-        p = _masses_of_places(target, given, index, blocks)
+        p = _Places(target, given, index, blocks)
         if drafted is None:
-            q: AnyArray = (np.arange(V) == np.array(draft)[:, None]).astype(np.int64)
+            q: Sequence[AnyArray] = [(np.arange(V) == token).astype(np.int64) for token in draft]
         else:
-            q = _masses_of_places(drafted, of_draft, index, blocks[:-1])
+            q = _Places(drafted, of_draft, index, blocks[:-1])
         accepted[index], following[index] = count, token = verify_row(p, q, draft, blocks)
         chain[index][: count + 1] = [*draft[:count], token]
     return Verified(int(accepted), int(following), chain) if not lead else Verified(accepted, following, chain)
@@ -279,21 +282,37 @@ def _of_draft(value: Any, n: int) -> Any:
     return np.asarray(value)[..., :n, :] if per_place else value
 
 
-def _masses_of_places(
-    logits: AnyArray, options: dict[str, Any], index: tuple[int, ...], blocks: Sequence[tuple[int, ...]]
-) -> AnyArray:
-    """The masses (len(blocks), V) of a row's first places, in logits (..., places, V)."""
-    own: dict[str, Any] = {}
-    for name, value in options.items():
-        if name in ("allowed", "logit_bias"):
-            whole = (_mask if name == "allowed" else _bias)(value, logits.shape)
-            own[name] = None if whole is None else whole[index][: len(blocks)]
-        elif np.ndim(value) and name != "xtc_special_tokens":
-            own[name] = np.broadcast_to(np.asarray(value, object), logits.shape[:-2])[index]
-        else:
-            own[name] = value
-    rows = logits[index][: len(blocks)]
-    return _masses(rows, _rows(rows, None, own, blocks))
+class _Places(Sequence[AnyArray]):
+    """The masses (V,) of a row's places, in logits (..., places, V): each when it is asked for.
+
+    What nobody looks at has no influence, nor do errors come from it.
+    """
+
+    def __init__(
+        self,
+        logits: AnyArray,
+        options: dict[str, Any],
+        index: tuple[int, ...],
+        blocks: Sequence[tuple[int, ...]],
+    ) -> None:
+        self.logits, self.blocks = logits[index], blocks
+        self.of_row = dict(options)
+        for name, value in options.items():
+            if np.ndim(value) and name not in ("allowed", "logit_bias", "xtc_special_tokens"):
+                self.of_row[name] = np.broadcast_to(np.asarray(value, object), logits.shape[:-2])[index]
+        mask, bias = _mask(options.get("allowed"), logits.shape), _bias(options.get("logit_bias"), logits.shape)
+        self.mask, self.bias = (None if x is None else x[index] for x in (mask, bias))
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, place: Any) -> Any:
+        options = self.of_row | {
+            "allowed": None if self.mask is None else self.mask[place],
+            "logit_bias": None if self.bias is None else self.bias[place],
+        }
+        (row,) = _rows(self.logits[place], None, options, [self.blocks[place]])
+        return row.final_weights()
 
 
 # A sampler for serving loops --------------------------------------------------------------------------------------

@@ -1,0 +1,186 @@
+"""A42: a signal ends a long call soon, and leaves everything as it was (Ctrl-C, or whatever handler raises)."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from oracles import same_bits
+
+import headway as hw
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timer that sends a signal")
+
+rng = np.random.default_rng(0)
+DELAY = 0.15  # seconds after which the signal comes
+SOON = 0.2  # and in which the call must then end ...
+PATIENCE = 5.0  # ... on a machine that has nothing else to do: here others may compute
+
+
+def normal(*shape: int) -> np.ndarray:
+    return rng.standard_normal(shape, np.float32)
+
+
+def repeated(x: np.ndarray, *shape: int) -> np.ndarray:
+    return np.broadcast_to(x, shape)
+
+
+LONG = normal(1, 20_000, 128)
+WIDE = repeated(normal(1, 1, 65_536), 1, 4096, 65_536)
+MATRIX = repeated(normal(1, 8192), 8192, 8192)
+LOGITS = normal(20_000)
+LONG_ROW = normal(1_000_000)
+
+
+def full_cache() -> Any:
+    cache = hw.KVCache(1, 128)
+    cache.append(LONG, LONG)
+    return cache
+
+
+# Each would take many seconds.
+CALLS: dict[str, Callable[[], Any]] = {
+    "attention": lambda: hw.attention(LONG, LONG, LONG),
+    "attention, float64": lambda: hw.attention(*[LONG[:, :9000].astype("d")] * 3),
+    "attention, masked": lambda: hw.attention(LONG, LONG, LONG, mask=repeated(np.array(False), 20_000, 20_000)),
+    "attention, bias": lambda: hw.attention(LONG, LONG, LONG, bias=repeated(np.float32(1), 20_000, 20_000)),
+    "attention, softcap": lambda: hw.attention(LONG, LONG, LONG, softcap=5.0),
+    "attention, fast": lambda: hw.attention(*[repeated(LONG, 16, 20_000, 128)] * 3, precision="fast"),
+    "attention, decoding": lambda: hw.attention(LONG[:, :1], *[repeated(LONG[:, :1], 1, 2**26, 128)] * 2),
+    "attention, wide keys": lambda: hw.attention(WIDE[:, :512], WIDE, LONG[:, :4096, :8]),
+    "attention, wide values": lambda: hw.attention(LONG[:, :512, :8], LONG[:, :4096, :8], WIDE),
+    "attention, values that few may see": lambda: hw.attention(
+        LONG, LONG, repeated(np.where(np.arange(128) == 5, np.float32(np.nan), 1), 1, 20_000, 128), causal=True
+    ),
+    "attention, done again": lambda: hw.attention(LONG * 0, LONG, repeated(np.float32(3e38), 1, 20_000, 128)),
+    "attention_weights": lambda: hw.attention_weights(*[repeated(LONG[:, :1], 1, n, 128) for n in (500, 400_000)]),
+    "partial_attention": lambda: hw.partial_attention(LONG, LONG, LONG),
+    "partial_attention, one long unit": lambda: hw.partial_attention(  # for which the calling thread waits
+        LONG[:, :6], *[repeated(LONG[:, :1], 2, 1, 2**25, 128)] * 2, kv_lengths=[1, 2**25]
+    ),
+    "multi_head_attention": lambda: hw.multi_head_attention(LONG[0], LONG[0], LONG[0], num_heads=4),
+    "KVCache.attend": lambda: full_cache().attend(LONG),
+    "linear": lambda: hw.linear(MATRIX, MATRIX),
+    "linear, few rows": lambda: hw.linear(repeated(LONG[0, :1, :1], 20, 2**22), repeated(LONG[0, :1], 2**22, 128)),
+    "sample": lambda: hw.sample(repeated(LOGITS, 100_000, 20_000), top_p=0.9),
+    "sample, draws": lambda: hw.sample(LONG_ROW, temperature=9.0, num_samples=500_000, replacement=False),
+    "probabilities": lambda: hw.probabilities(repeated(LOGITS, 20_000, 20_000), typical_p=0.9),
+    "logprobs": lambda: hw.logprobs(repeated(LOGITS, 100_000, 20_000), top=5),
+    "logprobs, tokens": lambda: hw.logprobs(LONG_ROW, np.arange(200_000)),
+    "verify_draft": lambda: hw.verify_draft(
+        repeated(LOGITS, 100_001, 20_000), repeated(LOGITS, 100_000, 20_000), np.full(100_000, int(LOGITS.argmax()))
+    ),
+}
+
+
+def small() -> Any:
+    x = LONG[:, :700]
+    return hw.attention(x, x, x, causal=True), hw.linear(x, x[0].T), hw.sample(LOGITS, num_samples=9, seed=1)
+
+
+@pytest.fixture
+def alarm() -> Iterator[Callable[[], None]]:
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    yield lambda: signal.setitimer(signal.ITIMER_REAL, DELAY)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", CALLS)
+def test_a42_a_signal_ends_a_call(
+    name: str, threads: int, alarm: Callable[[], None], keep_threads: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hw.set_num_threads(threads)
+    want = small()
+    call = CALLS[name]
+    start = time.perf_counter()
+    alarm()
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    late = time.perf_counter() - start - DELAY
+    with capsys.disabled():
+        print(f"\n{name}, {threads} threads: ended {1e3 * late:.0f} ms after the signal", end="")
+    assert late < PATIENCE
+    assert same_bits(small(), want)  # the pool and its memory serve the next call
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a42_a_handler_that_does_not_raise_lets_the_call_go_on(
+    threads: int, alarm: Callable[[], None], keep_threads: None
+) -> None:
+    """It may call headway itself, which leaves the memory of the call alone."""
+    x = LONG[:, :4000]
+    hw.set_num_threads(threads)
+    want, short, seen = hw.attention(x, x, x), small(), []
+
+    def handler(*_: Any) -> None:
+        seen.append(same_bits(small(), short))
+        with contextlib.suppress(RuntimeError):  # an error during a call, which holds the pool
+            hw.set_num_threads(threads)
+
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.01, 0.02)
+    deadline = time.perf_counter() + 60
+    while len(seen) < 3 and time.perf_counter() < deadline:
+        assert same_bits(hw.attention(x, x, x), want)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert len(seen) >= 3
+    assert all(seen)
+
+
+def test_a42_other_threads_compute_on() -> None:
+    """Signals come to the main thread alone."""
+    x = LONG[:, :4000]
+    want = hw.attention(x, x, x)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            running = [pool.submit(hw.attention, x, x, x) for _ in range(4)]
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(KeyboardInterrupt):
+                time.sleep(60)
+            assert all(same_bits(future.result(), want) for future in running)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert threading.current_thread() is threading.main_thread()
+
+
+def test_a42_a_cache_is_as_it_was(alarm: Callable[[], None]) -> None:
+    cache = full_cache()
+    want = cache.attend(LONG[:, :5])
+    alarm()
+    with pytest.raises(KeyboardInterrupt):
+        cache.attend(LONG)
+    assert len(cache) == 20_000
+    assert same_bits(cache.attend(LONG[:, :5]), want)
+    cache.append(LONG[:, :1], LONG[:, :1])
+
+
+def test_a42_a_sampler_has_not_advanced(alarm: Callable[[], None]) -> None:
+    logits = repeated(LONG_ROW, 100, len(LONG_ROW))
+    samplers = [hw.Sampler(len(LONG_ROW)) for _ in range(2)]
+    params = hw.SamplingParams(typical_p=0.9, top_p=0.9, seed=3)
+    for sampler in samplers:
+        for i in range(100):
+            sampler.admit(params, prompt_tokens=[i], frequency=0.5)
+    alarm()
+
+    def step_for_ever() -> None:
+        while True:
+            for sampler in samplers:
+                sampler.step(logits)
+
+    with pytest.raises(KeyboardInterrupt):
+        step_for_ever()
+    steps = [sampler._position.tolist() for sampler in samplers]
+    while samplers[1]._position[0] < samplers[0]._position[0]:
+        samplers[1].step(logits)
+    assert samplers[0].step(logits).tolist() == samplers[1].step(logits).tolist(), steps
