@@ -69,6 +69,9 @@ PENALTIES: dict[str, Any] = {
     "repetition": 1.1,
     "frequency": 0.1,
     "presence": 0.1,
+    "repetition_window": 3,
+    "frequency_window": 3,
+    "dry_window": 3,
     "window": 3,
     "dry_multiplier": 0.5,
     "dry_base": 1.5,
@@ -302,7 +305,11 @@ def test_histories(shape: tuple[int, ...]) -> None:
         tokens = np.zeros((*shape, 4), int)
         tokens[(*at, 2)] = bad
         for history in (tokens, tokens.tolist()):
-            refused("token_ids", lambda history=history: hw.penalize(logits, history), f"got {bad} at 2{where}")
+            refused(
+                "token_ids",
+                lambda history=history: hw.penalize(logits, history, presence=1),
+                f"got {bad} at 2{where}; say how many count with lengths where rows are padded, or leave such ids out",
+            )
         refused("tokens", lambda tokens=tokens: hw.logprobs(logits, tokens), f"got {bad}{where}")
     good = np.zeros((*shape, 4), int)
     bad_ones = [
@@ -423,9 +430,10 @@ def test_bad_admissions_and_handles() -> None:
     handle = sampler.admit()
     for option, good in (GOOD | DRAWS).items():
         refused(option, lambda option=option, good=good: sampler.admit(hw.SamplingParams(**{option: [good, good]})))
-    for value in ([0.5], [True], "ab", None, [-1], [V], [2**70], [[1]], 3, {}, [NAN], np.ma.array([1]), [None]):
+    for value in ([0.5], [True], "ab", None, [2**70], [[1]], 3, {}, [NAN], np.ma.array([1]), [None]):
         refused("prompt_tokens", lambda value=value: sampler.admit(prompt_tokens=value))
-    refused("prompt_tokens", lambda: sampler.admit(prompt_tokens=[0, 1, V]), "got 5 at 2")
+    for value in ([-1], [V], [0, 1, V], [2**63], np.array([2**64 - 1], np.uint64)):
+        refused("prompt_tokens", lambda value=value: sampler.admit(prompt_tokens=value, dry_multiplier=1), "ignore")
     for value in ("x", None, 99, -1, 0.0, False, NAN, [0], np.zeros(2), "0"):
         refused("handle", lambda value=value: sampler.retire(value))
     assert sampler.handles == [handle]

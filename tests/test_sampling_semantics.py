@@ -64,6 +64,8 @@ def test_s1_shapes_and_types() -> None:
         logits = ROWS.astype(dtype)
         assert hw.probabilities(logits).dtype == (np.float64 if dtype is np.float64 else np.float32)
         assert hw.filter_logits(logits).dtype == dtype
+        with_bias = hw.filter_logits(logits, logit_bias={0: 1.0})
+        assert with_bias.dtype == (np.float64 if dtype is np.float64 else np.float32)
     assert hw.sample([4.0]) == 0
     assert hw.sample(np.zeros((0, 7))).shape == (0,)
     assert hw.probabilities(np.zeros((2, 0, 7), np.float32), top_p=0.5).shape == (2, 0, 7)
@@ -77,7 +79,8 @@ def test_s2_logits_count_as_float32() -> None:
         logits = ROWS.astype(dtype)
         assert np.array_equal(hw.probabilities(logits), hw.probabilities(logits.astype(np.float32)))
     assert hw.probabilities([1, 2]).dtype == np.float64
-    assert masses([0.0, -1e300]) == [1, 0]  # as float32 it is -inf
+    assert kept([-1e300, -1e39, -3e38], top_k=1) == [2]
+    assert kept([-1e300, -1e39], top_k=1) == [0]  # both are the lowest number
 
 
 def test_s3_bans_and_errors() -> None:
@@ -89,6 +92,23 @@ def test_s3_bans_and_errors() -> None:
         hw.sample(np.float32([3e38, 0]), logit_bias={0: 3e38})
     with pytest.raises(ValueError, match=r"not banned in row 0, got none"):
         hw.sample([[-INF, -INF], [0.0, 1.0]])
+
+
+LOW = float(np.finfo(np.float32).min)
+
+
+def test_s40_what_is_too_low_is_no_ban() -> None:
+    assert masses([-1e300, -1e300]) == [0.5, 0.5]
+    assert masses([-1e300, -INF]) == [1, 0]
+    for dtype, low in ((np.float64, -3e38), (np.float32, -3e38), (ml_dtypes.bfloat16, -3e38), (np.float16, -6e4)):
+        logits = np.array([low, low, -INF], dtype)
+        for bias in ([-3e38, -3.2e38, 0.0], {0: -3.3e38, 1: -3.4e38}, [-1e300, -1e301, 0.0], np.float32([LOW, LOW, 1])):
+            assert kept(logits, logit_bias=bias) == [0, 1]
+            assert hw.filter_logits(logits, logit_bias=bias)[:2].tolist() == [LOW, LOW] or dtype is np.float16
+            assert np.isneginf(hw.filter_logits(logits, logit_bias=bias)[2])
+        assert hw.probabilities(logits, logit_bias=[-1e300, -1e300, 0]).tolist() == [0.5, 0.5, 0]
+        assert kept(logits, logit_bias=[-INF, -1e300, 0.0]) == [1]
+    assert hw.explain([-1e300, 0.0, -INF], logit_bias=[-1e300, 0.0, 0.0]).banned == 1
 
 
 def test_s4_logit_bias() -> None:
@@ -257,10 +277,13 @@ def test_s15_min_p() -> None:
 
 def test_s16_filter_logits() -> None:
     assert hw.filter_logits([3.0, 2.0, 1.0], temperature=0.1, top_k=2).tolist() == [3, 2, -INF]
-    assert hw.filter_logits([2.0**-40 + 1], logit_bias={0: 1.0})[0] == 2.0**-40 + 2
+    assert hw.filter_logits([2.0**-40 + 1])[0] == 2.0**-40 + 1
+    assert hw.filter_logits([2.0**-40 + 1], logit_bias={0: 1.0})[0] == 2
+    assert hw.filter_logits([1.0], logit_bias={0: 2.0**-24 * 1.5})[0] == 1 + 2.0**-23
     assert hw.filter_logits(np.float32([1.0]), logit_bias={0: 2.0**-24 * 1.5})[0] == np.float32(1 + 2.0**-23)
-    assert hw.filter_logits(np.float16([1.0]), logit_bias={0: 2.0**-11 * 1.5})[0] == np.float16(1 + 2.0**-10)
+    assert hw.filter_logits(np.float16([1.0]), logit_bias={0: 2.0**-11 * 1.5})[0] == np.float32(1 + 2.0**-11 * 1.5)
     assert np.signbit(hw.filter_logits([-0.0, 0.0])).tolist() == [True, False]
+    assert np.signbit(hw.filter_logits([-0.0, 0.0], logit_bias=[-0.0, 0.0])).tolist() == [False, False]
 
 
 @pytest.mark.parametrize(
@@ -277,6 +300,15 @@ def test_s17_filtering_first_is_the_same_draw(options: dict[str, Any]) -> None:
     left, temperature = hw.filter_logits(ROWS, **options), options.get("temperature", 1.0)
     assert np.array_equal(hw.sample(left, temperature=temperature, seed=8), hw.sample(ROWS, seed=8, **options))
     assert np.array_equal(hw.probabilities(left, temperature=temperature), hw.probabilities(ROWS, **options))
+
+
+def test_s17_with_a_bias_that_its_type_would_round_away() -> None:
+    for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16):
+        left = hw.filter_logits(np.array([10, 10], dtype), logit_bias={1: 0.003})
+        assert hw.sample(left, temperature=0) == 1
+    near = [1.0, 1.0 - 2.0**-26]  # equal as float32
+    left = hw.filter_logits(near, logit_bias=[2.0**-25, 2.0**-25])
+    assert hw.sample(left, temperature=0) == hw.sample(near, logit_bias=[2.0**-25, 2.0**-25], temperature=0) == 0
 
 
 # More filters -------------------------------------------------------------------------------------------------------

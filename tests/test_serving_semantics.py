@@ -6,9 +6,12 @@ Small numbers on purpose: a sentence should be checkable by eye. test_serving.py
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import re
 import threading
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,10 @@ import numpy as np
 import pytest
 
 import headway as hw
-from headway import reference
+from headway import _check, penalties, reference
+from headway._options import CHECKS as OPTION_CHECKS
+from headway._options import Integers, Reals
+from headway.sampling import _Run
 
 NAN, INF = np.nan, np.inf
 FOUR = [2.0, 1.0, -1.0, 0.0]
@@ -52,7 +58,7 @@ def test_p1_shapes_and_types() -> None:
         logits = ROWS.astype(dtype)
         before = logits.tobytes()
         new = hw.penalize(logits, np.zeros((2, 3, 1), int), repetition=2)
-        assert (new.shape, new.dtype) == (logits.shape, logits.dtype)
+        assert (new.shape, new.dtype) == (logits.shape, np.float64 if dtype is np.float64 else np.float32)
         assert logits.tobytes() == before
         assert np.array_equal(new[..., 1:], logits[..., 1:])
     assert hw.penalize(np.zeros((0, 7)), []).shape == (0, 7)
@@ -129,18 +135,130 @@ def test_p9_each_row_its_own() -> None:
 
 def test_p10_finite_stays_finite() -> None:
     assert changed([-INF, 0.0], [0], repetition=2, frequency=-9, presence=-9) == [-INF, 0]
-    for dtype, largest in ((np.float16, 65504), (np.float32, np.finfo(np.float32).max)):
+    largest = float(np.finfo(np.float32).max)
+    for dtype in (np.float64, np.float32):
         logits = np.array([-1, 1], dtype) * dtype(largest)
         assert hw.penalize(logits, [0], repetition=1.5).tolist() == logits.tolist()
         assert hw.penalize(logits, [1], repetition=0.5).tolist() == logits.tolist()
-    endless = hw.penalize(np.zeros(2, np.float32), [0] * 5000, dry_multiplier=1)
-    assert endless.tolist() == [-np.finfo(np.float32).max, 0]
+    assert hw.penalize([-3e38], [0], frequency=3e38).tolist() == [-largest]
+    assert hw.penalize([1e300, -1e308], [0, 1], repetition=2).tolist() == [5e299, -np.finfo(float).max]  # beyond before
+    assert hw.penalize(np.float16([6e4, 0]), [0], repetition=0.5).tolist() == [120000, 0]
+    for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16):
+        endless = hw.penalize(np.zeros(2, dtype), [0] * 5000, dry_multiplier=1)
+        assert endless.tolist() == [-largest, 0]
+        assert hw.sample(hw.penalize(np.zeros(2, dtype), [1] * 162, dry_multiplier=0.8), allowed=[1]) == 1
+        sampler = hw.Sampler(2)
+        sampler.admit(hw.SamplingParams(allowed=[1]), [1] * 162, dry_multiplier=0.8)
+        assert sampler.step(np.zeros((1, 2), dtype)).tolist() == [1]
 
 
 def test_p11_computed_in_float64_and_rounded_once() -> None:
     z, r, f = np.float32(1.7), np.float32(1.3), 0.1
     want = np.float32(np.float64(z) / np.float64(r) - 2 * f - 0.3)
     assert hw.penalize(np.array([z]), [0, 0], repetition=r, frequency=f, presence=0.3)[0] == want
+    for dtype in (np.float16, ml_dtypes.bfloat16):  # 0.05 is less than half a step of the type there
+        assert hw.penalize(np.array([20, 20], dtype), [0], presence=0.05).tolist() == [np.float32(19.95), 20]
+        sampler = hw.Sampler(2)
+        sampler.admit(hw.SamplingParams(temperature=0), [0], repetition=1.001)
+        assert sampler.step(np.array([[20, 20]], dtype)).tolist() == [1]
+
+
+# Of histories -------------------------------------------------------------------------------------------------------
+
+
+def test_p38_windows_of_their_own() -> None:
+    history = [0, 1, 0, 3]
+    each = {"repetition": 2, "frequency": 1, "presence": 0.5}
+    assert changed(FOUR, history, **each, window=1) == [2, 1, -1, -1.5]
+    assert changed(FOUR, history, **each, window=1, repetition_window=2) == [1, 1, -1, -1.5]
+    assert changed(FOUR, history, **each, frequency_window=1) == [1, 0.5, -1, -1.5]
+    assert changed(FOUR, history, **each, repetition_window=1, frequency_window=3) == [0.5, -0.5, -1, -1.5]
+    assert dry([1, 2, 3, 1, 2], dry_window=4, dry_allowed_length=1) == {3: 1.0}
+    assert dry([1, 2, 3, 1, 2], dry_window=4, dry_allowed_length=1, window=1) == {3: 1.0}
+    assert dry([1, 2, 3, 1, 2], dry_window=3, dry_allowed_length=1, window=5) == {}
+    rows = hw.penalize([FOUR] * 2, [history] * 2, presence=1, frequency_window=[1, 2], window=3)
+    assert rows.tolist() == [[2, 1, -1, -1], [1, 1, -1, -1]]
+
+
+def test_p39_prompt_lengths() -> None:
+    history = [0, 1, 0, 1]
+    each = {"frequency": 1, "presence": 0.5}
+    assert changed(FOUR, history, **each) == [-0.5, -1.5, -1, 0]
+    assert changed(FOUR, history, **each, prompt_lengths=0) == [-0.5, -1.5, -1, 0]
+    assert changed(FOUR, history, **each, prompt_lengths=3) == [2, -0.5, -1, 0]
+    assert changed(FOUR, history, **each, prompt_lengths=4) == FOUR
+    assert changed(FOUR, history, **each, prompt_lengths=1, window=2) == [0.5, -0.5, -1, 0]
+    assert changed(FOUR, history, repetition=2, prompt_lengths=4) == [1, 0.5, -1, 0]
+    assert dry([1, 2, 3, 1, 2], prompt_lengths=5) == {3: 1.0}
+    rows = hw.penalize([FOUR] * 2, [[0, 1], [0, 1]], presence=1, prompt_lengths=[1, 2])
+    assert rows.tolist() == [[2, 0, -1, 0], FOUR]
+    with pytest.raises(ValueError, match=r"^prompt_lengths: expected integers from 0 to 1, the tokens .* got 2"):
+        hw.penalize(FOUR, [0, 1], lengths=1, prompt_lengths=2)
+
+
+UNKNOWN = [-1, 70, 2**40, -(2**63), 2**63 - 1]
+SPECIAL = [0, -1, 4, 1, 2**40]
+HISTORIES: list[Any] = [
+    SPECIAL,
+    tuple(SPECIAL),
+    np.array(SPECIAL),
+    np.array(SPECIAL)[::-1][::-1],
+    np.array([0, -1, 4, 1, 99], np.int16),
+    np.array([0, 2**64 - 1, 4, 1, 2**63], np.uint64),
+    np.array([0, 4, 5, 1, 255], np.uint8),
+]
+
+
+@pytest.mark.parametrize("history", HISTORIES, ids=lambda h: f"{type(h).__name__} {getattr(h, 'dtype', '')}")
+def test_p40_ids_without_a_logit(history: Any) -> None:
+    """Where a row has no penalty they are nothing to it; else they are an error, or ignored."""
+    for off in ({}, {"repetition": 1, "presence": 0}, {"dry_base": 2.0}, {"window": 3, "dry_breakers": [1]}):
+        assert changed(FOUR, history, **off) == FOUR
+        sampler = hw.Sampler(4)
+        sampler.admit(hw.SamplingParams(temperature=0), history, **off)
+        assert sampler.step([FOUR]).tolist() == [0]
+    for on in ({"repetition": 2}, {"frequency": 1}, {"presence": 1}, {"dry_multiplier": 1}):
+        with pytest.raises(ValueError, match=r"^token_ids: expected ids from 0 to 3, got .* at 1; .*ignore"):
+            hw.penalize(FOUR, history, **on)
+        with pytest.raises(ValueError, match=r"^token_ids: expected ids from 0 to 3, got .* at 1 in row 1; .*ignore"):
+            hw.penalize([FOUR] * 2, [[0], history], **on)
+        with pytest.raises(ValueError, match=r"^token_ids: .* in row 0;"):
+            hw.penalize([FOUR] * 2, [history, history], **{name: [value, value - 1] for name, value in on.items()})
+        assert changed(FOUR, history, unknown_tokens="ignore", **on) == changed(FOUR, [0, 1], **on)
+        with pytest.raises(ValueError, match=r"^prompt_tokens: expected ids from 0 to 3, got .* at 1; .*ignore"):
+            hw.Sampler(4).admit(None, history, **on, count_prompt=True)
+    for on in ({"frequency": 1}, {"presence": 1}, {"frequency": 1, "window": 2}):
+        longer = np.append(np.asarray(history), np.full(2, 2, np.asarray(history).dtype))
+        assert changed(FOUR, longer, prompt_lengths=5, **on) == changed(FOUR, [2, 2], **on)
+        with pytest.raises(ValueError, match=r"^token_ids: .* at 4; "):
+            hw.penalize(FOUR, np.append(longer[:4], longer[1:3]), prompt_lengths=4, **on)
+        sampler = hw.Sampler(4)
+        sampler.admit(hw.SamplingParams(temperature=0), history, **on)
+        assert [int(sampler.step([FOUR])[0]) for _ in range(2)] == [0, 0]
+    with pytest.raises(ValueError, match=r"^prompt_tokens: "):
+        hw.Sampler(4).admit(None, history, frequency=1, repetition=2)
+    one = hw.penalize([FOUR] * 2, [history, [1]], presence=[0, 1])
+    assert one.tolist() == [FOUR, [2, 0, -1, 0]]
+
+
+def test_p41_ids_that_are_left_out() -> None:
+    """As if they were not there: windows, repetitions and ends close over them. Their places count in lengths."""
+    for unknown in UNKNOWN:
+        ignore: dict[str, Any] = {"unknown_tokens": "ignore"}
+        assert changed(FOUR, [0, unknown, 1, unknown], presence=1, window=2, **ignore) == [1, 0, -1, 0]
+        assert dry([1, unknown, 2, 3, 1, 2, unknown], **ignore) == {3: 1.0}
+        assert changed(FOUR, [unknown, 0, 1], presence=1, lengths=2, **ignore) == [1, 1, -1, 0]
+        assert changed(FOUR, [unknown, 0, 1], presence=1, prompt_lengths=2, **ignore) == [2, 0, -1, 0]
+        assert changed(FOUR, [unknown] * 3, presence=1, **ignore) == FOUR
+        sampler, plain = hw.Sampler(70), hw.Sampler(70)
+        own = {"frequency": 0.3, "dry_multiplier": 1, "dry_allowed_length": 1, "window": 5, "count_prompt": True}
+        sampler.admit(None, [3, unknown, 5, unknown, 3], seed=1, **own, **ignore)
+        plain.admit(None, [3, 5, 3], seed=1, **own)
+        for _ in range(6):
+            assert sampler.step(ROWS[0, :1]).tolist() == plain.step(ROWS[0, :1]).tolist()
+    mask, ids = np.array([[0, 0, 1, 1], [1, 1, 1, 1]]), np.array([[0, 0, 1, 3], [0, 1, 1, 2]])
+    padded = hw.penalize([FOUR] * 2, np.where(mask, ids, -1), frequency=1, unknown_tokens="ignore")
+    assert padded.tolist() == hw.penalize([FOUR] * 2, [[1, 3], [0, 1, 1, 2]], frequency=1).tolist()
 
 
 # Several draws ------------------------------------------------------------------------------------------------------
@@ -431,7 +549,8 @@ def test_p31_a_draw_of_a_sampler() -> None:
     for j in range(12):
         logits = ROWS.reshape(6, 70)[j % 6]
         (got,) = sampler.step(logits[None])
-        assert got == hw.sample(hw.penalize(logits, history, **penalties), params, position=3 + j)
+        penalized = hw.penalize(logits, history, prompt_lengths=2, **penalties)
+        assert got == hw.sample(penalized, params, position=3 + j)
         history.append(got)
 
 
@@ -464,12 +583,61 @@ def test_p33_seeds() -> None:
 
     params = hw.SamplingParams(seed=5)
     assert drawn({"params": params}) == drawn({"seed": 5}) == drawn({"params": params, "seed": 5})
+    assert drawn({"seed": 5}, {"params": params, "seed": 5}) == [[token] * 2 for (token,) in drawn({"seed": 5})]
     assert drawn({"params": params, "seed": 6}) == drawn({"seed": 6}) != drawn({"seed": 5})
     assert drawn({}) != drawn({})  # 1 in 10^10 that eight draws are equal
     assert drawn({"params": hw.SamplingParams(seed=5, position=2)})[:6] == drawn({"seed": 5})[2:]
     for bad in ({"seed": -1}, {"seed": [1, 2]}, {"params": hw.SamplingParams(seed=[1])}):
         with pytest.raises(ValueError, match=r"^seed"):
             drawn(bad)
+
+
+def test_p42_what_frequency_counts() -> None:
+    """The output alone, unless the prompt is to count; repetition and DRY are about both."""
+    logits = np.float32([[0.5, 0.5, -0.5, 0.2]])
+
+    def drawn(**options: Any) -> list[int]:
+        sampler = hw.Sampler(4)
+        sampler.admit(hw.SamplingParams(temperature=0), [0, 0, 1, 0, 2], **options)
+        return [int(sampler.step(logits)[0]) for _ in range(4)]
+
+    assert drawn() == [0, 0, 0, 0]
+    assert drawn(presence=0.5) == drawn(frequency=0.5) == [0, 1, 3, 0]
+    assert drawn(frequency=0.5, count_prompt=True) == [3, 1, 3, 1]  # 0 was 3 times in the prompt, 1 once
+    assert drawn(presence=1.5, count_prompt=True) == [3, 0, 0, 0]
+    for about_both in ({"repetition": 5}, {"dry_multiplier": 1, "dry_base": 3, "dry_allowed_length": 1}):
+        assert drawn(**about_both, count_prompt=True) == drawn(**about_both)
+        assert drawn(**about_both) != drawn()
+
+
+def test_p43_streams() -> None:
+    """Rows with a seed from params take its streams one after another; what `admit` gives decides for its row alone."""
+    params, rows = hw.SamplingParams(seed=5, position=2), np.zeros((4, 70), np.float32)
+
+    def drawn(*admissions: dict[str, Any], sampler: hw.Sampler | None = None) -> list[list[int]]:
+        sampler = hw.Sampler(70) if sampler is None else sampler
+        for admission in admissions:
+            sampler.admit(**{"params": params, **admission})
+        return [sampler.step(rows[: len(sampler.handles)]).tolist() for _ in range(3)]
+
+    batch = [hw.sample(rows, params, position=2 + j).tolist() for j in range(3)]
+    assert drawn({}, {}, {}, {}) == batch
+    assert len({tuple(column) for column in zip(*batch, strict=True)}) == 4
+    assert drawn({"stream": 3}, {"stream": 1}) == [[row[3], row[1]] for row in batch]
+    assert drawn({}, {"stream": 0}, {}) == [[row[0], row[0], row[2]] for row in batch]
+    other_seed = {"params": hw.SamplingParams(seed=6)}
+    assert drawn({"seed": 5}, other_seed, {})[0][::2] == [batch[0][0]] * 2
+    assert drawn({"seed": 5, "stream": 2}) == [[row[2]] for row in batch]
+    equal = {"params": hw.SamplingParams(seed=5, position=2, top_k=70)}  # the seed counts, not the params
+    assert drawn({}, equal) == [row[:2] for row in batch]
+    sampler = hw.Sampler(70)
+    first = sampler.admit(params)
+    sampler.retire(first)
+    for other in (pickle.loads(pickle.dumps(sampler)), copy.deepcopy(sampler), sampler):
+        assert drawn({}, sampler=other) == [[row[1]] for row in batch]  # a row that has gone had its stream
+    last = 2**64 - 1
+    word = np.random.Philox(key=np.array([5, last], np.uint64), counter=1).random_raw(1)[0]
+    assert drawn({"stream": last})[0] == [hw.sample(rows[0], uniform=(int(word) >> 11) / 2**53)]
 
 
 def test_p34_an_error_draws_nothing() -> None:
@@ -569,6 +737,74 @@ def test_p37_threads_take_turns() -> None:
         thread.join()
     assert errors == []
     assert sorted(drawn) == sorted(tuple(alone.step(rows).tolist()) for _ in range(400))
+
+
+COPIED: dict[str, Callable[[np.ndarray], Any]] = {
+    "kv_lengths, positions, breakers": lambda x: _check.integers(x, "x", 0, 9),
+    "ids of allowed": lambda x: OPTION_CHECKS["allowed"]("allowed", x, ()),
+    "lengths": lambda x: penalties._lengths("lengths", x, x.shape, np.full(x.size, 9)),
+    "token_ids": lambda x: penalties._histories(x, None, ())[0],
+    "tokens of logprobs": lambda x: import_module("headway.logprobs")._tokens(x, _Run(np.zeros(9), None, {})),
+    "draft_tokens": lambda x: import_module("headway.speculative")._draft_tokens(x, np.array([2]), (), 2, 9),
+    **{name: lambda x, name=name, check=check: check(name, x) for name, check in penalties.CHECKS.items()},
+    **{
+        name: lambda x, name=name, check=check: check(name, x, ())
+        for name, check in OPTION_CHECKS.items()
+        if isinstance(check, (Reals, Integers))
+    },
+}
+
+
+@pytest.mark.parametrize("name", list(COPIED))
+def test_p44_what_is_checked_is_a_copy(name: str) -> None:
+    taken = 0
+    for dtype, number in itertools.product((np.int64, np.uint64, np.float64, np.float32), (1, 0)):
+        given = np.array([number, number], dtype)
+        try:
+            assert not np.shares_memory(COPIED[name](given), given)
+            taken += 1
+        except (TypeError, ValueError):  # not of this type, or out of range
+            continue
+    assert taken > 0
+
+
+def test_p44_logits_that_change_during_a_call() -> None:
+    rng, V = np.random.default_rng(8), 20_000
+    rows = [rng.standard_normal(V), -np.arange(V) / 9, np.full(V, -INF), np.full(V, NAN), np.zeros(V)]
+    rows[2][7] = 0
+    logits = np.zeros((2, V), np.float32)
+    ids = np.zeros((2, 3), np.int64)
+    stop = threading.Event()
+
+    def write() -> None:
+        for i in itertools.cycle(range(len(rows))):
+            if stop.is_set():
+                return
+            logits[i % 2] = rows[i]
+            ids[:], ids[:] = 2**40, 0
+
+    def calls() -> Iterator[Any]:
+        for options in ({}, {"top_k": 9}, {"top_p": 0.9}, {"temperature": 0}, {"min_p": 0.1}, {"typical_p": 0.5}):
+            yield lambda o=options: hw.sample(logits, **o)
+            yield lambda o=options: hw.sample(logits, num_samples=3, replacement=False, **o)
+            yield lambda o=options: hw.logprobs(logits, top=5, processed=True, **o).top_tokens
+            yield lambda o=options: hw.verify_draft(logits, logits[:1], ids[0, :1], **o).tokens
+        yield lambda: hw.logprobs(logits, ids, top=50).top_tokens
+        yield lambda: hw.penalize(logits, ids, lengths=ids[:, 0], presence=1).argmax(-1)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for call in itertools.chain.from_iterable(map(lambda _: calls(), range(12))):
+            try:
+                tokens = np.asarray(call())
+            except ValueError:
+                continue
+            assert tokens.min() >= -1
+            assert tokens.max() < V
+    finally:
+        stop.set()
+        writer.join()
 
 
 def test_p37_a_call_from_within_another() -> None:

@@ -667,6 +667,21 @@ def level_3() -> dict[str, tuple[str, list[Case]]]:
                 masses("masses.steps", "Neighbours in float32.", [1 + n * 2.0**-23 for n in range(5)], "precision"),
                 masses("masses.many", "s is 42 for so many tokens.", [0, -1, *[-3] * 2**20], "tail"),
                 masses("masses.bias", "The bias is added in float32.", [1, 2, 3], logit_bias=[0.1, -0.2, -INF]),
+                masses(
+                    "masses.bias-too-low",
+                    "Sums below float32's lowest number are that number, never bans.",
+                    [-3e38, -3.2e38, -3e38],
+                    "extreme",
+                    logit_bias=[-3e38, -3e38, -INF],
+                ),
+                masses(
+                    "masses.bias-lowest",
+                    "As the lowest number itself.",
+                    [-3e38, -3.4028235e38, -3e38],
+                    "extreme",
+                    logit_bias=[-1e38, 0.0, 1e37],
+                    temperature=1e38,
+                ),
             ],
         ),
         "temperature": (

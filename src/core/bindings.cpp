@@ -324,7 +324,7 @@ struct Stages {
 
 // What penalties know of rows, counted on by penalize, read by the sampling functions. It keeps the arrays alive.
 struct RowHistories {
-  In slot, first, length, tokens, breakers;
+  In slot, first, length, prompt, tokens, breakers;
   Out counted, distinct, id, times, same, logit;
 
   Histories of(int64_t rows) const {
@@ -333,6 +333,7 @@ struct RowHistories {
     h.slot = rows_in<int64_t>(slot, "slot", rows);
     h.first = rows_in<int64_t>(first, "first", slots);
     h.length = rows_in<int64_t>(length, "length", slots);
+    h.prompt = rows_in<int64_t>(prompt, "prompt", slots);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t s = h.slot[i];
       if (s < 0 || s >= slots || h.first[s] < 0 || h.length[s] < 0 || h.length[s] > places - h.first[s])
@@ -343,7 +344,7 @@ struct RowHistories {
     h.counted = rows_out<int64_t>(counted, "counted", slots, 8);
     h.distinct = rows_out<int64_t>(distinct, "distinct", slots, 8);
     h.id = rows_out<int64_t>(id, "id", places, 8);
-    h.times = rows_out<int64_t>(times, "times", places, 8);
+    h.times = rows_out<int64_t>(times, "times", places * kPenaltyKinds, 8);
     h.same = rows_out<int64_t>(same, "same", places, 8);
     h.logit = rows_out<double>(logit, "logit", places, 8);
     return h;
@@ -358,9 +359,7 @@ struct Rows {
   Stages stages;
   In spared;
   std::optional<RowHistories> histories;
-  std::optional<In> seed, position;
-  int64_t rows_per_stream;
-  std::optional<In> uniform;
+  std::optional<In> seed, stream, position, uniform;
   Out status;
   std::vector<Step> list{}; // of the task, which lives no longer
 
@@ -392,16 +391,18 @@ struct Rows {
     t.spared = rows_in<int64_t>(spared, "spared", t.spared_count);
     for (int64_t i = 0; i < t.spared_count; ++i)
       if (t.spared[i] < 0 || t.spared[i] >= t.V) throw std::invalid_argument("spared: out of range");
+    if (bool(seed) != bool(stream) || bool(seed) != bool(position))
+      throw std::invalid_argument("expected seed, stream and position together");
     if (seed) t.seed = per_row<uint64_t>(*seed, "seed", rows);
+    if (stream) t.stream = per_row<uint64_t>(*stream, "stream", rows);
     if (position) t.position = per_row<uint64_t>(*position, "position", rows);
-    t.rows_per_stream = rows_per_stream;
     if (uniform) t.uniform = per_row<double>(*uniform, "uniform", rows * draws);
     t.draws = draws;
     t.status = rows_out<int64_t>(status, "status", rows, 8);
     return t;
   }
   void check_source() const {
-    if (!uniform && !(seed && position)) throw std::invalid_argument("expected seed and position, or uniform");
+    if (!uniform && !seed) throw std::invalid_argument("expected seed, stream and position, or uniform");
   }
 };
 
@@ -422,7 +423,7 @@ bool sample(Rows& rows, int64_t draws, bool replacement, const std::optional<Out
   const size_t item = t.logits.dtype == DType::f64 ? 8 : 4;
   t.tokens = rows_out<int64_t>(tokens, "tokens", n * draws, 8);
   t.probabilities = rows_out<void>(probabilities, "probabilities", n * t.V, item);
-  t.filtered = rows_out<void>(filtered, "filtered", n * t.V, rows.logits.itemsize());
+  t.filtered = rows_out<void>(filtered, "filtered", n * t.V, rows.bias ? item : rows.logits.itemsize());
   run(kernels().sampling->sample, t);
   return fine(t);
 }
@@ -442,16 +443,18 @@ bool trace(Rows& rows, const Out& counts, const Out& found, const std::optional<
   return fine(t);
 }
 
-void penalize(const In& logits, const RowHistories& histories, const In& window, const In& repetition,
-              const In& frequency, const In& presence, const In& dry_multiplier, const In& dry_base,
-              const In& dry_allowed_length) {
+void penalize(const In& logits, const RowHistories& histories, const In& repetition, const In& frequency,
+              const In& presence, const In& dry_multiplier, const In& dry_base, const In& dry_allowed_length,
+              const In& repetition_window, const In& frequency_window, const In& dry_window) {
   Penalties t{};
   t.batch = batch_of(logits, 1);
   t.V = int64_t(logits.shape(size_t(t.batch.axes)));
   t.logits = view(logits, "logits", t.batch, {t.V});
   const int64_t rows = t.batch.size();
   t.histories = histories.of(rows);
-  t.window = per_row<int64_t>(window, "window", rows);
+  t.window[kRepetition] = per_row<int64_t>(repetition_window, "repetition_window", rows);
+  t.window[kFrequency] = per_row<int64_t>(frequency_window, "frequency_window", rows);
+  t.window[kDry] = per_row<int64_t>(dry_window, "dry_window", rows);
   t.repetition = per_row<double>(repetition, "repetition", rows);
   t.frequency = per_row<double>(frequency, "frequency", rows);
   t.presence = per_row<double>(presence, "presence", rows);
@@ -587,18 +590,21 @@ NB_MODULE(_native, m) {
   m.def("swiglu", &swiglu, "gate"_a, "up"_a, "wide"_a, "y"_a);
   nb::class_<Stages>(m, "Stages").def(nb::init<std::vector<StepTuple>, In>(), nb::kw_only(), "steps"_a, "min_tokens"_a);
   nb::class_<RowHistories>(m, "Histories")
-      .def(nb::init<In, In, In, In, In, Out, Out, Out, Out, Out, Out>(), nb::kw_only(), "slot"_a, "first"_a, "length"_a,
-           "tokens"_a, "breakers"_a, "counted"_a, "distinct"_a, "id"_a, "times"_a, "same"_a, "logit"_a);
+      .def(nb::init<In, In, In, In, In, In, Out, Out, Out, Out, Out, Out>(), nb::kw_only(), "slot"_a, "first"_a,
+           "length"_a, "prompt"_a, "tokens"_a, "breakers"_a, "counted"_a, "distinct"_a, "id"_a, "times"_a, "same"_a,
+           "logit"_a);
   nb::class_<Rows>(m, "Rows").def(
       nb::init<In, std::optional<In>, std::optional<In>, bool, Stages, In, std::optional<RowHistories>,
-               std::optional<In>, std::optional<In>, int64_t, std::optional<In>, Out>(),
+               std::optional<In>, std::optional<In>, std::optional<In>, std::optional<In>, Out>(),
       nb::kw_only(), "logits"_a, "bias"_a.none(), "allowed"_a.none(), "packed"_a, "stages"_a, "spared"_a,
-      "histories"_a.none(), "seed"_a.none(), "position"_a.none(), "rows_per_stream"_a, "uniform"_a.none(), "status"_a);
+      "histories"_a.none(), "seed"_a.none(), "stream"_a.none(), "position"_a.none(), "uniform"_a.none(), "status"_a);
   m.def("sample", &sample, "rows"_a, "draws"_a, "replacement"_a, "tokens"_a.none(), "probabilities"_a.none(),
         "filtered"_a.none());
   m.def("trace", &trace, "rows"_a, "counts"_a, "found"_a, "ids"_a.none(), "logits"_a.none(), "masses"_a.none());
-  m.def("penalize", &penalize, "logits"_a, "histories"_a, "window"_a, "repetition"_a, "frequency"_a, "presence"_a,
-        "dry_multiplier"_a, "dry_base"_a, "dry_allowed_length"_a);
+  m.attr("PENALTY_KINDS") = int(kPenaltyKinds);
+  m.def("penalize", &penalize, "logits"_a, "histories"_a, nb::kw_only(), "repetition"_a, "frequency"_a, "presence"_a,
+        "dry_multiplier"_a, "dry_base"_a, "dry_allowed_length"_a, "repetition_window"_a, "frequency_window"_a,
+        "dry_window"_a);
   m.def("rank", &rank, "rows"_a, "tokens"_a, "processed"_a, "ranks"_a, "logprob"_a, "top_id"_a, "top_key"_a,
         "top_logprob"_a);
   m.def("verify", &verify, "target"_a, "draft"_a.none(), "tokens"_a, "lengths"_a, "status"_a, "accepted"_a, "next"_a);

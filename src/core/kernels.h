@@ -119,17 +119,21 @@ struct Step {
   PerRow<double> value[kStepValues]; // temperature: and range, exponent; xtc: probability, threshold
 };
 
+// The kinds of penalties, each with a window of its own: frequency with presence.
+enum PenaltyKind { kRepetition, kFrequency, kDry, kPenaltyKinds };
+
 // What penalties know of rows: the tokens of each, and what the kernel has counted of them so far. A row has a slot,
 // and places of its own, from `first` on, in each of the long arrays.
 struct Histories {
   const int64_t* slot = nullptr; // (rows); absent: there are none
-  const int64_t *first, *length; // (slots): the first place, and how many tokens there are
-  const int64_t* tokens;         // (places): from 0 to V - 1, the oldest first
-  const uint8_t* breakers;       // (places): whether repetition ends at this token
-  // The kernel's own. (slots): how many it has counted, 0 to begin anew, and how many differ within the window.
+  const int64_t *first, *length,
+      *prompt;             // (slots): the first place, how many tokens, how many that frequency passes over
+  const int64_t* tokens;   // (places): from 0 to V - 1, the oldest first
+  const uint8_t* breakers; // (places): whether repetition ends at this token
+  // The kernel's own. (slots): how many it has counted, 0 to begin anew, and how many differ within the windows.
   int64_t *counted, *distinct;
-  // (places): which these are, how often each occurs, what the end has in common with earlier ends; and what the logits
-  // become, numbers of the logits' own type.
+  // (places): which these are, (places, kinds): how often each occurs where the kind looks, (places): what the end has
+  // in common with earlier ends; and what the logits become, float32 numbers unless the logits are float64.
   int64_t *id, *times, *same;
   double* logit;
 };
@@ -157,13 +161,12 @@ struct Sampling {
   PerRow<int64_t> min_tokens; // what a stage that heeds it leaves at least
   const int64_t* spared;      // tokens, from 0 to V - 1, that xtc leaves in
   int64_t spared_count;
-  PerRow<uint64_t> seed, position;
-  int64_t rows_per_stream; // row i draws from stream i / rows_per_stream of its seed; 0: from stream 0
-  PerRow<double> uniform;  // (rows, draws) instead of seed and position; all absent where nothing is left to chance
-  int64_t draws;           // for each row
+  PerRow<uint64_t> seed, stream, position;
+  PerRow<double> uniform; // (rows, draws) instead of these three; all absent where nothing is left to chance
+  int64_t draws;          // for each row
   bool replacement;
-  // Each of these may be absent. (rows, draws), and (rows, V) contiguous: float64 for float64 logits, else float32; the
-  // logits'.
+  // Each of these may be absent. (rows, draws), and (rows, V) contiguous: float64 for float64 logits, else float32;
+  // filtered without a bias: as the logits.
   int64_t* tokens;
   void *probabilities, *filtered;
   int64_t* status; // (rows)
@@ -175,7 +178,7 @@ struct Penalties {
   Batch batch; // a row each
   int64_t V;
   View logits; // (V)
-  PerRow<int64_t> window, dry_allowed_length;
+  PerRow<int64_t> window[kPenaltyKinds], dry_allowed_length;
   PerRow<double> repetition, frequency, presence, dry_multiplier, dry_base; // off: 1, 0, 0, 0
   Histories histories;                                                      // counted on, and logit filled
 };

@@ -59,14 +59,15 @@ HEADWAY_FLATTEN inline void run_ranking(const Ranking& task, const Plan&, int64_
   keep_first(row, task.top, Ties::lowest_id);
   close_gaps(row);
   int64_t to = index * task.top;
-  for (int64_t i = 0; i < row.tokens.n; ++i) {
+  const int64_t end = to + task.top; // more are left only where another thread has written to the logits
+  for (int64_t i = 0; i < row.tokens.n && to < end; ++i) {
     if (row.tokens.z[i] == kNever) continue;
     const float z = row.tokens.z[i];
     task.top_id[to] = row.tokens.at(i);
     task.top_key[to] = key_of(z);
     task.top_logprob[to++] = logarithm(z, row.tokens.weight[i]);
   }
-  for (; to < (index + 1) * task.top; ++to) {
+  for (; to < end; ++to) {
     task.top_id[to] = -1;
     task.top_key[to] = 0;
     task.top_logprob[to] = double(kNever);

@@ -1,37 +1,44 @@
 // Penalties: what occurred before gets a lower logit. What a row's history holds is counted once, in time linear in the
-// history whatever the vocabulary; after that each token that comes is added to it and each that leaves is taken away.
+// history whatever the vocabulary; after that each token that comes is added to it, and each that leaves a window is
+// taken away from what that one holds.
 #pragma once
 #include "rows.h"
 
 namespace headway {
 namespace {
 
-// A row of Histories, and the number of the last of its tokens that are what it is about.
+// A row of Histories, and how many of the last of its tokens each kind of penalty is about: 0 where it is off.
 struct History {
-  int64_t length, window;
+  int64_t length, prompt, window[kPenaltyKinds];
   const int64_t* token;  // the oldest first
   const uint8_t* breaks; // whether repetition ends there
-  int64_t &counted, &distinct, *id, *times, *same;
+  int64_t &counted, &distinct, *id;
+  int64_t (*times)[kPenaltyKinds];
+  int64_t* same;
 
-  History(const Histories& all, int64_t slot, int64_t w)
-      : length(all.length[slot]), window(w), token(all.tokens + all.first[slot]),
+  History(const Histories& all, int64_t slot)
+      : length(all.length[slot]), prompt(all.prompt[slot]), window{}, token(all.tokens + all.first[slot]),
         breaks(all.breakers + all.first[slot]), counted(all.counted[slot]), distinct(all.distinct[slot]),
-        id(all.id + all.first[slot]), times(all.times + all.first[slot]), same(all.same + all.first[slot]) {}
+        id(all.id + all.first[slot]), times(reinterpret_cast<int64_t (*)[kPenaltyKinds]>(all.times) + all.first[slot]),
+        same(all.same + all.first[slot]) {}
 
-  int64_t size() const { return least(counted, window); }
+  // The first place that a kind is about, of n tokens.
+  int64_t start(int kind, int64_t n) const { return most(n - window[kind], kind == kFrequency ? prompt : 0); }
 
+  int64_t add(int64_t t) { // to the list
+    id[distinct] = t;
+    for (int64_t& count : times[distinct]) count = 0;
+    return distinct++;
+  }
   // The set of Briggs and Torczon (1993): slot is never cleared, for it counts only where the list points back.
   void count_all(uint32_t* slot) {
+    int64_t from[kPenaltyKinds], i = length;
+    for (int kind = 0; kind < kPenaltyKinds; ++kind) from[kind] = start(kind, length), i = least(i, from[kind]);
     counted = length, distinct = 0;
-    for (int64_t i = length - size(); i < length; ++i) {
+    for (; i < length; ++i) {
       int64_t k = slot[token[i]];
-      if (k >= distinct || id[k] != token[i]) {
-        k = distinct++;
-        slot[token[i]] = uint32_t(k);
-        id[k] = token[i];
-        times[k] = 0;
-      }
-      ++times[k];
+      if (k >= distinct || id[k] != token[i]) slot[token[i]] = uint32_t(k = add(token[i]));
+      for (int kind = 0; kind < kPenaltyKinds; ++kind) times[k][kind] += i >= from[kind];
     }
   }
 
@@ -42,16 +49,23 @@ struct History {
     return k;
   }
   void count_next() {
-    const int64_t k = find(token[counted]);
-    if (k == distinct) id[distinct++] = token[counted], times[k] = 0;
-    ++times[k];
-    if (++counted <= window) return;
-    const int64_t left = find(token[counted - window - 1]);
-    if (--times[left]) return;
-    --distinct;
-    id[left] = id[distinct], times[left] = times[distinct];
+    int64_t k = find(token[counted]);
+    if (k == distinct) add(token[counted]);
+    ++counted;
+    for (int kind = 0; kind < kPenaltyKinds; ++kind) times[k][kind] += start(kind, counted) < counted;
+    for (int kind = 0; kind < kPenaltyKinds; ++kind) {
+      const int64_t left = start(kind, counted) - 1;
+      if (window[kind] == 0 || left < start(kind, counted - 1)) continue;
+      k = find(token[left]);
+      --times[k][kind];
+      if (times[k][kRepetition] || times[k][kFrequency] || times[k][kDry]) continue;
+      id[k] = id[--distinct];
+      memcpy(times[k], times[distinct], sizeof *times);
+    }
   }
 
+  // How many tokens DRY is about.
+  int64_t size() const { return least(counted, window[kDry]); }
   // same[j]: how many tokens the history, read backwards, has in common with itself from its j-th last on, before a
   // breaker. The token after that place would repeat so many. For the whole (the Z function; Gusfield, 1997):
   void compare_all() {
@@ -76,27 +90,16 @@ struct History {
   int64_t repeated(int64_t j) const { return least(same[j], size() - j); }
 };
 
-inline double largest_of(DType t) {
-  switch (t) {
-  case DType::f64: return 0x1.fffffffffffffp+1023;
-  case DType::f16: return 65504;
-  case DType::bf16: return 0x1.fep+127;
-  default: return 0x1.fffffep+127;
-  }
-}
-
 // Memory of a thread: where a token stands in the list of a history, and what repetitions cost.
 struct PenaltySpace {
   uint32_t* slot;   // (V)
   int64_t* longest; // (tokens): of each of the list, the longest end of the history that it once followed
   double* power;    // (tokens)
-  void* narrow;     // (tokens): numbers of any type
 
   PenaltySpace(Arena arena, int64_t V, int64_t tokens, int64_t* bytes = nullptr) {
     slot = arena.take<uint32_t>(V);
     longest = arena.take<int64_t>(tokens);
     power = arena.take<double>(tokens);
-    narrow = arena.take<double>(tokens);
     if (bytes) *bytes = arena.used;
   }
 };
@@ -121,8 +124,9 @@ inline void run_penalties(const Penalties& task, const Plan&, int64_t index, con
   if (repetition == 1 && frequency == 0 && presence == 0 && multiplier == 0) return; // it stays uncounted
   const int64_t slot = all.slot[index];
   PenaltySpace space(Arena{static_cast<char*>(memory.own)}, task.V, all.length[slot]);
-  History history(all, slot, task.window[index]);
-  const bool dry = multiplier > 0;
+  History history(all, slot);
+  const bool on[kPenaltyKinds] = {repetition != 1, frequency != 0 || presence != 0, multiplier > 0}, dry = on[kDry];
+  for (int kind = 0; kind < kPenaltyKinds; ++kind) history.window[kind] = on[kind] ? task.window[kind][index] : 0;
   if (history.counted == 0) {
     history.count_all(space.slot);
     if (dry) history.compare_all();
@@ -145,25 +149,25 @@ inline void run_penalties(const Penalties& task, const Plan&, int64_t index, con
   }
   double power = multiplier;
   for (int64_t i = 0; i <= most_repeated - allowed_length; ++i, power *= task.dry_base[index])
-    space.power[i] = power < __builtin_inf() ? power : largest_of(DType::f64);
+    space.power[i] = power < __builtin_inf() ? power : 0x1.fffffffffffffp+1023;
   const int64_t offset = batch_offset(task.batch, task.logits, index);
   double* logit = all.logit + all.first[slot];
   for (int64_t k = 0; k < distinct; ++k) {
     if (k + 32 < distinct) __builtin_prefetch(address(task.logits, offset, history.id[k + 32]));
     read_row(address(task.logits, offset, history.id[k]), task.logits.dtype, 1, 1, logit + k);
   }
-  const double largest = largest_of(task.logits.dtype);
+  constexpr double of_float = 0x1.fffffep+127, of_double = 0x1.fffffffffffffp+1023; // logits count as float32
   for (int64_t k = 0; k < distinct; ++k) {
+    const int64_t (&times)[kPenaltyKinds] = history.times[k];
     double z = logit[k];
+    const double largest = __builtin_fabs(z) <= of_float ? of_float : of_double;
     const bool finite = z - z == 0;
-    z = z > 0 ? z / repetition : z * repetition;
-    z = z - double(history.times[k]) * frequency - presence;
+    if (times[kRepetition]) z = z > 0 ? z / repetition : z * repetition;
+    if (times[kFrequency]) z = z - double(times[kFrequency]) * frequency - presence;
     if (most_repeated && space.longest[k] > 0) z = z - space.power[space.longest[k] - allowed_length];
-    logit[k] = !finite ? z : z > largest ? largest : z < -largest ? -largest : z;
+    if (finite) z = z > largest ? largest : z < -largest ? -largest : z;
+    logit[k] = canonical(task.logits.dtype == DType::f64 ? z : double(float(z)));
   }
-  // As the type holds them.
-  write_row(logit, distinct, space.narrow, task.logits.dtype);
-  read_row(space.narrow, task.logits.dtype, 1, distinct, logit);
 }
 
 } // namespace

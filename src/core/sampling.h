@@ -24,6 +24,25 @@ HEADWAY_FLATTEN inline void ban(const Sampling& task, int64_t index, float* z) {
   }
 }
 
+// What is too low for float32 is its lowest number, never the ban that -inf is.
+constexpr float kLowest = -0x1.fffffep+127f;
+// n float64 numbers as float32, in memory that is filled up to whole blocks.
+HEADWAY_FLATTEN inline void narrow_row(const double* from, int64_t stride, int64_t n, float* to) {
+  const Vec<double> lowest = double(kLowest), never = double(kNever);
+  const auto narrowed = [&](Vec<double> x) { return convert<float>(select((x < lowest) & (x > never), lowest, x)); };
+  int64_t i = 0;
+  for (; stride == 1 && i + 16 <= n; i += 16) narrowed(Vec<double>::load(from + i)).store(to + i);
+  for (; i < n; i += 16) {
+    double few[16] = {};
+    for (int64_t j = 0; j < least(n - i, 16); ++j) few[j] = from[(i + j) * stride];
+    narrowed(Vec<double>::load(few)).store(to + i);
+  }
+}
+inline float biased(float z, float bias) {
+  const float sum = z + bias;
+  return (sum == kNever) & (z > kNever) & (bias > kNever) ? kLowest : sum;
+}
+
 // The row as float32 with penalties, the bias added and -inf for what is not allowed: the caller's memory if it is just
 // that.
 inline const float* scores(const Sampling& task, int64_t index, const Workspace& space) {
@@ -37,13 +56,20 @@ inline const float* scores(const Sampling& task, int64_t index, const Workspace&
   split(space.team, (task.V + kBlock - 1) / kBlock, kPart, [&](int64_t, int64_t first, int64_t last) {
     const int64_t from = first * kBlock, n = least(task.V, last * kBlock) - from;
     const char* at = logits + from * task.logits.stride[0] * item_size(task.logits.dtype);
-    read_row(at, task.logits.dtype, task.logits.stride[0], n, space.z + from);
+    if (task.logits.dtype == DType::f64)
+      narrow_row(reinterpret_cast<const double*>(at), task.logits.stride[0], n, space.z + from);
+    else
+      read_row(at, task.logits.dtype, task.logits.stride[0], n, space.z + from);
   });
   const int64_t first = penalized ? histories.first[slot] : 0;
-  for (int64_t i = first; i < first + penalized; ++i) space.z[histories.id[i]] = float(histories.logit[i]);
+  for (int64_t i = first; i < first + penalized; ++i) {
+    const double z = histories.logit[i];
+    space.z[histories.id[i]] = z < double(kLowest) && z > double(kNever) ? kLowest : float(z);
+  }
   if (task.bias.data) {
     const float* bias = reinterpret_cast<const float*>(address(task.bias, batch_offset(task.batch, task.bias, index)));
-    for (int64_t i = 0; i < task.V; ++i) space.z[i] += bias[i * task.bias.stride[0]];
+    const int64_t stride = task.bias.stride[0];
+    for (int64_t i = 0; i < task.V; ++i) space.z[i] = biased(space.z[i], bias[i * stride]);
   }
   if (task.allowed.data) ban(task, index, space.z);
   return space.z;
@@ -144,9 +170,10 @@ inline void draw_several(Row& row, Stop* stop) {
   }
   for (int64_t draw = 0; draw < task.draws && !stop->after(row.tokens.blocks()); ++draw) {
     int64_t target = int64_t(high_product(random_word(task, row.index, draw), uint64_t(total))), b = 0;
-    while (block_mass[b] <= target) target -= block_mass[b++];
+    // Both ends are reached only where another thread has written to the logits since they were weighed.
+    while (b + 1 < row.tokens.blocks() && block_mass[b] <= target) target -= block_mass[b++];
     int64_t i = b * kBlock;
-    while (weight[i] <= target) target -= weight[i++];
+    while (i + 1 < row.tokens.n && weight[i] <= target) target -= weight[i++];
     task.tokens[row.index * task.draws + draw] = row.tokens.at(i);
     if (task.replacement) continue;
     total -= weight[i];
@@ -162,32 +189,31 @@ template <class T> void write_probabilities(const Tokens& tokens, int64_t V, T* 
   for (int64_t i = 0; i < tokens.n; ++i) out[tokens.at(i)] = T(double(tokens.weight[i]) / total);
 }
 
-template <class T> void write_filtered(const Row& row, T removed) {
-  const Sampling& task = row.task;
-  const int64_t logits = batch_offset(task.batch, task.logits, row.index);
-  const int64_t bias = task.bias.data ? batch_offset(task.batch, task.bias, row.index) : 0;
-  T* out = static_cast<T*>(task.filtered) + row.index * task.V;
-  for (int64_t i = 0; i < task.V; ++i) out[i] = removed;
+// What is left, and `removed` for all else: number(token, z) of each, its logit as it came or, with a bias, z.
+template <class T, class Number> void write_filtered(const Row& row, T removed, Number number) {
+  T* out = static_cast<T*>(row.task.filtered) + row.index * row.task.V;
+  for (int64_t i = 0; i < row.task.V; ++i) out[i] = removed;
   for (int64_t i = 0; i < row.tokens.n; ++i) {
     const float z = row.tokens.z[i];
-    if (z == kNever) continue;
-    const int64_t token = row.tokens.at(i);
-    const char* given = address(task.logits, logits, token);
-    T* to = out + token;
-    if (!task.bias.data)
-      memcpy(to, given, sizeof(T));
-    else if constexpr (sizeof(T) == 8)
-      *to = *reinterpret_cast<const double*>(given) +
-            double(*reinterpret_cast<const float*>(address(task.bias, bias, token)));
-    else
-      write_row(&z, 1, to, task.logits.dtype);
+    if (z != kNever) out[row.tokens.at(i)] = number(row.tokens.at(i), z);
   }
 }
+template <class T> void write_filtered(const Row& row, T removed) {
+  const View& logits = row.task.logits;
+  const int64_t offset = batch_offset(row.task.batch, logits, row.index);
+  write_filtered(row, removed,
+                 [&](int64_t token, float) { return *reinterpret_cast<const T*>(address(logits, offset, token)); });
+}
 inline void write_filtered(const Row& row) {
-  switch (row.task.logits.dtype) {
+  const DType dtype = row.task.logits.dtype;
+  const auto with_bias = [](int64_t, float z) { return z + 0.0f; }; // + 0 makes -0 a 0
+  if (row.task.bias.data)
+    return dtype == DType::f64 ? write_filtered<double>(row, kNever, with_bias)
+                               : write_filtered<float>(row, kNever, with_bias);
+  switch (dtype) {
   case DType::f64: return write_filtered<double>(row, kNever);
   case DType::f32: return write_filtered<float>(row, kNever);
-  default: return write_filtered<uint16_t>(row, row.task.logits.dtype == DType::f16 ? 0xfc00 : 0xff80);
+  default: return write_filtered<uint16_t>(row, dtype == DType::f16 ? 0xfc00 : 0xff80);
   }
 }
 

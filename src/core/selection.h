@@ -2,6 +2,9 @@
 // ascending", so that a radix selection finds its end, by counts or by masses, in time linear in V on any input, equal
 // logits included. Before it, a sample tells in a long row between which logits that end must lie. The maxima of blocks
 // of 64 logits, a by-product of finding the row's maximum, let most rows skip most blocks.
+//
+// A row may lie in memory of the caller's, where another thread can write to it, so that two looks at a logit differ.
+// Any token may come of that, but it is one of the row: no place is a count that another look was to confirm.
 #pragma once
 #include "weights.h"
 
@@ -149,8 +152,9 @@ HEADWAY_APART HEADWAY_FLATTEN Listed list_between(const Tokens& tokens, Mass mas
   return all;
 }
 
-// The end of the shortest prefix, best first, whose sum reaches the target (1 <= target <= the sum of all): a radix
-// selection. Each round takes as digit what its keys differ in first, so that keys close together take one round.
+// The end of the shortest prefix, best first, whose sum reaches the target (1 <= target <= the sum of all, of one token
+// or more): a radix selection. Each round takes as digit what its keys differ in first, so that keys close together
+// take one round.
 template <class Mass>
 HEADWAY_APART HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Mass mass, int64_t target, Ties rule,
                                                      const Workspace& space) {
@@ -173,11 +177,12 @@ HEADWAY_APART HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Mass 
     for (int c = 0; c < copies; ++c)
       for (int64_t i = 0; i < int64_t(1) << bits; ++i) space.histogram[c * kCopySize + i] = 0;
     for (int64_t i = 0; i < left; ++i) space.histogram[(i & (copies - 1)) * kCopySize + digit_of(i)] += space.mass[i];
-    uint32_t crossing = uint32_t(1) << bits;
-    for (int64_t here = 0; crossing-- > 0; target -= here) {
-      here = 0;
+    uint32_t crossing = (uint32_t(1) << bits) - 1;
+    for (;; --crossing) {
+      int64_t here = 0;
       for (int c = 0; c < copies; ++c) here += space.histogram[c * kCopySize + crossing];
-      if (here >= target) break;
+      if (here >= target || crossing == 0) break; // the lowest has the digit 0, so that some are left either way
+      target -= here;
     }
     int64_t taken = 0;
     for (int64_t b = 0; b < left; b += kBlock) {

@@ -84,6 +84,7 @@ inline void run_verification(const Verification& task, const Plan& plan, int64_t
       return true;
     });
     Wide left = share_of(random.word[3], total);
+    task.next[index] = token; // stays only where another thread has written to the logits
     each_residual(target, draft, [&](int64_t id, Wide mass) {
       task.next[index] = id;
       const bool passed = left >= mass;

@@ -9,8 +9,7 @@ namespace {
 // The row's random numbers: the first word of each draw's block draws, the second of the first is xtc's coin.
 inline RandomBlock random_block(const Sampling& task, int64_t index, int64_t draw = 0) {
   if (!task.seed.data) return {}; // nothing but the draw is left to chance, which then has its numbers from the caller
-  const uint64_t stream = task.rows_per_stream ? uint64_t(index / task.rows_per_stream) : 0;
-  return philox(task.seed[index], stream, task.position[index], uint64_t(draw));
+  return philox(task.seed[index], task.stream[index], task.position[index], uint64_t(draw));
 }
 inline uint64_t random_word(const Sampling& task, int64_t index, int64_t draw = 0) {
   if (task.uniform.data) return uint64_t(task.uniform[index * task.draws + draw] * 0x1p+64);
@@ -51,9 +50,10 @@ HEADWAY_FLATTEN inline Vec<int64_t> block_masses(const Row& row, int64_t b, Vec<
   return sum;
 }
 
-// The chosen among `from`. Gaps stay bits until somebody needs numbers: the draw, which most often comes next, does
-// not.
+// The chosen among `from`; all, should none be. Gaps stay bits until somebody needs numbers: the draw, which most often
+// comes next, does not.
 inline void keep_chosen(Row& row, const Tokens& from, int64_t count) {
+  if (count == 0) return; // every stage leaves some, unless another thread has written to the logits
   row.tokens = from;
   row.gaps = !are_few(from, count);
   if (!row.gaps) row.tokens = list_chosen(from, row.space);
@@ -137,12 +137,12 @@ inline float tiny_difference(const Row& row) {
   const Scale& scale = row.scale;
   if (!(scale.inverse > 0x1p-100f && scale.inverse < 0x1p60f)) return 0;
   const Leaders leaders(row);
-  const float tiny = -0x1p-50f / scale.inverse;
+  const float tiny = 0x1p-50f / scale.inverse;
   const Vec<float> top = scale.top, bound = tiny;
   Mask<float> close = int32_t(0);
   for (int64_t v = 0; v < leaders.n; v += 16) {
-    const Vec<float> d = Vec<float>::load(leaders.z + v) - top;
-    close = close | ((d > bound) & (d < Vec<float>(0.0f)));
+    const Vec<float> d = top - Vec<float>::load(leaders.z + v);
+    close = close | ((d < bound) & (d > Vec<float>(0.0f)));
   }
   return any(close) ? tiny : 0;
 }
@@ -159,8 +159,8 @@ inline void keep_first(Row& row, int64_t n, Ties ties) {
     const int64_t equal = choose_inside(tokens, row.space, {bound, 0, tokens.n});
     const int64_t over = choose_inside(tokens, row.space, {bound, 0, 0});
     if (over < n) {
-      const int64_t need = ties == Ties::keep ? equal - over : least(n, equal) - over;
-      const int64_t skip = ties == Ties::highest_id ? equal - over - need : 0;
+      const int64_t need = most(0, ties == Ties::keep ? equal - over : least(n, equal) - over);
+      const int64_t skip = ties == Ties::highest_id ? most(0, equal - over - need) : 0;
       const int64_t count = choose_inside(tokens, row.space, {bound, skip, need});
       return keep_chosen(row, tokens, count);
     }
@@ -177,11 +177,11 @@ inline void keep(Row& row, const Tokens& few, int64_t count, Ties ties) {
   keep_chosen(row, few, count);
 }
 
-// The tokens that reach a bound, where that is a short list; else all.
+// The tokens that reach a bound, of which there are some, where that is a short list; else all.
 inline Tokens reaching(const Row& row, float bound) {
   if (row.tokens.id) return row.tokens;
   const int64_t count = choose_inside(row.tokens, row.space, {bound, 0, row.tokens.n});
-  return are_few(row.tokens, count) ? list_chosen(row.tokens, row.space) : row.tokens;
+  return count > 0 && are_few(row.tokens, count) ? list_chosen(row.tokens, row.space) : row.tokens;
 }
 
 // What has at least this weight; where that is too few, the first of the order. Only what is close to it is weighed.
@@ -221,6 +221,18 @@ inline void measure_anew(Row& row) {
   row.tokens.weight = nullptr;
 }
 
+// The first token with the best logit.
+inline int64_t first_equal(const Row& row, float best) {
+  const Tokens& tokens = row.tokens;
+  const Vec<float> value = best;
+  for (int64_t b = 0; b < tokens.blocks(); ++b) {
+    if (!tokens.id && row.space.block_max[b] != best) continue;
+    uint64_t found = block_bits(tokens.block(b), [&](Vec<float> z) { return z == value; });
+    if (found) return tokens.at(least(b * kBlock + take_lowest(found), tokens.n - 1));
+  }
+  return tokens.at(0); // only where another thread has written to the logits
+}
+
 // Measures masses at a temperature; the best of those left has 2^s.
 inline void measure(Row& row, double temperature) {
   Tokens& tokens = row.tokens;
@@ -229,13 +241,7 @@ inline void measure(Row& row, double temperature) {
   scale.top = best_logit(row);
   scale.inverse = inverse_temperature(temperature);
   scale.tiny = tiny_difference(row);
-  scale.one_hot = -1;
-  for (int64_t b = 0; temperature == 0 && scale.one_hot < 0; ++b) {
-    if (!tokens.id && row.space.block_max[b] != scale.top) continue;
-    const Vec<float> top = scale.top;
-    uint64_t found = block_bits(tokens.block(b), [&](Vec<float> z) { return z == top; });
-    if (found) scale.one_hot = tokens.at(b * kBlock + take_lowest(found));
-  }
+  scale.one_hot = temperature == 0 ? first_equal(row, scale.top) : -1;
 }
 
 inline void greedy(Row& row, const Step& step) {

@@ -202,6 +202,18 @@ inline Vec<float> smaller(Vec<float> a, Vec<float> b) {
 }
 inline Vec<double> smaller(Vec<double> a, Vec<double> b) { return select(a < b, a, b); }
 
+inline Vec<int32_t>::Reg smaller_reg(Vec<int32_t>::Reg a, Vec<int32_t>::Reg b) {
+#if defined(__AVX512F__) // GCC 12 makes two instructions of the plain one
+  return (Vec<int32_t>::Reg)_mm512_mask_min_epi32((__m512i)a, 0xffff, (__m512i)a, (__m512i)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+inline Vec<int32_t> smaller(Vec<int32_t> a, Vec<int32_t> b) {
+  for (int i = 0; i < Vec<int32_t>::parts; ++i) a.part[i] = smaller_reg(a.part[i], b.part[i]);
+  return a;
+}
+
 // a * b + c, rounded once ---------------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)

@@ -191,7 +191,7 @@ struct Scale {
   float inverse;   // 1 / T: finite, and 0 rather than subnormal
   int32_t s;       // the largest weight is 2^s, and V of them stay below 2^62
   int64_t one_hot; // temperature 0: the token that has all the mass; else -1
-  // Above it, z - top may as well be 0: x is above -2^-50, which changes no weight, but has subnormal products, with
+  // Up to it, top - z may as well be 0: x is above -2^-50, which changes no weight, but has subnormal products, with
   // which processors take a hundred times as long. 0 where there are hardly any such tokens.
   float tiny;
 };
@@ -209,11 +209,17 @@ inline float inverse_temperature(double t) {
 
 // The same operations in the same order as reference/sampling.py's _exponents and _weights.
 
-// x = (z - top) / T, from -40, where the weight is 0 already and where banned tokens are, to 0.
+// x within -40, where the weight is 0 already, and 0. As whole numbers, the bits of -0 and of what is below it come in
+// this order: one comparison cuts off what is below -40, and makes -40 of what cannot be, NaN and positive numbers:
+// they come of logits that another thread has written to since their maximum was found. Zeros must be -0.
+inline Vec<float> bounded(Vec<float> x) {
+  return bits<float>(smaller(bits<int32_t>(x), bits<int32_t>(Vec<float>(-40.0f))));
+}
+// x = (z - top) / T, from -40, where banned tokens are too, to 0.
 inline Vec<float> exponents(Vec<float> z, const Scale& scale) {
   using F = Vec<float>;
-  const F d = larger(z - F(scale.top), F(-0x1.fffffep+127f));
-  const F x = larger(d * F(scale.inverse), F(-40.0f));
+  const F d = F(0.0f) - larger(z - F(scale.top), F(-0x1.fffffep+127f));
+  const F x = bounded(d * F(-scale.inverse));
   return select(z == F(kNever), F(-40.0f), x); // not left to d: with a huge T a banned token's x would be 0
 }
 
@@ -239,13 +245,13 @@ inline Vec<int64_t> weights(Vec<float> z, const Scale& scale) { return weights_a
 HEADWAY_FLATTEN inline Vec<int64_t> block_weights(const float* z, const Scale& scale, Vec<int64_t> (&w)[kBlock / 16]) {
   using F = Vec<float>;
   Vec<int64_t> sum = int64_t(0);
-  const F top = scale.top, inverse = scale.inverse, tiny = scale.tiny;
+  const F top = scale.top + 0.0f, inverse = -scale.inverse, tiny = scale.tiny; // + 0: so that no difference is -0
   const bool usual = scale.inverse > 0x1p-100f; // what -inf is in exponents(), -FLT_MAX, gives -40 by itself
   for (int64_t v = 0; v < kBlock / 16; ++v) {
     const F x = F::load(z + 16 * v);
-    F d = x - top;
-    if (scale.tiny < 0) d = select(d < tiny, d, F(0.0f));
-    w[v] = weights_at(usual ? larger(d * inverse, F(-40.0f)) : exponents(x, scale), scale);
+    F d = top - x;
+    if (scale.tiny > 0) d = select(d > tiny, d, F(0.0f));
+    w[v] = weights_at(usual ? bounded(d * inverse) : exponents(x, scale), scale);
     sum = sum + w[v];
   }
   return sum;

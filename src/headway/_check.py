@@ -209,9 +209,9 @@ def whole(x: Any, name: str, expected: str = "integers") -> NDArray[np.integer[A
 
 
 def integers(x: Any, name: str, low: int, high: int) -> NDArray[np.int64]:
-    """Return an array of integers in [low, high] as int64."""
+    """Return an array of integers in [low, high] as int64: a copy, in which what was checked cannot change."""
     array = whole(x, name)
-    shape, array = array.shape, unrepeated(array)
+    shape, array = array.shape, unrepeated(array).copy()
     if array.size and (int(array.min()) < low or int(array.max()) > high):
         index = tuple(map(int, np.argwhere((array < low) | (array > high))[0]))
         place = f" at {index[0] if len(index) == 1 else index}" if index else ""

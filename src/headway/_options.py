@@ -55,7 +55,7 @@ class Reals:
         if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.dtype.kind == "O"):
             listed = value if isinstance(value, np.ndarray) else np.array(_arrays.readable(value, name), object)
             value = self._each(name, listed)
-        array = _arrays.unwrap(value, name).astype("float64")
+        array = _arrays.unwrap(value, name).astype("float64").copy()  # in which what is checked here cannot change
         holds, out = self.holds(array), array
         for reading in reversed(readings):
             fits = (array >= reading.low) & (array <= reading.high)
@@ -106,10 +106,12 @@ class Integers:
             return np.array(self._in_range(name, value, (), readings), self.dtype)
         if value is None or isinstance(value, (str, bool)):
             raise self.other_kind(self._message(name, value, ()))
-        if isinstance(value, (list, tuple)):  # as objects, so that no number above 2^63 becomes a float on the way
+        # Lists as objects, so that no number above 2^63 becomes a float on the way; and a copy, in which what is
+        # checked here cannot change.
+        if isinstance(value, (list, tuple)):
             array = np.array(_arrays.readable(value, name), object)
         else:
-            array, _ = _arrays.plain(value, name)
+            array = _arrays.plain(value, name)[0].copy()
         whole = array.dtype.kind in "iu" and array.size
         if whole and array.min() >= self.least and int(array.max()) <= _LARGEST[self.dtype]:
             return array.astype(self.dtype)
@@ -187,7 +189,7 @@ def _allowed(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array
     if array.dtype in (np.bool_, np.uint32) and array.ndim:
         return array
     if array.dtype == np.int64 and array.ndim == 1:
-        return array
+        return array.copy()  # in which what is checked later cannot change
     if not cure and array.ndim and array.dtype.kind in "iuf" and array.size and ((array == 0) | (array == 1)).all():
         code = f"np.asarray({name}, dtype=bool)"
         if _arrays.dtype_name(value):
@@ -224,8 +226,11 @@ def _logit_bias(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Ar
             f"{name}: expected an array, or one dict for all rows, got a list of dicts; pass "
             f"`[[row.get(token, 0.0) for token in range(V)] for row in {name}]`"
         )
+    operand = _arrays.unwrap(value, name)
     with np.errstate(over="ignore"):
-        array = _arrays.unwrap(value, name).astype("float32")
+        array = operand.astype("float32")
+    if operand.dtype == "float64":  # what is too low for float32 is no ban
+        array = np.where((array == -np.inf) & (operand.data > -np.inf), np.finfo(np.float32).min, array)
     if ids is not None and array.ndim != 1:
         raise ValueError(f"{name}: expected a dict {{id: bias}}, one number for each id, got shape {array.shape[1:]}")
     if array.size and not array.max() < np.inf:  # NaN too

@@ -99,7 +99,7 @@ def logprobs(
 
 
 def _tokens(tokens: ArrayLike, run: _Run) -> Array:
-    ids = _check.whole(tokens, "tokens", "token ids")
+    ids = _check.whole(tokens, "tokens", "token ids").copy()  # in which what is checked here cannot change
     if ids.shape[: len(run.lead)] != run.lead or ids.ndim > len(run.lead) + 1:
         raise ValueError(
             f"tokens: expected one id for each row, of shape {run.lead}, or n in {with_n(run.lead)}, got shape "

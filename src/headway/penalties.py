@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["penalize"]
 
+UnknownTokens = Literal["error", "ignore"]
+
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -31,35 +33,42 @@ class Penalties(TypedDict, total=False):
     repetition: ArrayLike | None
     frequency: ArrayLike | None
     presence: ArrayLike | None
-    window: ArrayLike | None
     dry_multiplier: ArrayLike | None
     dry_base: ArrayLike | None
     dry_allowed_length: ArrayLike | None
     dry_breakers: ArrayLike
+    window: ArrayLike | None
+    repetition_window: ArrayLike | None
+    frequency_window: ArrayLike | None
+    dry_window: ArrayLike | None
 
 
 def _within_float32(x: Any) -> Any:
     return (x >= -_LARGEST) & (x <= _LARGEST)
 
 
+_WINDOW = Integers("an integer >= 1", "use None for the whole history", 1, np.int64, clip=True)
 CHECKS: dict[str, Callable[[str, Any], Array | None]] = {
     "repetition": Reals("a finite number > 0", "1 switches it off", lambda x: (x > 0) & (x < math.inf)),
     "frequency": Reals("a number within float32", "0 switches it off", _within_float32),
     "presence": Reals("a number within float32", "0 switches it off", _within_float32),
-    "window": Integers("an integer >= 1", "use None for the whole history", 1, np.int64, clip=True),
     "dry_multiplier": Reals("a finite number >= 0", "0 switches it off", lambda x: (x >= 0) & (x < math.inf)),
     "dry_base": Reals("a finite number >= 1", "1.75 is usual", lambda x: (x >= 1) & (x < math.inf)),
     "dry_allowed_length": Integers("an integer >= 1", "2 is usual", 1, np.int64, clip=True),
+    "window": _WINDOW,
+    "repetition_window": _WINDOW,
+    "frequency_window": _WINDOW,
+    "dry_window": _WINDOW,
 }
 # What None means.
 DEFAULTS: dict[str, Array] = {
     "repetition": np.array(1.0),
     "frequency": np.array(0.0),
     "presence": np.array(0.0),
-    "window": np.array(2**63 - 1),
     "dry_multiplier": np.array(0.0),
     "dry_base": np.array(1.75),
     "dry_allowed_length": np.array(2),
+    "window": np.array(2**63 - 1),
 }
 
 
@@ -69,13 +78,15 @@ def penalize(
     token_ids: Any,
     *,
     lengths: ArrayLike | None = None,
+    prompt_lengths: ArrayLike | None = None,
+    unknown_tokens: UnknownTokens = "error",
     **penalties: Unpack[Penalties],
 ) -> Any:
     """Lower the logits of tokens that occurred before. Give the result to `sample`.
 
-    logits (..., V) -> (..., V), the same kind of array and dtype. token_ids are the tokens of each row so far, the
-    oldest first: a list for logits (V,), lists of any lengths, nested as the leading axes are, for (..., V); or an
-    array (..., n) of which the first `lengths` (...) of each row count. In this order:
+    logits (..., V) -> (..., V), the same kind of array: float32, or float64 for float64 logits. token_ids are the
+    tokens of each row so far, the oldest first: a list for logits (V,), lists of any lengths, nested as the leading
+    axes are, for (..., V); or an array (..., n) of which the first `lengths` (...) of each row count. In this order:
 
     repetition: over 0. The logit of a token that occurred is divided by it if positive, else multiplied (Keskar et
         al., 2019, arXiv:1909.05858). 1 is off.
@@ -87,10 +98,18 @@ def penalize(
         github.com/oobabooga/text-generation-webui/pull/5677). 0 is off.
     dry_base, dry_allowed_length: at least 1; 1.75 and 2 unless given.
     dry_breakers: ids of tokens that no repetition goes across, and that DRY does not penalize.
-    window: how many tokens, the last ones, all of this is about; None is all of them.
+    window: how many tokens, the last ones, all of this is about; None is all of them. repetition_window,
+        frequency_window (also of presence) and dry_window, where given, are those of one kind.
 
     Each but dry_breakers may be an array with one value per row. -inf stays -inf, and a finite logit stays finite.
     Work and memory are linear in the history, and in the vocabulary only for the copy.
+
+    prompt_lengths: how many of a row's first tokens are its prompt, which frequency and presence do not count, as in
+        OpenAI's interface and vLLM; repetition and DRY do. 0 unless given; (...) or one for all rows.
+    unknown_tokens: what to do with ids outside 0 to V - 1, such as placeholders for images, or padding, where a
+        penalty looks at them: "error", or "ignore", which is as if they were not in the history. lengths and
+        prompt_lengths count their places all the same. Rows that are padded on the left are thus
+        `penalize(logits, np.where(attention_mask, token_ids, -1), unknown_tokens="ignore")`.
 
     Raises ValueError and TypeError that name the argument, the row, what was expected and what came.
 
@@ -102,6 +121,8 @@ def penalize(
            [ 2. , -0.5]])
     >>> hw.penalize([0.0] * 5, [1, 2, 3, 4, 1, 2, 3], dry_multiplier=0.8)  # 1 2 3 was followed by 4
     array([ 0. ,  0. ,  0. ,  0. , -1.4])
+    >>> hw.penalize([0.0] * 3, [-1, -1, 2, 0], prompt_lengths=3, unknown_tokens="ignore", presence=1.0)
+    array([-1.,  0.,  0.])
     """
     operand = _arrays.unwrap(logits, "logits")
     data = operand.data
@@ -109,22 +130,44 @@ def penalize(
         raise ValueError("logits: expected an array (V,) or (..., V), got a single number")
     lead, vocabulary = data.shape[:-1], data.shape[-1]
     settings = checked(penalties)
-    tokens, length = _histories(token_ids, lengths, lead, vocabulary)
+    _check.choice(unknown_tokens, "unknown_tokens", ("error", "ignore"))
+    tokens, length = _histories(token_ids, lengths, lead)
+    prompt = np.zeros_like(length)
+    if prompt_lengths is not None:
+        prompt = _lengths("prompt_lengths", prompt_lengths, lead, length)
     breakers = breaker_ids(penalties.get("dry_breakers", ()), vocabulary)
     rows = {
         name: np.ascontiguousarray(value if not value.ndim else broadcast(name, value, lead)).reshape(-1)
         for name, value in settings.items()
     }
-    out = np.array(data, order="C", copy=True)
+    rows = with_windows(rows)
+    known = (tokens >= 0) & (tokens < vocabulary)
+    place = np.arange(tokens.shape[-1])
+    unknown = ~known & (place < length[:, None])
+    if unknown.any():
+        of_all, of_output = (on[:, None] for on in penalizes(rows))
+        wrong = unknown & (of_all | (of_output & (place >= prompt[:, None])))
+        if unknown_tokens == "error" and wrong.any():
+            row, at = map(int, np.argwhere(wrong)[0])
+            raise ValueError(
+                f"token_ids: expected ids from 0 to {vocabulary - 1}, got {tokens[row, at]} at {at}"
+                f"{in_row(row, lead)}; say how many count with lengths where rows are padded, or leave such ids out of "
+                f'the history with unknown_tokens="ignore"'
+            )
+        known &= place < length[:, None]
+        tokens = np.take_along_axis(tokens, np.argsort(~known, axis=-1, kind="stable"), -1)
+        length, prompt = known.sum(-1), (known & (place < prompt[:, None])).sum(-1)
+    dtype = _arrays.compute_dtype(operand.dtype)
+    out = np.array(operand.astype(dtype), order="C", copy=True)
     if out.size:
         breaks = np.isin(tokens, breakers) if breakers.size else np.zeros(tokens.shape, np.bool_)
-        histories = Histories(tokens, breaks, length)
+        histories = Histories(tokens, breaks, length, prompt)
         flat = out.reshape(-1, vocabulary)
         histories.penalize(flat, np.arange(len(flat)), rows)
         changed = np.arange(tokens.shape[-1]) < histories.distinct[:, None]
-        new = _arrays.Operand(histories.logit[changed.reshape(-1)], "float64", _arrays.as_bits).astype(operand.dtype)
+        new = _arrays.Operand(histories.logit[changed.reshape(-1)], "float64", _arrays.as_bits).astype(dtype)
         flat[changed.nonzero()[0], histories.id[changed.reshape(-1)]] = new
-    return operand.wrap(out, operand.dtype)
+    return operand.wrap(out, dtype)
 
 
 def checked(penalties: Mapping[str, Any]) -> dict[str, Array]:
@@ -134,6 +177,20 @@ def checked(penalties: Mapping[str, Any]) -> dict[str, Array]:
             raise TypeError(no_such(name, value, "penalty", (*CHECKS, "dry_breakers")))
     given = {name: CHECKS[name](name, value) for name, value in penalties.items() if name in CHECKS}
     return DEFAULTS | {name: value for name, value in given.items() if value is not None}
+
+
+def with_windows(settings: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the settings with a window for each kind of penalty instead of one for all."""
+    own = {name: value for name, value in settings.items() if name != "window"}
+    return dict.fromkeys(("repetition_window", "frequency_window", "dry_window"), settings["window"]) | own
+
+
+def penalizes(settings: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Whether penalties are on that look at a prompt too, and whether ones are that do not: of each row, or of all."""
+    return (
+        (settings["repetition"] != 1) | (settings["dry_multiplier"] > 0),
+        (settings["frequency"] != 0) | (settings["presence"] != 0),
+    )
 
 
 def breaker_ids(breakers: ArrayLike, vocabulary: int) -> Array:
@@ -147,35 +204,37 @@ class Histories:
     """The tokens of rows, and what the kernel has counted of them. A row has a slot, and places in the long arrays.
 
     first, room, length (slots,): where a row's places begin, how many they are, how many hold tokens.
+    prompt (slots,): how many of its tokens, the first ones, frequency and presence do not count.
     tokens, breaks (places,): the tokens, a row's oldest first, and which of them are breakers.
     counted, distinct (slots,); id, times, same, logit (places,): the kernel's own, `kernels.h` says what.
     """
 
-    def __init__(self, tokens: Array, breaks: Array, length: Array) -> None:
+    def __init__(self, tokens: Array, breaks: Array, length: Array, prompt: Array) -> None:
         """Begin with rows of tokens (rows, n), of which the first length (rows,) count."""
         rows, n = tokens.shape
-        self.first, self.room, self.length = n * np.arange(rows), np.full(rows, n), length
+        self.first, self.room, self.length, self.prompt = n * np.arange(rows), np.full(rows, n), length, prompt
         self.counted, self.distinct = np.zeros((2, rows), np.int64)
         self.tokens, self.breaks = tokens.reshape(-1), breaks.reshape(-1).view(np.uint8)
-        self.id, self.times, self.same = (np.empty(tokens.size, np.int64) for _ in range(3))
+        self.id, self.same = (np.empty(tokens.size, np.int64) for _ in range(2))
+        self.times = np.empty((tokens.size, _native.PENALTY_KINDS), np.int64)
         self.logit = np.empty(tokens.size, np.float64)
         self._used = tokens.size
         self._left: dict[int, list[int]] = {}  # by how many they are: the first of places that rows have left
         self._slots: list[int] = []  # that rows have left
 
-    def admit(self, tokens: Array, breaks: Array) -> int:
+    def admit(self, tokens: Array, breaks: Array, prompt: int = 0) -> int:
         """Give a row a slot and places."""
         if not self._slots:
             used = len(self.length)
             self._slots = list(range(2 * used, used - 1, -1))
-            for name in ("first", "room", "length", "counted", "distinct"):
+            for name in ("first", "room", "length", "prompt", "counted", "distinct"):
                 setattr(self, name, np.pad(getattr(self, name), (0, used + 1)))
         slot, n, room = self._slots.pop(), tokens.size, _LEAST_ROOM
         while room < n:
             room *= 2
         first = self._places(room)
         self.tokens[first : first + n], self.breaks[first : first + n] = tokens, breaks
-        self.first[slot], self.room[slot], self.length[slot] = first, room, n
+        self.first[slot], self.room[slot], self.length[slot], self.prompt[slot] = first, room, n, prompt
         self.counted[slot] = self.distinct[slot] = 0
         return slot
 
@@ -200,8 +259,7 @@ class Histories:
     def penalize(self, data: Array, slots: Array, settings: Mapping[str, Array]) -> _native.Histories:
         """Find the logits that penalties change in data (rows, V), the settings (rows,)."""
         rows = self.of(slots)
-        names = ("window", "repetition", "frequency", "presence", "dry_multiplier", "dry_base", "dry_allowed_length")
-        _native.penalize(data, rows, *(settings[name] for name in names))
+        _native.penalize(data, rows, **settings)
         return rows
 
     def of(self, slots: Array) -> _native.Histories:
@@ -210,6 +268,7 @@ class Histories:
             slot=slots,
             first=self.first,
             length=self.length,
+            prompt=self.prompt,
             tokens=self.tokens,
             breakers=self.breaks,
             counted=self.counted,
@@ -228,7 +287,8 @@ class Histories:
         if self._used > self.tokens.size:
             more = max(self._used, 2 * self.tokens.size) - self.tokens.size
             for name in _OF_PLACES:
-                setattr(self, name, np.pad(getattr(self, name), (0, more)))
+                held = getattr(self, name)
+                setattr(self, name, np.concatenate([held, np.zeros((more, *held.shape[1:]), held.dtype)]))
         return first
 
 
@@ -236,10 +296,8 @@ _LEAST_ROOM = 64
 _OF_PLACES = ("tokens", "breaks", "id", "times", "same", "logit")
 
 
-def _histories(
-    token_ids: Any, lengths: ArrayLike | None, lead: tuple[int, ...], vocabulary: int
-) -> tuple[Array, Array]:
-    """Return the histories as a padded array (rows, capacity), and how many of each row count."""
+def _histories(token_ids: Any, lengths: ArrayLike | None, lead: tuple[int, ...]) -> tuple[Array, Array]:
+    """Return the histories as a padded array (rows, capacity), and how many of each row count: both copies."""
     if isinstance(token_ids, (list, tuple)):
         rows = [_ids(row, where) for row, where in _rows(token_ids, lead, ())]
         held = np.array([row.size for row in rows], np.int64)
@@ -250,27 +308,22 @@ def _histories(
         array = _ordered(token_ids, "token_ids")
         if array.ndim != len(lead) + 1 or array.shape[:-1] != lead:
             raise ValueError(f"token_ids: expected an array of shape {with_n(lead)}, got shape {array.shape}")
-        tokens = np.ascontiguousarray(_ids(array.reshape(-1), ()).reshape(math.prod(lead), array.shape[-1]))
+        tokens = _ids(array.reshape(-1), ()).reshape(math.prod(lead), array.shape[-1]).copy()
         held = np.full(len(tokens), tokens.shape[-1], np.int64)
-    length = held
-    if lengths is not None:
-        length = _check.integers(lengths, "lengths", -(2**63), 2**63 - 1)
-        length = np.ascontiguousarray(broadcast("lengths", length, lead)).reshape(-1)
-        wrong = (length < 0) | (length > held)
-        if wrong.any():
-            n = int(wrong.nonzero()[0][0])
-            raise ValueError(
-                f"lengths: expected integers from 0 to {held[n]}, the tokens that token_ids has{in_row(n, lead)}, got "
-                f"{length[n]}"
-            )
-    wrong = ((tokens < 0) | (tokens >= vocabulary)) & (np.arange(tokens.shape[-1]) < length[:, None])
+    return tokens, held if lengths is None else _lengths("lengths", lengths, lead, held)
+
+
+def _lengths(name: str, given: ArrayLike, lead: tuple[int, ...], held: Array) -> Array:
+    """Return numbers of tokens, (rows,), of those that each row has: a copy."""
+    length = broadcast(name, _check.integers(given, name, -(2**63), 2**63 - 1), lead).reshape(-1)
+    wrong = (length < 0) | (length > held)
     if wrong.any():
-        n, at = map(int, np.argwhere(wrong)[0])
+        row = int(wrong.nonzero()[0][0])
         raise ValueError(
-            f"token_ids: expected ids from 0 to {vocabulary - 1}, got {tokens[n, at]} at {at}{in_row(n, lead)}; "
-            f"say how many count with lengths where rows are padded"
+            f"{name}: expected integers from 0 to {held[row]}, the tokens that token_ids has{in_row(row, lead)}, got "
+            f"{length[row]}"
         )
-    return tokens, length
+    return np.ascontiguousarray(length)
 
 
 def _rows(token_ids: Any, lead: tuple[int, ...], where: tuple[int, ...]) -> Iterator[tuple[Any, tuple[int, ...]]]:
@@ -301,4 +354,4 @@ def _ids(row: Any, where: tuple[int, ...]) -> Array:
             f"{name}: expected a list of token ids, got {array.ndim} axes of {array.dtype}; a row of the logits has a "
             f"list of its own"
         )
-    return array.astype(np.int64, copy=False)
+    return array.astype(np.int64, copy=False)  # what is too large becomes negative, which is no id either

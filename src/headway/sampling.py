@@ -262,16 +262,19 @@ def filter_logits(logits: ArrayLike, params: SamplingParams | None = None, **opt
     """Return the logits as given, plus logit_bias, with -inf where a stage removed the token.
 
     logits (..., V) -> (..., V), the same kind of array and dtype. They are not divided by the temperature, which only
-    has its part in what top_p and min_p remove. Options and errors are those of `sample`.
+    has its part in what top_p and min_p remove. With a logit_bias they are the sums that decide: float32, or float64
+    for float64 logits. Sampling them at the same temperature draws the same token. Options and errors are those of
+    `sample`.
 
     >>> import headway as hw
     >>> hw.filter_logits([3.0, 2.0, 1.0], temperature=0.5, top_p=0.9)
     array([  3.,   2., -inf])
     """
     run = _Run(logits, params, options)
-    out = np.empty(run.data.shape, run.data.dtype)
+    dtype = run.operand.dtype if run.settings["logit_bias"] is None else _arrays.compute_dtype(run.operand.dtype)
+    out = np.empty(run.data.shape, _arrays.storage(dtype))
     run(filtered=out, **run.coin())
-    return run.operand.wrap(out, run.operand.dtype)
+    return run.operand.wrap(out, dtype)
 
 
 class _Run:
@@ -314,8 +317,8 @@ class _Run:
         *,
         stages: _native.Stages | None = None,
         seed: Array | None = None,
+        stream: Array | None = None,
         position: Array | None = None,
-        rows_per_stream: int = 0,
         uniform: Array | None = None,
     ) -> _native.Rows:
         """Return the rows as the kernels take them; they write what is wrong with each into status."""
@@ -333,8 +336,8 @@ class _Run:
             spared=self.spared(),
             histories=histories,
             seed=seed,
+            stream=stream,
             position=position,
-            rows_per_stream=rows_per_stream,
             uniform=uniform,
             status=status,
         )
@@ -379,7 +382,9 @@ class _Run:
                 "rows that share a seed in such an array would draw the same"
             )
         position = self.per_row("position") if self.settings["position"] is not None else np.zeros(1, np.uint64)
-        return {"seed": seed.reshape(-1), "position": position, "rows_per_stream": int(seed.ndim == 0)}
+        one_seed = seed.ndim == 0 and self.lead
+        stream = np.arange(math.prod(self.lead), dtype=np.uint64) if one_seed else _FIRST_STREAM
+        return {"seed": seed.reshape(-1), "stream": stream, "position": position}
 
     def bias(self) -> Array | None:
         bias = self.settings["logit_bias"]
@@ -472,6 +477,7 @@ def _stages_of_all(dialect: str | None, nucleus: str, ties: str, numbers: tuple[
     return _native_stages(_steps(dialect, nucleus, ties, given), given["min_tokens_to_keep"])
 
 
+_FIRST_STREAM = np.zeros(1, np.uint64)
 _DEFAULTS = checked({f.name: f.default for f in fields(SamplingParams) if f.init})
 
 

@@ -14,7 +14,7 @@ from . import _arrays, _check, _native
 from ._check import shown
 from ._dialects import OFF
 from ._options import CHECKS, Array, Settings, mask_bytes, unpacked
-from .penalties import Histories, Penalties, breaker_ids, checked
+from .penalties import DEFAULTS, Histories, Penalties, UnknownTokens, breaker_ids, checked, penalizes, with_windows
 from .sampling import SamplingParams, _Run
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class _Row(NamedTuple):
 
     handle: int
     slot: int  # of its history
-    settings: Settings  # each a single number or a word; allowed and logit_bias (V,) or None
+    settings: Settings  # each a single number or a word, the stream too; allowed and logit_bias (V,) or None
     penalties: dict[str, Array]
     breakers: frozenset[int]
 
@@ -81,12 +81,14 @@ class _Turns:
 class Sampler:
     """What a serving loop keeps for each request beside its logits: parameters, seed, position and history.
 
-    vocabulary is the number of tokens, V. A row's tokens are a function of its own logits, params, penalties, seed and
-    prompt, and of nothing else. Its draw j has the bits of
+    vocabulary is the number of tokens, V. A row's tokens are a function of its own logits, params, penalties, seed,
+    stream and prompt, and of nothing else. Its draw j has the bits of
 
-        sample(penalize(logits, history, **penalties), params, seed=seed, position=params.position + j)
+        sample(penalize(logits, history, prompt_lengths=len(prompt), **penalties),
+               params, seed=seed, position=params.position + j)
 
-    where history is its prompt and what it has drawn so far. Calls from several threads take turns.
+    where history is its prompt and what it has drawn so far; in stream k, of row k of a batch with that seed. Calls
+    from several threads take turns.
 
     >>> import headway as hw
     >>> sampler = hw.Sampler(4)
@@ -97,6 +99,13 @@ class Sampler:
     >>> sampler.retire(a)
     >>> sampler.step([[0.0, 5.0, 2.0, 6.0]])
     array([3])
+
+    Several answers to one prompt, from one seed:
+
+    >>> params = hw.SamplingParams(seed=4)
+    >>> answers = [sampler.admit(params) for _ in range(3)]
+    >>> sampler.step([[0.0, 5.0, 2.0, 6.0]] + [[0.0, 0.0, 0.0, 0.0]] * 3)
+    array([3, 1, 3, 0])
     """
 
     @_check.public
@@ -104,7 +113,9 @@ class Sampler:
         self.vocabulary = _check.integer(vocabulary, "vocabulary", 1, 2**31 - 1)
         self._admitted = 0
         self._rows: list[_Row] = []
-        self._histories = Histories(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.bool_), np.zeros(0, np.int64))
+        none = np.zeros(0, np.int64)
+        self._histories = Histories(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.bool_), none, none)
+        self._from_params: dict[int, int] = {}  # by seed: how many rows it came with in params
         # One of each row: the slot of its history, the position of its next draw, its penalties.
         self._slots: Array = np.zeros(0, np.int64)
         self._position: Array = np.zeros(0, np.uint64)
@@ -129,13 +140,27 @@ class Sampler:
         prompt_tokens: ArrayLike = (),
         *,
         seed: int | None = None,
+        stream: int | None = None,
+        count_prompt: bool = False,
+        unknown_tokens: UnknownTokens = "error",
         **penalties: Unpack[Penalties],
     ) -> int:
         """Add a row behind the others and return its handle.
 
         params hold as long as the row is active: single numbers, and allowed and logit_bias of one row. Their seed is
         the row's unless `seed` is given; where there is none it is fresh entropy. Their position is that of the first
-        draw. The penalties are those of `penalize`, over the prompt and what the row draws.
+        draw.
+
+        stream: which of the seed's streams the row draws from, a whole number below 2^64. Unless given, a row with the
+            seed of its params takes the next one, k where k rows have been admitted with that seed in params before:
+            rows with the same params differ, as the rows of a batch do. All others take stream 0, so that
+            `admit(seed=5)` always draws the same.
+
+        The penalties are those of `penalize`, over the prompt and what the row draws.
+
+        count_prompt: whether frequency and presence count the prompt too; repetition and DRY always do.
+        unknown_tokens: what to do with ids of the prompt outside 0 to V - 1, such as placeholders for images, where
+            a penalty looks at the prompt: "error", or "ignore", which leaves them out of the history.
 
         Raises ValueError and TypeError that name the argument.
         """
@@ -153,9 +178,12 @@ class Sampler:
             if value.ndim:
                 raise ValueError(f"{name}: expected one value for the row, got shape {value.shape}")
         breakers = breaker_ids(penalties.get("dry_breakers", ()), self.vocabulary)
-        prompt = _check.integers(prompt_tokens, "prompt_tokens", 0, self.vocabulary - 1)
-        if prompt.ndim != 1:
-            raise ValueError(f"prompt_tokens: expected a list of token ids, got shape {prompt.shape}")
+        if not isinstance(count_prompt, (bool, np.bool_)):
+            raise TypeError(f"count_prompt: expected True or False, got {shown(count_prompt)}")
+        of_all, of_output = penalizes(own)
+        prompt = self._prompt(prompt_tokens, unknown_tokens, bool(of_all | (of_output & count_prompt)))
+        if stream is not None:
+            stream = _check.integer(stream, "stream", 0, 2**64 - 1)
 
         alone.spared()  # so that an id outside of the vocabulary is an error here
         source, bias = alone.source(), alone.bias()
@@ -165,12 +193,33 @@ class Sampler:
         settings = alone.settings | {"seed": source["seed"][0], "position": source["position"][0]}
         settings |= {"allowed": allowed, "logit_bias": bias}
         with self._turns:
-            slot = self._histories.admit(prompt, np.isin(prompt, breakers))
-            row = _Row(self._admitted, slot, settings, own, frozenset(breakers.tolist()))
+            next_stream = 0
+            if seed is None and params is not None and params.seed is not None:
+                number = int(settings["seed"])
+                next_stream = self._from_params.get(number, 0)
+                self._from_params[number] = next_stream + 1
+            settings["stream"] = np.uint64(next_stream if stream is None else stream)
+            slot = self._histories.admit(prompt, np.isin(prompt, breakers), 0 if count_prompt else prompt.size)
+            row = _Row(self._admitted, slot, settings, with_windows(own), frozenset(breakers.tolist()))
             self._position = np.append(self._position, source["position"])
             self._admitted += 1
             self._regroup([*self._rows, row])
             return row.handle
+
+    def _prompt(self, prompt_tokens: ArrayLike, unknown_tokens: UnknownTokens, looked_at: bool) -> Array:
+        """Return the tokens of a prompt that have a logit; all must, if penalties look at it, unless told otherwise."""
+        _check.choice(unknown_tokens, "unknown_tokens", ("error", "ignore"))
+        prompt = _check.integers(prompt_tokens, "prompt_tokens", -(2**63), 2**64 - 1)
+        if prompt.ndim != 1:
+            raise ValueError(f"prompt_tokens: expected a list of token ids, got shape {prompt.shape}")
+        known = (prompt >= 0) & (prompt < self.vocabulary)
+        if looked_at and unknown_tokens == "error" and not known.all():
+            at = int(np.flatnonzero(~known)[0])
+            raise ValueError(
+                f"prompt_tokens: expected ids from 0 to {self.vocabulary - 1}, got {prompt[at]} at {at}; leave such "
+                f'ids out of what penalties count with unknown_tokens="ignore"'
+            )
+        return prompt[known]
 
     @_check.public
     def retire(self, handle: int) -> None:
@@ -226,7 +275,8 @@ class Sampler:
                 run.settings["allowed"] = self._both(group.settings["allowed"], mask[group.rows])
             own = histories.of(self._slots[group.rows]) if self._penalized else None
             status = np.zeros(rows, np.int64)
-            native = run.native(status[group.rows], own, **run.source())
+            source = run.source() | {"stream": group.settings["stream"]}
+            native = run.native(status[group.rows], own, **source)
             if not _native.sample(native, 1, True, tokens[group.rows], None, None):
                 self._fail(run, status)
         breaks = [token in row.breakers for token, row in zip(tokens.tolist(), self._rows)]
@@ -279,9 +329,8 @@ class Sampler:
         """Batch the settings of the active rows, so that a step has nothing to do with them."""
         self._rows = rows
         self._slots = np.array([row.slot for row in rows], np.int64)
-        self._penalties = {name: np.array([row.penalties[name] for row in rows]) for name in checked({})}
-        off = {"repetition": 1, "frequency": 0, "presence": 0, "dry_multiplier": 0}
-        self._penalized = any(row.penalties[name] != value for row in rows for name, value in off.items())
+        self._penalties = {name: np.array([row.penalties[name] for row in rows]) for name in with_windows(DEFAULTS)}
+        self._penalized = any(on.any() for on in penalizes(self._penalties))
         before = {group.handles: group.settings for group in self._groups}
         runs = [list(run) for _, run in groupby(rows, _Row.kind)]
         if len(rows) < _ROWS_PER_CALL * len(runs):

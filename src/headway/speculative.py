@@ -135,28 +135,19 @@ def _per_place(run: _Run, places: int) -> None:
 
 
 def _source(run: _Run, lead: tuple[int, ...], places: int) -> dict[str, Any]:
-    """Return the seed and the position of each place."""
+    """Return the seed, the stream and the position of each place."""
     own = _Run.__new__(_Run)
     own.lead, own.settings = lead, run.settings
     source = own.source()
     rows = math.prod(lead)
-    position = np.broadcast_to(source["position"], rows)[:, None] + np.arange(places, dtype=np.uint64)
-    seed = source["seed"] if source["rows_per_stream"] else np.repeat(source["seed"], places)
-    return {
-        "seed": seed,
-        "position": np.ascontiguousarray(position).reshape(-1),
-        "rows_per_stream": places * source["rows_per_stream"],
-    }
+    each = {name: np.broadcast_to(numbers, rows).repeat(places) for name, numbers in source.items()}
+    each["position"] += np.tile(np.arange(places, dtype=np.uint64), rows)
+    return each
 
 
 def _of_draft(source: dict[str, Any], n: int) -> dict[str, Any]:
     """Return the source without the last place of each row."""
-    each = {
-        name: source[name].reshape(-1, n + 1)[:, :n].reshape(-1)
-        for name in ("seed", "position")
-        if source[name].size > 1
-    }
-    return source | each | {"rows_per_stream": source["rows_per_stream"] and n}
+    return {name: numbers.reshape(-1, n + 1)[:, :n].reshape(-1) for name, numbers in source.items()}
 
 
 def _lengths(lengths: ArrayLike | None, lead: tuple[int, ...], n: int) -> Array:
@@ -164,7 +155,7 @@ def _lengths(lengths: ArrayLike | None, lead: tuple[int, ...], n: int) -> Array:
     if lengths is None:
         return np.full(math.prod(lead), n, np.int64)
     array = broadcast("lengths", _check.integers(lengths, "lengths", -(2**63), 2**63 - 1), lead)
-    own = array.astype(np.int64, order="C", copy=True).reshape(-1)
+    own = np.ascontiguousarray(array).reshape(-1)
     wrong = (own < 0) | (own > n)
     if wrong.any():
         at = int(wrong.nonzero()[0][0])

@@ -58,15 +58,26 @@ def _scale_bits(vocabulary: int) -> int:
     return min(44, 62 - (vocabulary - 1).bit_length())
 
 
+def _no_ban(z: AnyArray, finite: AnyArray) -> AnyArray:
+    """The lowest float32 for -inf, where what it was made of is finite: what is too low for float32 is no ban."""
+    return np.where((z == -np.inf) & finite, np.float32(-_FLT_MAX), z)
+
+
+def _float32(numbers: AnyArray) -> AnyArray:
+    """Numbers rounded to float32."""
+    with np.errstate(over="ignore"):
+        return _no_ban(numbers.astype(np.float32), numbers > -np.inf)
+
+
 def _scores(logits: AnyArray, bias: AnyArray | None, allowed: AnyArray | None) -> AnyArray:
     """Return z (V,) float32: logits plus bias, -inf where a token is banned, no negative zero.
 
     Raises ValueError where an allowed token's score is NaN or +inf, or no token is left.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
-        z = logits.astype(np.float32)
-        if bias is not None:
-            z = z + bias.astype(np.float32)
+    z = _float32(logits)
+    if bias is not None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            z = _no_ban(z + bias, (z > -np.inf) & (bias > -np.inf))
     if allowed is not None:
         z = np.where(allowed, z, np.float32(-np.inf))
     if np.isnan(z).any():
@@ -453,14 +464,13 @@ def _bias(logit_bias: Any, shape: tuple[int, ...]) -> AnyArray | None:
     """`logit_bias` in any of its forms as float32 (..., V)."""
     if logit_bias is None:
         return None
-    array = np.zeros(shape[-1], np.float32)
     if isinstance(logit_bias, Mapping):
+        array = np.zeros(shape[-1])
         for token, value in logit_bias.items():
             array[token] = value
     else:
-        with np.errstate(over="ignore"):
-            array = np.asarray(logit_bias).astype(np.float32)
-    return _fitted(array, shape)
+        array = np.asarray(logit_bias)
+    return _fitted(_float32(array), shape)
 
 
 def _fitted(array: AnyArray, shape: tuple[int, ...]) -> AnyArray:
@@ -589,18 +599,17 @@ def probabilities(logits: Any, params: Any = None, **options: Any) -> AnyArray:
 
 
 def filter_logits(logits: Any, params: Any = None, **options: Any) -> AnyArray:
-    """The logits (..., V) as given, plus bias, in their own dtype; -inf where a token was removed.
+    """The logits (..., V) as given, in their own dtype, -inf where a token was removed.
+
+    With a bias they are z, the numbers that decide: float32, or float64 for float64 logits.
 
     >>> filter_logits([3.0, 2.0, 1.0], temperature=0.5, top_p=0.9)
     array([  3.,   2., -inf])
     """
     array = _floats(logits)
-    out = np.full(array.shape, -np.inf, array.dtype)
-    wide = np.float64 if array.dtype == np.float64 else np.float32
+    biased = options.get("logit_bias", getattr(params, "logit_bias", None)) is not None
+    narrow = biased and array.dtype != np.float64
+    out = np.full(array.shape, -np.inf, np.float32 if narrow else array.dtype)
     for row, target in zip(_rows(array, params, options), out.reshape(-1, array.shape[-1]), strict=True):
-        given, bias = row.given
-        if bias is not None:
-            with np.errstate(over="ignore", invalid="ignore"):
-                given = (given.astype(wide) + bias.astype(wide)).astype(array.dtype)
-        target[row.ids] = given[row.ids]
+        target[row.ids] = row.z if biased else row.given.logits[row.ids]
     return out

@@ -11,66 +11,98 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .sampling import _DEFAULTS, _bias, _draw, _floats, _mask, _rows, filter_logits, philox, sample, weights
+from .sampling import _DEFAULTS, _bias, _draw, _float32, _floats, _mask, _rows, filter_logits, philox, weights
 
 AnyArray = NDArray[Any]
 
 # Penalties --------------------------------------------------------------------------------------------------------
 
-_LARGEST = {name: float(np.finfo(name).max) for name in ("float64", "float32", "float16")}
+_FLT_MAX, _DBL_MAX = (float(np.finfo(dtype).max) for dtype in (np.float32, np.float64))
 
 
-def penalize(logits: Any, token_ids: Any, *, lengths: Any = None, dry_breakers: Any = (), **options: Any) -> AnyArray:
+def penalize(
+    logits: Any,
+    token_ids: Any,
+    *,
+    lengths: Any = None,
+    prompt_lengths: Any = 0,
+    unknown_tokens: str = "error",
+    dry_breakers: Any = (),
+    **options: Any,
+) -> AnyArray:
     """Lower logits (..., V) for the tokens of each row's history, and for those that would go on repeating it.
 
     >>> penalize([2.0, 1.0, -1.0, 0.0], [0, 2, 0], repetition=2.0)
     array([ 1.,  1., -2.,  0.])
     """
     array = _floats(logits)
-    lead = array.shape[:-1]
+    lead, V = array.shape[:-1], array.shape[-1]
     length = None if lengths is None else np.broadcast_to(np.asarray(lengths), lead)
+    prompt_length = np.broadcast_to(np.asarray(prompt_lengths), lead)
     per_row: dict[str, Any] = {
         name: np.broadcast_to(np.asarray(value, object), lead) for name, value in options.items()
     }
-    out = np.array(array)
+    out = array.astype(np.float64 if array.dtype == np.float64 else np.float32)
     for index in np.ndindex(lead):
-        history = token_ids
+        row = token_ids
         for i in index:
-            history = history[i]
-        history = [int(token) for token in history][: None if length is None else int(length[index])]
+            row = row[i]
+        row = [int(token) for token in row][: None if length is None else int(length[index])]
+        start = int(prompt_length[index])
+        known = [0 <= token < V for token in row]
+        history = [token for token, counts in zip(row, known, strict=True) if counts]
         own = {name: values[index] for name, values in per_row.items()}
-        _penalize_row(out[index], history, {int(token) for token in dry_breakers}, **own)
+        of_all = own.get("repetition", 1) != 1 or own.get("dry_multiplier", 0) > 0
+        of_output = own.get("frequency", 0) != 0 or own.get("presence", 0) != 0
+        looked_at = known if of_all else known[start:] if of_output else []
+        if unknown_tokens == "error" and not all(looked_at):
+            raise ValueError("token_ids: an id without a logit")
+        _penalize_row(out[index], history, sum(known[:start]), {int(token) for token in dry_breakers}, **own)
     return out
 
 
 def _penalize_row(
     z: AnyArray,
     history: list[int],
+    prompt: int,
     breakers: set[int],
     *,
     repetition: float = 1.0,
     frequency: float = 0.0,
     presence: float = 0.0,
-    window: int | None = None,
     dry_multiplier: float = 0.0,
     dry_base: float = 1.75,
     dry_allowed_length: int = 2,
+    window: int | None = None,
+    repetition_window: int | None = None,
+    frequency_window: int | None = None,
+    dry_window: int | None = None,
 ) -> None:
-    if window is not None:
-        history = history[-int(window) :]
-    repeated = _repeats(history, breakers)
-    largest = _LARGEST.get(z.dtype.name, float.fromhex("0x1.fep+127"))  # else bfloat16's
+    """Penalize z (V,) in place; `prompt` is how many tokens of the history are its prompt."""
+
+    def last(own: int | None, on: bool, start: int = 0) -> list[int]:
+        """What of the history, from `start` on, one kind of penalty is about."""
+        size = own if own is not None else window if window is not None else len(history)
+        return history[max(start, len(history) - int(size)) :] if on else []
+
+    of_repetition = last(repetition_window, repetition != 1)
+    of_frequency = last(frequency_window, frequency != 0 or presence != 0, prompt)
+    of_dry = last(dry_window, dry_multiplier > 0)
+    repeated = _repeats(of_dry, breakers)
     with np.errstate(over="ignore", invalid="ignore"):
-        for token in set(history):
-            given = np.float64(z[token])
-            new = given / np.float64(repetition) if given > 0 else given * np.float64(repetition)
-            new = new - np.float64(history.count(token)) * np.float64(frequency) - np.float64(presence)
+        for token in {*of_repetition, *of_frequency, *of_dry}:
+            given = new = np.float64(z[token])
+            if token in of_repetition:
+                new = new / np.float64(repetition) if new > 0 else new * np.float64(repetition)
+            if token in of_frequency:
+                new = new - np.float64(of_frequency.count(token)) * np.float64(frequency) - np.float64(presence)
             length = repeated.get(token, 0)
-            if dry_multiplier > 0 and length >= dry_allowed_length:
+            if length >= dry_allowed_length:
                 penalty = np.float64(dry_multiplier)
                 for _ in range(length - int(dry_allowed_length)):
                     penalty = penalty * np.float64(dry_base)
-                new = new - min(penalty, _LARGEST["float64"])
+                new = new - min(penalty, _DBL_MAX)
+            largest = _FLT_MAX if abs(given) <= _FLT_MAX else _DBL_MAX
             z[token] = min(max(new, -largest), largest) if np.isfinite(given) else new
 
 
@@ -119,7 +151,7 @@ def logprobs(
     lead, _V = array.shape[:-1], array.shape[-1]
     if options.get("seed", getattr(params, "seed", None)) is None:
         options["seed"] = secrets.randbits(64)  # one coin of xtc for both of these
-    z = filter_logits(array.astype(np.float32), params, **options)
+    z = filter_logits(_float32(array), params, **options)
     w = weights(array, params, **options)
     total = w.sum(-1, keepdims=True)
     with np.errstate(divide="ignore"):
@@ -298,16 +330,30 @@ class Sampler:
     def __init__(self, vocabulary: int) -> None:
         self.admitted = 0
         self.rows: dict[int, dict[str, Any]] = {}
+        self.seeds: list[Any] = []  # of all rows that had theirs from params
 
-    def admit(self, params: Any = None, prompt_tokens: Any = (), *, seed: Any = None, **penalties: Any) -> int:
+    def admit(
+        self,
+        params: Any = None,
+        prompt_tokens: Any = (),
+        *,
+        seed: Any = None,
+        stream: int | None = None,
+        count_prompt: bool = False,
+        **penalties: Any,
+    ) -> int:
         """Add a row behind the others."""
-        if seed is None:
-            seed = getattr(params, "seed", None)
+        of_params = getattr(params, "seed", None) if seed is None else None
+        next_stream = self.seeds.count(of_params)
+        if of_params is not None:
+            self.seeds.append(of_params)
+            seed = of_params
         self.rows[self.admitted] = {
             "history": [int(token) for token in prompt_tokens],
             "params": params,
-            "penalties": penalties,
+            "penalties": {"prompt_lengths": 0 if count_prompt else len(prompt_tokens), **penalties},
             "seed": secrets.randbits(64) if seed is None else seed,
+            "stream": next_stream if stream is None else stream,
             "position": int(getattr(params, "position", None) or 0),
         }
         self.admitted += 1
@@ -321,7 +367,10 @@ class Sampler:
             mask = None if allowed is None else _mask(allowed[i], z.shape)
             if mask is not None:
                 penalized[~mask] = -np.inf
-            tokens.append(sample(penalized, row["params"], seed=row["seed"], position=row["position"]))
+            # As row number `stream` of a batch with this seed.
+            block = philox(int(row["seed"]), int(row["stream"]), row["position"])
+            (drawn,) = _rows(penalized, row["params"], {}, [block])
+            tokens.append(_draw(drawn.final_weights(), block[0]))
         for token, row in zip(tokens, self.rows.values()):
             row["history"].append(token)
             row["position"] = (row["position"] + 1) % 2**64
