@@ -268,15 +268,13 @@ def test_tensors_in_every_place() -> None:
     for ours, theirs in zip(want, got, strict=True):
         assert isinstance(theirs, torch.Tensor)
         assert np.array_equal(ours, theirs.numpy())
-    half = hw.attention(*(x.bfloat16().requires_grad_() for x in tensors))
-    assert half.dtype == torch.bfloat16
-    assert not half.requires_grad
+    assert hw.attention(*(x.bfloat16() for x in tensors)).dtype == torch.bfloat16
     assert isinstance(hw.multi_head_attention(*(x[0] for x in tensors), num_heads=4), torch.Tensor)
     assert isinstance(hw.attention(q, *tensors[1:]), np.ndarray)  # of q's kind
     for bad, message in [
         (tensors[0].to(torch.complex64), "floating-point"),
         (tensors[0].to("meta"), "CPU memory"),
-        (tensors[0].to_sparse(), "DLPack"),
+        (tensors[0].to_sparse(), "dense"),
     ]:
         with pytest.raises(TypeError, match=f"q: expected .*{message}"):
             hw.attention(bad, *tensors[1:])

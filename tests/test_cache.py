@@ -227,7 +227,7 @@ def test_a_refused_append_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_kv_heads": 0}, r"num_kv_heads: expected an integer >= 1, got 0"),
+        ({"num_kv_heads": 0}, r"num_kv_heads: expected an integer from 1 to 16777216, got 0"),
         ({"head_dim": 2.0}, r"head_dim: expected an integer from 1 to 65536, got 2.0"),
         ({"value_dim": -1}, r"value_dim: expected .*, got -1"),
         ({"batch_shape": (2, -1)}, r"batch_shape: expected .*, got -1"),

@@ -520,6 +520,17 @@ def exact_intervals(logits: np.ndarray, **options: Any) -> list[Fraction]:
     return ends
 
 
+@pytest.mark.parametrize("V", [8, 64, 256, 4096, 65536])  # tokens, and ends of blocks and of stretches of blocks
+@pytest.mark.parametrize("draws", [None, 7])
+def test_a_draw_exactly_between_two_tokens_takes_the_second(V: int, draws: int | None) -> None:
+    logits, parts = np.zeros(V, np.float32), np.arange(1, 8) / 8
+    if draws is None:
+        assert [hw.sample(logits, uniform=u) for u in parts] == [i * V // 8 for i in range(1, 8)]
+    else:
+        found = hw.sample(logits, uniform=parts, num_samples=draws)
+        assert found.tolist() == [i * V // 8 for i in range(1, 8)]
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"temperature": 2.0, "top_k": 6, "top_p": 0.9}])
 def test_uniform_finds_the_interval_that_holds_it(options: dict[str, Any]) -> None:
     logits = (np.random.default_rng(1).standard_normal(9) * 2).astype(np.float32)
@@ -669,7 +680,7 @@ ERRORS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (rows(np.inf, np.nan), {}, ValueError, r"^logits: .*\+inf at token 3 in row 1$"),
     ([0.0, np.nan], {}, ValueError, r"NaN at token 1;"),
     ("abc", {}, TypeError, r"^logits: expected floating-point numbers, got text$"),
-    (["a"], {}, TypeError, r"^logits: .*got text; convert it"),
+    (["a"], {}, TypeError, r"^logits: .*got text$"),
     (None, {}, TypeError, r"^logits: .*got None$"),
     (object(), {}, TypeError, r"^logits: .*got object$"),
     (np.array([None]), {}, TypeError, r"^logits: .*got object; convert it"),

@@ -89,7 +89,7 @@ def refused(argument: str, call: Callable[[], Any], says: str = "") -> None:
     assert message.startswith(f"{argument}: "), message
     assert says in message, message
     assert "\n" not in message
-    assert len(message) < 400
+    assert len(message) < 500
 
 
 def rows(shape: tuple[int, ...]) -> np.ndarray:

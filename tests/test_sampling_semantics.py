@@ -970,3 +970,17 @@ def test_s26_errors_name_the_argument() -> None:
     ]:
         with pytest.raises(ValueError, match=error):
             hw.sample(ROWS, **options)
+
+
+def test_s46_options_are_read_as_numbers() -> None:
+    """For every option and every kind of array: tests/test_doors.py."""
+    half = np.full((2, 3), 0.5)
+    want = hw.sample(ROWS, temperature=half, seed=1)
+    assert np.array_equal(hw.sample(ROWS, temperature=half.astype(ml_dtypes.bfloat16), seed=1), want)
+    params = hw.SamplingParams(temperature=half.astype(ml_dtypes.bfloat16))
+    assert np.array_equal(hw.sample(ROWS, params, seed=1), want)
+    assert params.temperature.dtype == np.float32
+    with pytest.raises(TypeError, match=r"^top_k\[0, 0\]: expected an integer >= 1, got 0.5"):
+        hw.sample(ROWS, top_k=half.astype(ml_dtypes.bfloat16))
+    with pytest.raises(TypeError, match=r"^repetition_penalty: .*`hw.penalize\(logits, token_ids, repetition=1.2\)`"):
+        hw.SamplingParams(repetition_penalty=1.2)

@@ -332,6 +332,62 @@ def test_a27_errors_name_the_argument() -> None:
         hw.attention(Q.astype(complex), K, V)
 
 
+# Arrays of other libraries --------------------------------------------------------------------------------------
+
+
+def test_a45_numbers_are_read_whatever_they_are_given_as() -> None:
+    """For every argument and every kind of array: tests/test_doors.py."""
+    want = hw.attention(Q, K, V, mask=np.eye(3, 5, dtype=bool), kv_lengths=4)
+    mask = np.eye(3, 5)
+    for given in (mask.astype(BF16), [list(row) for row in mask.astype(BF16)], memoryview(mask), list(mask)):
+        assert np.array_equal(hw.attention(Q, K, V, mask=given, kv_lengths=4), want)
+    for lengths in (np.ones((), BF16), 4.0, np.float32(4), np.True_, True):
+        with pytest.raises(TypeError, match=r"^kv_lengths: expected integers, got (bfloat16|float64|float32|bool)"):
+            hw.attention(Q, K, V, kv_lengths=lengths)
+    with pytest.raises(TypeError, match=r"^positions: expected numbers, or booleans, got a mixture"):
+        hw.rotary(Q, positions=[True, 1, 2])
+    deep: Any = 1.0
+    for _ in range(33):
+        deep = [deep]
+    assert hw.rms_norm(deep[0], [1.0]).ndim == 32
+    with pytest.raises(ValueError, match=r"^x: expected at most 32 axes"):
+        hw.rms_norm(deep, [1.0])
+    assert np.array_equal(hw.attention(Q, Q, Q, causal=np.True_), hw.attention(Q, Q, Q, causal=True))
+
+
+def test_a46_forward_only() -> None:
+    """For every argument: tests/test_frameworks.py."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    x = torch.ones(2, 3, 4, requires_grad=True)
+    with pytest.raises(
+        TypeError, match=r"^k: .* headway is forward only; call it under torch.no_grad\(\), or pass `k.det"
+    ):
+        hw.attention(x.detach(), x, x)
+    with torch.no_grad():
+        assert torch.equal(hw.attention(x, x, x), hw.attention(*[x.detach()] * 3))
+
+
+def test_a47_compilers_and_transformations() -> None:
+    """For every argument: tests/test_frameworks.py."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    x = torch.ones(2, 3, 4)
+    with pytest.raises(TypeError, match=r"^gate: expected a tensor with memory of its own, got one inside torch.vmap"):
+        torch.vmap(lambda x: hw.swiglu(x, x))(x)
+    with pytest.raises(TypeError, match=r"^gate: expected a dense tensor, .* pass `gate.to_dense\(\)`"):
+        hw.swiglu(x.to_sparse(), x)
+
+
+def test_a48_cures_are_code() -> None:
+    """For every argument and many bad values: tests/test_grammar.py."""
+    with pytest.raises(ValueError, match=r"^q: expected shape .*`q\[None\]`") as caught:
+        hw.attention(Q[0], K, V)
+    assert hw.attention(eval(str(caught.value).split("`")[1], {"q": Q[0]}), K[:1], V[:1]).shape == (1, 3, 6)
+    with pytest.raises(
+        TypeError, match=r"^casual: no such option; expected one of q, k, v, .*; did you mean 'causal'\?"
+    ):
+        hw.attention(Q, K, V, casual=True)
+
+
 # In parts, and step by step -------------------------------------------------------------------------------------
 
 

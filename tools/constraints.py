@@ -18,6 +18,11 @@ from pathlib import Path
 
 from pythons import pythons
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pip's own
+    from pip._vendor import tomli as tomllib
+
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "constraints.txt"
 HEAD = """\
@@ -26,16 +31,12 @@ HEAD = """\
 # installed: where there is no other, the tests against torch skip.
 cuda-toolkit<0
 """
-# pip's own TOML reader: Python 3.10 has none.
-READ = "import json, sys; from pip._vendor import tomli; print(json.dumps(tomli.load(open(sys.argv[1], 'rb'))))"
-
 Versions = dict[str, dict[str, str]]  # of each package on each Python
 
 
 def own_requirements() -> list[str]:
     """What pyproject.toml names, for building, running and testing."""
-    text = subprocess.check_output([sys.executable, "-c", READ, ROOT / "pyproject.toml"], text=True)
-    pyproject = json.loads(text)
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     project = pyproject["project"]
     named = pyproject["build-system"]["requires"] + project["dependencies"]
     named += [name for extra in project["optional-dependencies"].values() for name in extra]

@@ -48,6 +48,7 @@ def tests(*names: str) -> tuple[str, ...]:
 
 BITS = (*tests("machine"), "-k", "recorded")
 ATTENTION = tests("semantics", "attention", "attention_laws")
+RANGE = tests("attention_range")
 PARTS = tests("attention_laws", "attention", "semantics")
 CACHE = tests("cache")
 LAYERS = tests("layers")
@@ -99,6 +100,12 @@ MUTANTS = [
     Mutant(f"{CORE}/softmax.h", "softcap == 0 && scale > 0", "softcap == 0 && scale != 0", ATTENTION),
     Mutant(f"{CORE}/softmax.h", "if (!any(seen)) return kMinusInfinity<T>;", "", ATTENTION),
     Mutant(f"{CORE}/softmax.h", "return m > Constants<T>::lowest ? m : Constants<T>::lowest;", "return m;", ATTENTION),
+    Mutant(f"{CORE}/softmax.h", "poison = low * Vec<T>(T(0)) + lost;", "poison = lost;", RANGE),
+    Mutant(f"{CORE}/softmax.h", "low * Vec<T>(T(0)) + lost;", "low * Vec<T>(T(0));", RANGE),
+    Mutant(
+        f"{CORE}/softmax.h", "smaller(select(keep, product, Vec<T>(T(0))), low)", "smaller(product, low)", ATTENTION
+    ),
+    Mutant(f"{CORE}/attention.h", "results.note_lost(any(poison != poison));", "", RANGE),
     Mutant(f"{CORE}/attention.h", "keep_a = maximum >= b_maximum", "keep_a = maximum <= b_maximum", ATTENTION),
     Mutant(f"{CORE}/attention.h", "fma(b, weight, a) : fma(a, weight, b)", "b * weight + a : a * weight + b", BITS),
     Mutant(
@@ -187,7 +194,6 @@ MUTANTS = [
     ),
     Mutant(f"{CORE}/sampling.h", "        nan = nan | (x != x);\n", "", SAMPLING),
     Mutant(f"{CORE}/sampling.h", "if (top[i] > top[0] || top[i] != top[i])", "if (top[i] > top[0])", SAMPLING),
-    Mutant(f"{CORE}/sampling.h", "totals[t] <= target)", "totals[t] < target)", SAMPLING),
     Mutant(f"{CORE}/sampling.h", "if (here <= target) {", "if (here < target) {", SAMPLING),
     Mutant(f"{CORE}/sampling.h", "one[i] <= target)", "one[i] < target)", SAMPLING),
     Mutant(f"{CORE}/sampling.h", "weight[i] <= target)", "weight[i] < target)", SAMPLING),
@@ -354,6 +360,12 @@ MUTANTS = [
 
 # Changes that look like mistakes and change no result: (file, old, new, why).
 EQUIVALENT = [
+    (
+        f"{CORE}/sampling.h",
+        "totals[t] <= target)",
+        "totals[t] < target)",
+        "Where the draw falls on the end of a stretch, the loop over blocks goes on into the next one.",
+    ),
     (
         f"{CORE}/tree.h",
         "meeting_level(below, top) >= meeting_level(top, next)",

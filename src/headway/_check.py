@@ -2,29 +2,114 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import math
 import operator
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import NoneType
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._arrays import plain, unrepeated, unwrap
+from ._arrays import TOO_LARGE, dtype_name, held, plain, unrepeated, unwrap
 
 Shape = tuple[int, ...]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def public(face: F) -> F:
+    """Make a function or a class part of the library's face: arguments that it does not have get an error of ours."""
+    if isinstance(face, type):
+        face.__init__ = public(face.__init__)  # type: ignore[misc]
+        return face
+
+    @functools.wraps(face)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return face(*args, **kwargs)
+        except TypeError as error:
+            own = error.__traceback__ is not None and error.__traceback__.tb_next is None  # Python's, of the call
+            misfit = _misfit(inspect.signature(face), args, kwargs, own)
+            if misfit is None:
+                raise
+        raise TypeError(misfit)
+
+    return cast(F, call)
+
+
+def _misfit(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any], own: bool) -> str | None:
+    """Say which argument of a call is none of the function's, or missing; own: whether Python has said so."""
+    parameters = {name: p for name, p in signature.parameters.items() if name != "self"}
+    kinds = {p.kind for p in parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        for name in kwargs:
+            if name not in parameters:
+                return no_such(name, kwargs[name], "option", parameters)
+    if not own:
+        return None
+    places = [name for name, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    count = len(args) - ("self" in signature.parameters)
+    if count > len(places):
+        last = places[-1] if places else "arguments"
+        return f"{last}: expected as the last argument without a name, got more; give the others by name"
+    given = places[:count]
+    for name, parameter in parameters.items():
+        if name in given and name in kwargs:
+            return f"{name}: expected one argument, got two, one by its place and one by its name"
+        if name not in given and name not in kwargs and parameter.default is parameter.empty:
+            return f"{name}: expected an argument, got none"
+    return None
+
+
+_PENALTIES = ("repetition", "frequency", "presence", "dry_multiplier", "dry_base", "dry_allowed_length")
+
+
+def no_such(name: str, value: Any, what: str, known: Iterable[str]) -> str:
+    """Say that there is no such option, which one was meant, and which there are."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    stem = name.removesuffix("_penalty").replace("repeat", "repetition")
+    if stem in _PENALTIES and stem not in known:
+        call = f"hw.penalize(logits, token_ids, {stem}={shown(value)})"
+        hint = f"; penalties are options of penalize and Sampler.admit, `{call}`"
+    return f"{name}: no such {what}; expected one of {', '.join(known)}{hint}"
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error message shows it: a number or a string itself, of all else the kind."""
+    if isinstance(value, (np.timedelta64, np.datetime64)):
+        return repr(value)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, str) and len(value) > 60:
+        return f"a string of {len(value)} characters"
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return repr(value)
+    if type(value) is tuple and len(value) <= 4 and all(type(item) in (int, float, NoneType) for item in value):
+        return f"({', '.join(map(shown, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, Mapping):
+        return "dict"
+    dtype = dtype_name(value)
+    return f"{type(value).__name__} of {dtype}" if dtype else type(value).__name__
 
 
 def integer(x: Any, name: str, low: int, high: int | None = None, cure: str = "") -> int:
     """Return x as an int in [low, high]; a bool is no integer here."""
     bounds = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
     try:
-        if isinstance(x, (bool, np.bool_)):
+        if isinstance(x, bool) or dtype_name(x).startswith("bool"):
             raise TypeError
         value = operator.index(x)
-    except TypeError:
-        raise TypeError(f"{name}: expected {bounds}, got {x!r}{cure}") from None
+    except Exception:  # what other libraries' arrays raise is theirs to choose
+        raise TypeError(f"{name}: expected {bounds}, got {shown(x)}{cure}") from None
     if value < low or (high is not None and value > high):
-        raise ValueError(f"{name}: expected {bounds}, got {value}{cure}")
+        raise ValueError(f"{name}: expected {bounds}, got {shown(value)}{cure}")
     return value
 
 
@@ -32,14 +117,18 @@ def number(
     x: Any, name: str, expected: str = "a finite number", *, above: float = -math.inf, within: str = "float64"
 ) -> float:
     """Return x as a float greater than ``above`` that is still so, and finite, in the type ``within``."""
-    if isinstance(x, (bool, np.bool_, str, bytes, complex, np.complexfloating)):
-        raise TypeError(f"{name}: expected {expected}, got {x!r}")
+    given = x
+    if not isinstance(x, (float, int, np.generic)) and dtype_name(x):
+        array = unwrap(x, name).astype("float64")
+        x = array if array.ndim else float(array)
     try:
+        if isinstance(x, (bool, np.bool_, str, bytes, complex, np.ndarray)):
+            raise TypeError
         value = float(x)
     except OverflowError:
-        value = math.inf
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected {expected}, got {x!r}") from None
+        value = math.inf if x > 0 else -math.inf
+    except Exception:
+        raise TypeError(f"{name}: expected {expected}, got {shown(given)}") from None
     largest, smallest = float(np.finfo(within).max), float(np.finfo(within).tiny)
     if not abs(value) <= largest or value <= above or (above == 0 and value < smallest):
         range_ = f" within {within}" if math.isfinite(value) and value > above else ""
@@ -50,8 +139,7 @@ def number(
 def choice(x: Any, name: str, options: tuple[Any, ...]) -> None:
     """Raise unless x is one of the options."""
     if not any(x is option or (isinstance(x, str) and x == option) for option in options):
-        shown = repr(x) if x is None or isinstance(x, (str, int, float)) else type(x).__name__
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {shown}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {shown(x)}")
 
 
 def broadcast(array: NDArray[Any], shape: Shape, name: str, meaning: str, cure: str = "") -> NDArray[Any]:
@@ -79,16 +167,21 @@ def batch_shape(**shapes: Shape) -> Shape:
     return shape
 
 
+def boolean(x: Any, name: str) -> bool:
+    """Return x, True or False, as Python's own."""
+    if not isinstance(x, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected True or False, got {shown(x)}")
+    return bool(x)
+
+
 def mask(x: Any, name: str) -> NDArray[np.bool_]:
     """Return a 0/1 mask as bool. A floating mask that is none is taken for an additive one, and refused."""
-    array = plain(x, name)
+    array, dtype = plain(x, name)
     if array.dtype == np.bool_:
         return array
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"{name}: expected booleans or numbers that are 0 or 1, got {held(array, dtype)}")
     shape, array = array.shape, unrepeated(array)
-    if array.dtype.kind not in "iuf" and array.dtype.name != "bfloat16":
-        raise TypeError(f"{name}: expected booleans or numbers that are 0 or 1, got {array.dtype.name}")
-    if array.dtype.kind not in "iu":
-        array = unrepeated(unwrap(x, name).astype("float64"))
     ones = array == 1
     other = ~ones & (array != 0)
     if other.any():
@@ -104,11 +197,20 @@ def mask(x: Any, name: str) -> NDArray[np.bool_]:
     return np.broadcast_to(ones, shape)
 
 
+def whole(x: Any, name: str, expected: str = "integers") -> NDArray[np.integer[Any]]:
+    """Return an array of integers as it is; a list or an array without items counts as one of integers."""
+    array, dtype = plain(x, name)
+    if array.dtype.kind not in "iu" and array.size:
+        got = held(array, dtype)
+        if got == TOO_LARGE:
+            raise ValueError(f"{name}: expected {expected} below 2^63, got {got}")
+        raise TypeError(f"{name}: expected {expected}, got {got}")
+    return array if array.dtype.kind in "iu" else array.astype(np.int64)
+
+
 def integers(x: Any, name: str, low: int, high: int) -> NDArray[np.int64]:
     """Return an array of integers in [low, high] as int64: a copy, in which what was checked cannot change."""
-    array = plain(x, name)
-    if array.dtype.kind not in "iu" and array.size:
-        raise TypeError(f"{name}: expected integers, got {array.dtype.name}")
+    array = whole(x, name)
     shape, array = array.shape, unrepeated(array).copy()
     if array.size and (int(array.min()) < low or int(array.max()) > high):
         index = tuple(map(int, np.argwhere((array < low) | (array > high))[0]))

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _arrays
+from ._check import no_such, shown
 from ._dialects import DIALECTS, Reading, rules
 
 Array = NDArray[Any]
@@ -52,7 +53,8 @@ class Reals:
         if value is None or isinstance(value, (str, bool, np.bool_, complex)):
             raise TypeError(f"{name}: expected {self.expected}, or an array of them, got {shown(value)}")
         if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.dtype.kind == "O"):
-            value = self._each(name, np.array(value, object))
+            listed = value if isinstance(value, np.ndarray) else np.array(_arrays.readable(value, name), object)
+            value = self._each(name, listed)
         array = _arrays.unwrap(value, name).astype("float64").copy()  # in which what is checked here cannot change
         holds, out = self.holds(array), array
         for reading in reversed(readings):
@@ -70,7 +72,7 @@ class Reals:
         expected, cure = self.expected, self.cure
         if reading is not None and reading.means is None:  # one that the dialect refuses
             expected, cure = "a number that the dialect takes", reading.cure
-        return ValueError(f"{name}: expected {expected}, got {value!r}; {cure}")
+        return ValueError(f"{name}: expected {expected}, got {shown(value)}; {cure}")
 
     def _each(self, name: str, items: Array) -> Array:
         """Return Python numbers as floats, one by one, so that an error names the place of what is none."""
@@ -79,7 +81,7 @@ class Reals:
             if isinstance(item, (bool, np.bool_, str)) or item is None or np.ndim(item):
                 raise TypeError(f"{name}{_place(index)}: expected {self.expected}, got {shown(item)}; {self.cure}")
             if isinstance(item, int):
-                out[index] = item if abs(item) <= sys.float_info.max else math.copysign(math.inf, item)
+                out[index] = item if abs(item) <= sys.float_info.max else math.inf if item > 0 else -math.inf
             else:
                 out[index] = _arrays.unwrap(item, f"{name}{_place(index)}").astype("float64")
         return out
@@ -102,11 +104,12 @@ class Integers:
             return None
         if _whole(value):
             return np.array(self._in_range(name, value, (), readings), self.dtype)
-        if value is None or isinstance(value, (str, bool)) or str(getattr(value, "dtype", "")).endswith("bfloat16"):
+        if value is None or isinstance(value, (str, bool)):
             raise self.other_kind(self._message(name, value, ()))
-        # Lists as objects, so that no number above 2^63 becomes a float on the way; and a copy, in which what is
-        # checked here cannot change.
-        array = np.array(value, object) if isinstance(value, (list, tuple)) else _arrays.plain(value, name).copy()
+        if isinstance(value, (list, tuple)):  # as objects, so that no number above 2^63 becomes a float on the way
+            array = np.array(_arrays.readable(value, name), object)
+        else:
+            array = _arrays.plain(value, name)[0].copy()  # in which what is checked here cannot change
         whole = array.dtype.kind in "iu" and array.size
         if whole and array.min() >= self.least and int(array.max()) <= _LARGEST[self.dtype]:
             return array.astype(self.dtype)
@@ -146,7 +149,7 @@ def _reading(value: float, readings: tuple[Reading, ...]) -> Reading | None:
 def _choice(*choices: str | None) -> Callable[[str, Any, tuple[Reading, ...]], str | None]:
     def check(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> str | None:
         if (value is not None and not isinstance(value, str)) or value not in choices:
-            raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
+            raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {shown(value)}")
         return value
 
     return check
@@ -161,22 +164,38 @@ def _allowed(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array
         return None
     if isinstance(value, (set, frozenset)):
         value = list(value)
+    cure = ""
     if isinstance(value, (list, tuple)):
+        value = _arrays.items(value, name)
         kinds = set(map(type, value))
         if kinds & _BOOLEANS and kinds - _BOOLEANS:  # NumPy would take True for 1
             raise TypeError(f"{name}: expected a mask of booleans, or ids, got a mixture; give one of them")
-    array = _arrays.plain(value, name) if not isinstance(value, (str, Mapping)) else np.array(None)
+        if kinds & {list, tuple, set, frozenset, range}:
+            cure = f"; for ids of each row pass `[[token in ids for token in range(V)] for ids in {name}]`"
+    array = np.array(None)
+    if not isinstance(value, (str, Mapping)):
+        try:
+            array, _ = _arrays.plain(value, name)
+        except ValueError as error:  # lists of unequal lengths
+            raise ValueError(
+                f"{name}: expected a mask, or a flat list of ids, got lists of unequal lengths{cure}"
+            ) from error
     if isinstance(value, (list, tuple)) and not array.size:
         array = array.astype(np.int64)
-    if array.dtype == np.int32:
+    if array.dtype == np.int32 and array.ndim:
         return array.view(np.uint32)
-    if array.dtype in (np.bool_, np.uint32):
+    if array.dtype in (np.bool_, np.uint32) and array.ndim:
         return array
     if array.dtype == np.int64 and array.ndim == 1:
         return array.copy()  # in which what is checked later cannot change
+    if not cure and array.ndim and array.dtype.kind in "iuf" and array.size and ((array == 0) | (array == 1)).all():
+        code = f"np.asarray({name}, dtype=bool)"
+        if _arrays.dtype_name(value):
+            code = f"{name}.astype(bool)" if hasattr(value, "astype") else f"{name} != 0"
+        cure = f"; make a mask of 0 and 1 one of bool, `{code}`"
     raise TypeError(
         f"{name}: expected a bool mask (..., V), a packed int32 mask (..., ceil(V / 32)), or a flat list of ids, got "
-        f"{shown(value)}; make a mask of 0 and 1 one of bool with .astype(bool)"
+        f"{shown(value)}{cure}"
     )
 
 
@@ -200,6 +219,11 @@ def _logit_bias(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Ar
         keys = Integers("token ids as keys", "use a dict {id: bias}", 0, np.int64)
         ids = np.array([keys.one(name, token, ()) for token in value], np.int64)
         value = list(value.values())
+    elif isinstance(value, (list, tuple)) and any(isinstance(row, Mapping) for row in _arrays.items(value, name)):
+        raise TypeError(
+            f"{name}: expected an array, or one dict for all rows, got a list of dicts; pass "
+            f"`[[row.get(token, 0.0) for token in range(V)] for row in {name}]`"
+        )
     operand = _arrays.unwrap(value, name)
     with np.errstate(over="ignore"):
         array = operand.astype("float32")
@@ -258,7 +282,7 @@ def checked(options: Mapping[str, Any], dialect: str | None = None) -> Settings:
     settings = {}
     for name, value in options.items():
         if name not in CHECKS:
-            raise TypeError(f"{name}: no such option; expected one of {', '.join(CHECKS)}")
+            raise TypeError(no_such(name, value, "option", CHECKS))
         if type(value) in (float, int) and name not in (
             "seed",
             "position",
@@ -403,19 +427,21 @@ def frozen(value: Any, name: str) -> Any:
     if value is None or isinstance(value, (str, int, float, np.generic)):
         return value
     if isinstance(value, (list, tuple)):
-        return tuple(frozen(item, name) for item in value)
+        return tuple(frozen(item, name) for item in _arrays.readable(value, name))
     if isinstance(value, (set, frozenset)):
         return frozenset(value)
     if isinstance(value, Mapping):
         return FrozenDict({key: frozen(item, name) for key, item in value.items()})
-    array = _arrays.plain(value, name).copy()
+    array = _arrays.plain(value, name)[0].copy()
+    if array.dtype == object and not array.ndim:  # no array; its check will say so
+        return value
     array.flags.writeable = False
     return array
 
 
 def identity(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        return value.shape, value.dtype.str, value.tobytes()
+        return (value.shape, value.dtype.str, value.tobytes()) if value.ndim else value.item()
     if isinstance(value, tuple):
         return tuple(map(identity, value))
     if isinstance(value, FrozenDict):
@@ -431,15 +457,3 @@ def _first(array: Array, wrong: Array) -> tuple[tuple[int, ...], Any]:
 
 def _place(index: tuple[int, ...]) -> str:
     return f"[{', '.join(map(str, index))}]" if index else ""
-
-
-def shown(value: Any) -> str:
-    """Return a value as an error message shows it: a number or a string itself, of all else the kind."""
-    if isinstance(value, (np.timedelta64, np.datetime64)):
-        return repr(value)
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return repr(value)
-    dtype = getattr(value, "dtype", None)
-    return type(value).__name__ if dtype is None else f"{type(value).__name__} of {dtype}"

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _check, _native
-from ._arrays import Operand, as_numpy, compute_dtype, promote, storage, unrepeated, unwrap
+from ._arrays import Operand, as_numpy, compute_dtype, indexable, items, promote, storage, unrepeated, unwrap
 
 __all__ = ["AttentionState", "attention", "attention_weights", "merge_attention", "partial_attention"]
 
@@ -26,6 +26,7 @@ LARGEST_HEAD = 2**16  # each thread packs a chunk of keys and one of values
 _CAUSAL = (None, False, True, "top_left", "bottom_right")
 _PRECISION = ("exact", "fast")
 _FARTHEST = 2**53  # positions, so that no sum of two leaves int64
+_NO_VALUES = object()  # for v, where only scores matter
 
 
 class Keys(NamedTuple):
@@ -61,11 +62,19 @@ class Call(NamedTuple):
         return compute_dtype(self.dtype)
 
 
+def _without_heads(shape: tuple[int, ...], given: Any, name: str, expected: str) -> ValueError:
+    """Return the error of an array that has no axis for the heads."""
+    axes = ", ".join(["None"] * (3 - len(shape)))
+    return ValueError(
+        f"{name}: expected shape {expected}, got {shape}; add an axis for the heads, `{indexable(given, name)}[{axes}]`"
+    )
+
+
 def key_array(k: Any) -> Keys:
     """Take k (..., G, S, D) in."""
     operand = unwrap(k, "k")
     if operand.data.ndim < 3:
-        raise ValueError(f"k: expected shape (..., G, S, D), got {operand.data.shape}; add an axis for the heads")
+        raise _without_heads(operand.data.shape, k, "k", "(..., G, S, D)")
     *batch, heads, length, size = operand.data.shape
     return Keys(operand, tuple(batch), heads, length, size)
 
@@ -100,20 +109,22 @@ def _plan(
     precision: str,
     key_offset: int,
 ) -> Plan:
-    if len(q) < 3:
-        raise ValueError(f"q: expected shape (..., H, L, D), got {q}; add an axis for the heads")
     *batch, q_heads, length, q_size = q
     if q_size < 1:
         raise ValueError(f"q: expected a head size D of at least 1, got shape {q}")
     if q_size > LARGEST_HEAD:
         raise ValueError(f"q: expected a head size D of at most {LARGEST_HEAD}, got {q_size}")
+    if in_panels and q_size != size:
+        raise ValueError(f"q: expected the head size D = {size} of the cache in its last axis, got {q_size}")
+    if in_panels and q_heads % heads:
+        raise ValueError(f"q: expected a multiple of the {heads} heads of the cache, got {q_heads}")
     if q_size != size:
         raise ValueError(f"k: expected the head size D = {q_size} of q in its last axis, got {size}")
     if heads < 1 or q_heads % heads:
         raise ValueError(f"k: expected a number of heads that divides the {q_heads} of q, got {heads}")
     core = k[-4:] if in_panels else k[-3:]
-    batches = {"q": tuple(batch), "k": k[: len(k) - len(core)]}
-    if v is not None:
+    batches = {"q": tuple(batch), "the cache" if in_panels else "k": k[: len(k) - len(core)]}
+    if v is not None and not in_panels:
         if len(v) < 3 or v[-3:-1] != (heads, keys):
             raise ValueError(f"v: expected shape (..., {heads}, {keys}, E) to go with k, got {v}")
         if v[-1] > LARGEST_HEAD:
@@ -161,7 +172,7 @@ def _plan(
 
 def prepare(
     q: Any,
-    keys: Keys,
+    k: Any,
     v: Any,
     *,
     mask: Any = None,
@@ -176,9 +187,12 @@ def prepare(
     key_offset: int = 0,
     of_a_part: bool = False,
 ) -> Call:
-    """Check a call of any of the attention functions. v may be None, where only scores matter."""
+    """Check a call of any of the attention functions. k may be Keys, v _NO_VALUES."""
     query = unwrap(q, "q")
-    value = None if v is None else unwrap(v, "v")
+    if query.data.ndim < 3:
+        raise _without_heads(query.data.shape, q, "q", "(..., H, L, D)")
+    keys = k if type(k) is Keys else key_array(k)
+    value = None if v is _NO_VALUES else unwrap(v, "v")
     dtypes = (query.dtype, keys.operand.dtype) if value is None else (query.dtype, keys.operand.dtype, value.dtype)
     plan = _plan(
         query.data.shape,
@@ -201,7 +215,7 @@ def prepare(
     if mask is not None:
         allowed = _check.mask(mask, "mask").view(np.uint8)
         scores = (*plan.lead, keys.length)
-        mask = _check.broadcast(allowed, scores, "mask", "(..., H, L, S)", "; a mask per batch item is mask[:, None]")
+        mask = allowed if allowed.shape == scores else _broadcast_mask(allowed, scores, mask)
     if bias is not None:
         bias = _check.broadcast(_added(bias, compute), (*plan.lead, keys.length), "bias", "(..., H, L, S)")
     if sinks is not None:
@@ -223,8 +237,25 @@ def prepare(
     )
 
 
+def _broadcast_mask(mask: NDArray[Any], scores: tuple[int, ...], given: Any) -> NDArray[Any]:
+    """Return the mask for all scores. One (..., L, S) or (..., S) of the batch's items lacks axes in between."""
+    try:
+        return np.broadcast_to(mask, scores)
+    except ValueError:
+        batch, cure = scores[:-3], ""
+    for axes in (1, 2):
+        spread = (*batch, *[1] * axes, *mask.shape[len(batch) :])
+        if batch and mask.shape[: len(batch)] == batch and len(spread) == len(scores):
+            index = f"[{':, ' * len(batch)}{', '.join(['None'] * axes)}]"
+            fits = all(n in (1, whole) for n, whole in zip(spread, scores))
+            cure = f"; a mask per batch item is `{indexable(given, 'mask')}{index}`" if fits else cure
+    return _check.broadcast(mask, scores, "mask", "(..., H, L, S)", cure)
+
+
 # What becomes part of a plan's key is a plain value: a tensor, say, may change later and still be the same key.
 def _plain(x: Any, name: str, options: tuple[Any, ...]) -> Any:
+    if type(x) is np.bool_:
+        return bool(x)
     if type(x) not in (str, bool, NoneType):
         _check.choice(x, name, options)
     return x
@@ -242,9 +273,10 @@ def _window(window: Any) -> tuple[int | None, int | None]:
     if window is None:
         return None, None
     if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise TypeError(f"window: expected (left, right), each an integer >= 0 or None, got {window!r}")
+        raise TypeError(f"window: expected (left, right), each an integer >= 0 or None, got {_check.shown(window)}")
     left, right = (
-        None if side is None else _check.integer(side, "window", 0, _FARTHEST, "; None opens a side") for side in window
+        None if side is None else _check.integer(side, "window", 0, _FARTHEST, "; None opens a side")
+        for side in items(window, "window")
     )
     return left, right
 
@@ -362,6 +394,7 @@ def _finite(x: NDArray[Any]) -> NDArray[np.bool_]:
     return finite
 
 
+@_check.public
 def attention(
     q: Any,
     k: Any,
@@ -415,7 +448,7 @@ def attention(
     """
     call = prepare(
         q,
-        key_array(k),
+        k,
         v,
         mask=mask,
         bias=bias,
@@ -427,9 +460,10 @@ def attention(
         kv_lengths=kv_lengths,
         precision=precision,
     )
-    return run(call, return_lse)
+    return run(call, _check.boolean(return_lse, "return_lse"))
 
 
+@_check.public
 def attention_weights(
     q: Any,
     k: Any,
@@ -455,8 +489,8 @@ def attention_weights(
     """
     call = prepare(
         q,
-        key_array(k),
-        None,
+        k,
+        _NO_VALUES,
         mask=mask,
         bias=bias,
         causal=causal,
@@ -492,6 +526,7 @@ class AttentionState:
         return {**self.__dict__, "_wrap": as_numpy}
 
     @staticmethod
+    @_check.public
     def from_lse(out: Any, lse: Any) -> AttentionState:
         """Make a state of another library's partial result: out (..., H, L, E), lse (..., H, L), natural logarithm.
 
@@ -518,6 +553,7 @@ class AttentionState:
         return AttentionState(maximum, total, weighted, None, 0, result.dtype, result.wrap)
 
 
+@_check.public
 def partial_attention(
     q: Any,
     k: Any,
@@ -560,18 +596,18 @@ def partial_attention(
     offset = _check.integer(key_offset, "key_offset", 0, _FARTHEST)
     if offset % CHUNK:
         raise ValueError(f"key_offset: expected a multiple of the chunk length {CHUNK}, got {offset}; split there")
-    if causal is True:
+    if isinstance(causal, (bool, np.bool_)) and causal:
         raise ValueError("causal: expected None, 'top_left' or 'bottom_right' for a part of the keys, got True")
-    if causal == "bottom_right" and kv_lengths is None:
+    if isinstance(causal, str) and causal == "bottom_right" and kv_lengths is None:
         raise ValueError(
             "kv_lengths: expected the number of keys of the whole beside causal='bottom_right', got None; "
             "a part does not know where the keys end"
         )
-    if _window(window) != (None, None) and causal in (None, False):
+    if _window(window) != (None, None) and (causal is None or causal is False):
         raise ValueError("window: expected causal='top_left' or 'bottom_right' beside it for a part, got None")
     call = prepare(
         q,
-        key_array(k),
+        k,
         v,
         mask=mask,
         bias=bias,
@@ -595,6 +631,7 @@ def partial_attention(
     return AttentionState(maximum, total, weighted, chunks, end, call.dtype, call.like.wrap)
 
 
+@_check.public
 def merge_attention(states: Iterable[AttentionState], *, sinks: Any = None, return_lse: bool = False) -> Any:
     """Merge the states of all parts of the keys into attention's result.
 
@@ -606,9 +643,15 @@ def merge_attention(states: Iterable[AttentionState], *, sinks: Any = None, retu
     Returns:
         (..., H, L, E), and (..., H, L) with return_lse: the bits of `attention` over the whole.
     """
-    states = list(states)
+    if isinstance(states, AttentionState):
+        raise TypeError("states: expected a list of AttentionState, got one alone; pass `[states]`")
+    try:
+        states = list(states)
+    except Exception:  # not to be gone through
+        states = []
     if not states or not all(isinstance(state, AttentionState) for state in states):
         raise TypeError("states: expected some AttentionState, from partial_attention or AttentionState.from_lse")
+    return_lse = _check.boolean(return_lse, "return_lse")
     first = states[0]
     for state in states[1:]:
         if state.weighted_sum.shape[1:] != first.weighted_sum.shape[1:]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from typing import Any
 
@@ -10,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _check, _native
-from ._arrays import FLOATING, Operand, as_numpy, storage, unwrap
+from ._arrays import FLOATING, Operand, as_numpy, items, storage, unwrap
 from .attention import LARGEST_HEAD, Keys, prepare, run
 
 __all__ = ["KVCache"]
 
 LANES: int = _native.LANES
 _FIRST_CAPACITY = 64
+_MOST_HEADS = 2**24
 
 
 class _OneAtATime:
@@ -67,6 +69,7 @@ class KVCache:
     True
     """
 
+    @_check.public
     def __init__(
         self,
         num_kv_heads: int,
@@ -79,13 +82,17 @@ class KVCache:
     ) -> None:
         """Make an empty cache."""
         if not isinstance(batch_shape, (tuple, list)):
-            raise TypeError(f"batch_shape: expected a tuple of integers, got {batch_shape!r}; one axis is (n,)")
-        self._heads = _check.integer(num_kv_heads, "num_kv_heads", 1)
+            raise TypeError(
+                f"batch_shape: expected a tuple of integers, got {_check.shown(batch_shape)}; one axis is (n,)"
+            )
+        self._heads = _check.integer(num_kv_heads, "num_kv_heads", 1, _MOST_HEADS)
         self._key_size = _check.integer(head_dim, "head_dim", 1, LARGEST_HEAD)
         self._value_size = (
             self._key_size if value_dim is None else _check.integer(value_dim, "value_dim", 0, LARGEST_HEAD)
         )
-        self._batch = tuple(_check.integer(n, "batch_shape", 0) for n in batch_shape)
+        self._batch = tuple(_check.integer(n, "batch_shape", 0) for n in items(batch_shape, "batch_shape"))
+        if math.prod(max(n, 1) for n in self._batch) * self._heads * max(self._key_size, self._value_size) >= 2**48:
+            raise ValueError(f"batch_shape: expected sizes that memory could hold, got {_check.shown(batch_shape)}")
         self._dtype = _dtype_name(dtype)
         self._alone = _OneAtATime()
         self._length = 0
@@ -115,6 +122,7 @@ class KVCache:
         with self._alone:
             return as_numpy(self._values[..., : self._length, :].copy(), self._dtype)
 
+    @_check.public
     def append(self, k: Any, v: Any) -> None:
         """Add the keys (..., G, L, D) and values (..., G, L, E) of L more tokens, converted to the cache's type.
 
@@ -134,6 +142,7 @@ class KVCache:
                 self._values[..., self._length : end, :] = new_values
             self._length = end
 
+    @_check.public
     def attend(
         self,
         q: Any,
@@ -172,13 +181,15 @@ class KVCache:
                 kv_lengths=kv_lengths,
                 precision=precision,
             )
-            return run(call, return_lse)
+            return run(call, _check.boolean(return_lse, "return_lse"))
 
+    @_check.public
     def truncate(self, length: int) -> None:
         """Forget all tokens but the first ``length``."""
         with self._alone:
             self._length = _check.integer(length, "length", 0, self._length)
 
+    @_check.public
     def fork(self) -> KVCache:
         """Return a second cache with the same tokens. They share memory until either is written to."""
         twin = object.__new__(type(self))
@@ -227,10 +238,12 @@ class KVCache:
 def _dtype_name(dtype: Any) -> str:
     if dtype is None:  # which NumPy would take for float64
         raise ValueError(f"dtype: expected one of {', '.join(FLOATING)}, got None")
-    name = dtype if isinstance(dtype, str) else str(getattr(dtype, "name", dtype)).rpartition(".")[2]
-    if name not in FLOATING:
-        with contextlib.suppress(TypeError):
+    name: str = dtype
+    with contextlib.suppress(Exception):  # whatever it is that cannot be a type
+        if not isinstance(dtype, str):
+            name = str(getattr(dtype, "name", dtype)).rpartition(".")[2]
+        if name not in FLOATING:
             name = np.dtype(dtype).name
     if name not in FLOATING:
-        raise ValueError(f"dtype: expected one of {', '.join(FLOATING)}, got {dtype!r}")
+        raise ValueError(f"dtype: expected one of {', '.join(FLOATING)}, got {_check.shown(dtype)}")
     return name

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _arrays, _check, _native
+from ._check import shown
 from ._dialects import Step
-from ._options import Array, shown, unpacked
+from ._options import Array, unpacked
 from .reference.sampling import _exponents
 from .sampling import Options, SamplingParams, _native_stages, _Run, _shows_options
 
@@ -167,6 +168,7 @@ class Explanation:
         shares = self._drawn.mass / self._drawn.total
         return max(0.0, float(-(shares * np.log(shares)).sum()))
 
+    @_check.public
     def why(self, token: int) -> Why:
         """Say why a token is in or out.
 
@@ -514,6 +516,7 @@ def _is_on(option: str, values: dict[str, float], temperature: float) -> bool:
     return option != "top_k" or values["top_k"] < _NO_LIMIT
 
 
+@_check.public
 @_shows_options
 def explain(
     logits: ArrayLike,

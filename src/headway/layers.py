@@ -38,6 +38,7 @@ def product(x: Operand, w: Operand, b: Operand | None, dtype: str, names: tuple[
     return y
 
 
+@_check.public
 def linear(x: Any, w: Any, b: Any = None) -> Any:
     """Return y = x @ w + b.
 
@@ -63,6 +64,7 @@ def linear(x: Any, w: Any, b: Any = None) -> Any:
     return left.wrap(product(left, right, offset, dtype, ("x", "w", "b")), dtype)
 
 
+@_check.public
 def rotary(x: Any, *, positions: Any = None, base: float = 10000.0, frequencies: Any = None) -> Any:
     """Turn pairs of features by angles that grow with the position (Su et al., 2021, RoFormer).
 
@@ -95,6 +97,8 @@ def rotary(x: Any, *, positions: Any = None, base: float = 10000.0, frequencies:
         )
         if not np.isfinite(turns).all():
             raise ValueError("frequencies: expected finite numbers, got NaN or inf")
+    if positions is None and length > MAX_ANGLE and operand.data.size:
+        raise ValueError(f"x: expected at most {MAX_ANGLE} rows where positions are their numbers, got {length}")
     if positions is None:
         places = np.arange(length) if operand.data.size else np.broadcast_to(np.int64(0), length)
     else:
@@ -110,6 +114,7 @@ def rotary(x: Any, *, positions: Any = None, base: float = 10000.0, frequencies:
     return operand.wrap(y, operand.dtype)
 
 
+@_check.public
 def rms_norm(x: Any, weight: Any, *, eps: float = 1e-6) -> Any:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich, 2019).
 
@@ -140,6 +145,7 @@ def rms_norm(x: Any, weight: Any, *, eps: float = 1e-6) -> Any:
     return operand.wrap(y.reshape(operand.data.shape), dtype)
 
 
+@_check.public
 def swiglu(gate: Any, up: Any) -> Any:
     """Return gate * sigmoid(gate) * up, the gated unit of Llama's feed-forward layer (Shazeer, 2020).
 

@@ -31,6 +31,7 @@ class Logprobs(NamedTuple):
     top_logprobs: Any
 
 
+@_check.public
 @_shows_options
 def logprobs(
     logits: ArrayLike,
@@ -62,8 +63,7 @@ def logprobs(
     >>> hw.logprobs([1.0, 3.0, 2.0], [0, 1], processed=True, temperature=0.5, top_k=2).logprobs.round(4)
     array([   -inf, -0.1269])
     """
-    if not isinstance(processed, (bool, np.bool_)):
-        raise TypeError(f"processed: expected True or False, got {processed!r}")
+    processed = _check.boolean(processed, "processed")
     if not processed and (params is not None or options):
         name = "params" if params is not None else next(iter(options))
         raise ValueError(f"{name}: expected none for the logits as they are; processed=True applies it")
@@ -78,7 +78,7 @@ def logprobs(
     best, keys, of_best = (np.empty((run.rows, n), dtype) for dtype in (np.int64, np.int64, np.float64))
     status = np.empty(run.rows, np.int64)
     found = ranks, of_given, best, keys, of_best
-    if run.rows and not _native.rank(run.native(status, **run.coin()), given, bool(processed), *found):
+    if run.rows and not _native.rank(run.native(status, **run.coin()), given, processed, *found):
         run.fail(status)
     order = np.argsort(-keys, axis=-1, kind="stable")  # the kernel leaves them in the order of ids
     best, of_best = np.take_along_axis(best, order, -1), np.take_along_axis(of_best, order, -1)
@@ -99,14 +99,12 @@ def logprobs(
 
 
 def _tokens(tokens: ArrayLike, run: _Run) -> Array:
-    ids = _arrays.plain(tokens, "tokens").copy()  # in which what is checked here cannot change
+    ids = _check.whole(tokens, "tokens", "token ids").copy()  # in which what is checked here cannot change
     if ids.shape[: len(run.lead)] != run.lead or ids.ndim > len(run.lead) + 1:
         raise ValueError(
             f"tokens: expected one id for each row, of shape {run.lead}, or n in {with_n(run.lead)}, got shape "
             f"{ids.shape}"
         )
-    if ids.dtype.kind not in "iu" and ids.size:
-        raise TypeError(f"tokens: expected token ids, got {ids.dtype}")
     wrong = (ids < 0) | (ids >= run.vocabulary)
     if wrong.any():
         index = tuple(map(int, np.argwhere(wrong)[0]))

@@ -8,12 +8,13 @@ import numpy as np
 
 from . import _check, _native
 from ._arrays import Operand, as_bits, compute_dtype, promote, storage, unwrap
-from .attention import key_array, prepare, run
+from .attention import prepare, run
 from .layers import product
 
 __all__ = ["multi_head_attention"]
 
 
+@_check.public
 def multi_head_attention(
     q: Any,
     k: Any,
@@ -89,7 +90,9 @@ def multi_head_attention(
     heads = _check.integer(num_heads, "num_heads", 1)
     groups = heads if num_kv_heads is None else _check.integer(num_kv_heads, "num_kv_heads", 1)
     if heads % groups:
-        raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {heads}, got {groups}")
+        raise ValueError(
+            f"num_kv_heads: expected a divisor of num_heads = {_check.shown(heads)}, got {_check.shown(groups)}"
+        )
     places = None if decimals is None else _check.integer(decimals, "decimals", 0, 300)
     inputs = {"q": unwrap(q, "q"), "k": unwrap(k, "k"), "v": unwrap(v, "v")}
     for name, x in inputs.items():
@@ -110,9 +113,17 @@ def multi_head_attention(
         name: _split(_project(x, weights[name], biases[name], compute, name), heads_of[name], name)
         for name, x in inputs.items()
     }
+    size, other = (projected[name].data.shape[-1] for name in "qk")
+    if size != other:
+        named = next((f"w_{name}" for name in "kq" if weights[name] is not None), "k")
+        raise ValueError(
+            f"{named}: expected one head size of the projected q and k, got D = {size} in {heads} heads of q and "
+            f"{other} in {groups} of k"
+        )
+    return_lse = _check.boolean(return_lse, "return_lse")
     call = prepare(
         projected["q"],
-        key_array(projected["k"]),
+        projected["k"],
         projected["v"],
         mask=mask,
         bias=bias,
@@ -152,6 +163,8 @@ def _split(x: Operand, heads: int, name: str) -> Operand:
     *batch, length, width = x.data.shape
     if width % heads:
         argument = "num_heads" if name == "q" else "num_kv_heads"
-        raise ValueError(f"{argument}: expected a divisor of the width {width} of the projected {name}, got {heads}")
+        raise ValueError(
+            f"{argument}: expected a divisor of the width {width} of the projected {name}, got {_check.shown(heads)}"
+        )
     data = np.swapaxes(x.data.reshape(*batch, length, heads, width // heads), -3, -2)
     return Operand(data, x.dtype, x.wrap)

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _arrays, _check, _native
-from ._options import Array, Integers, Reals, broadcast, in_row, shown, with_n
+from ._check import no_such, shown
+from ._options import Array, Integers, Reals, broadcast, in_row, with_n
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,6 +72,7 @@ DEFAULTS: dict[str, Array] = {
 }
 
 
+@_check.public
 def penalize(
     logits: ArrayLike,
     token_ids: Any,
@@ -170,9 +172,9 @@ def penalize(
 
 def checked(penalties: Mapping[str, Any]) -> dict[str, Array]:
     """Return every penalty but the breakers as a checked array, of one value or of one per row."""
-    for name in penalties:
+    for name, value in penalties.items():
         if name not in CHECKS and name != "dry_breakers":
-            raise TypeError(f"{name}: no such penalty; expected one of {', '.join([*CHECKS, 'dry_breakers'])}")
+            raise TypeError(no_such(name, value, "penalty", (*CHECKS, "dry_breakers")))
     given = {name: CHECKS[name](name, value) for name, value in penalties.items() if name in CHECKS}
     return DEFAULTS | {name: value for name, value in given.items() if value is not None}
 
@@ -341,13 +343,13 @@ def _rows(token_ids: Any, lead: tuple[int, ...], where: tuple[int, ...]) -> Iter
 def _ordered(tokens: Any, name: str) -> Array:
     if isinstance(tokens, (set, frozenset)):
         raise TypeError(f"{name}: expected a list of ids, the oldest first, got {shown(tokens)}, which has no order")
-    return _arrays.plain(tokens, name)
+    return _check.whole(tokens, name, "a list of token ids")
 
 
 def _ids(row: Any, where: tuple[int, ...]) -> Array:
     name = f"token_ids{''.join(f'[{i}]' for i in where)}"
     array = _ordered(row, name)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+    if array.ndim != 1:
         raise TypeError(
             f"{name}: expected a list of token ids, got {array.ndim} axes of {array.dtype}; a row of the logits has a "
             f"list of its own"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import _check
 from ._arrays import unwrap
 from .explain import Explanation, shortened
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["attention_map", "filter_stages"]
 
 
+@_check.public
 def attention_map(weights: Any, tokens: Sequence[str] | None = None, *, columns: int = 4) -> Figure:
     """Draw attention weights, one panel a head, darker where more weight lies.
 
@@ -42,10 +44,15 @@ def attention_map(weights: Any, tokens: Sequence[str] | None = None, *, columns:
         heads = heads[None]
     if heads.ndim != 3 or heads.size == 0:
         raise ValueError(f"weights: expected shape (H, L, S) or (L, S), none of them 0, got {heads.shape}")
+    if not ((heads >= 0) & (heads < np.inf)).all():
+        raise ValueError("weights: expected numbers from 0 on, as attention_weights gives them, got another")
     count, queries, keys = heads.shape
-    if tokens is not None and (len(tokens) != keys or queries > keys):
-        raise ValueError(f"tokens: expected {keys} words for {queries} queries and {keys} keys, got {len(tokens)}")
-    columns = min(columns, count)
+    if tokens is not None:
+        length = len(tokens) if isinstance(tokens, Sequence) and not isinstance(tokens, str) else None
+        if length != keys or queries > keys:
+            got = _check.shown(tokens) if length is None else length
+            raise ValueError(f"tokens: expected {keys} words for {queries} queries and {keys} keys, got {got}")
+    columns = min(_check.integer(columns, "columns", 1), count)
     rows = -(-count // columns)
     figure = make(figsize=(3.2 * columns, 3.2 * rows * max(0.4, min(queries / keys, 2)) + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -65,6 +72,7 @@ def attention_map(weights: Any, tokens: Sequence[str] | None = None, *, columns:
     return figure
 
 
+@_check.public
 def filter_stages(explanation: Explanation) -> Figure:
     """Draw what `headway.explain` found: how many tokens and how much mass each stage left, and the final head.
 
@@ -75,6 +83,8 @@ def filter_stages(explanation: Explanation) -> Figure:
     >>> figure = filter_stages(hw.explain([3.0, 2.0, 1.0], temperature=0.5, top_k=2))
     """
     make = _figure("filter_stages")
+    if not isinstance(explanation, Explanation):
+        raise TypeError(f"explanation: expected what headway.explain returns, got {_check.shown(explanation)}")
     stages, head = explanation.stages, explanation.head
     names = ["start", *(f"{stage.option} {stage.value:g}" for stage in stages)]
     left = [explanation.vocabulary - explanation.banned, *(stage.after for stage in stages)]

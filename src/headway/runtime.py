@@ -24,6 +24,7 @@ class Info:
     chunk_length: int
 
 
+@_check.public
 def info() -> Info:
     """Return what headway runs on.
 
@@ -39,6 +40,7 @@ def info() -> Info:
     return Info(version("headway"), _native.isa(), tuple(_native.isas()), _native.get_num_threads(), _native.CHUNK)
 
 
+@_check.public
 def get_num_threads() -> int:
     """Return how many threads a call may use.
 
@@ -47,6 +49,7 @@ def get_num_threads() -> int:
     return _native.get_num_threads()
 
 
+@_check.public
 def set_num_threads(n: int) -> None:
     """Set how many threads a call may use, from 1 to 1024. No result depends on it.
 

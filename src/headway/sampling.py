@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _arrays, _check, _native
+from ._check import shown
 from ._dialects import OFF, Step, rules
 from ._options import (
     CHECKS,
@@ -35,7 +36,6 @@ from ._options import (
     known_ids,
     mask_bytes,
     per_token,
-    shown,
 )
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class Options(TypedDict, total=False):
     uniform: ArrayLike | None
 
 
+@_check.public
 @dataclass(frozen=True, eq=False, repr=False)
 class SamplingParams:
     """How to sample: checked once, frozen, hashable; the options that `sample` takes as keywords.
@@ -195,6 +196,7 @@ def _shows_options(function: F) -> F:
     return function
 
 
+@_check.public
 @_shows_options
 def sample(
     logits: ArrayLike,
@@ -228,14 +230,14 @@ def sample(
     array([2, 1, 0])
     """
     run = _Run(logits, params, options)
-    if not isinstance(replacement, (bool, np.bool_)):
-        raise TypeError(f"replacement: expected True or False, got {shown(replacement)}")
+    replacement = _check.boolean(replacement, "replacement")
     draws = () if num_samples is None else (_check.integer(num_samples, "num_samples", 1, 2**31 - 1),)
     tokens = np.empty((*run.lead, *draws), np.int64)
-    run(tokens=tokens, draws=math.prod(draws), replacement=bool(replacement), **run.source(*draws))
+    run(tokens=tokens, draws=math.prod(draws), replacement=replacement, **run.source(*draws))
     return int(tokens) if not tokens.ndim else run.operand.wrap(tokens, "int64")
 
 
+@_check.public
 @_shows_options
 def probabilities(logits: ArrayLike, params: SamplingParams | None = None, **options: Unpack[Options]) -> Any:
     """Return the distribution that `sample` draws from, exactly.
@@ -254,6 +256,7 @@ def probabilities(logits: ArrayLike, params: SamplingParams | None = None, **opt
     return run.operand.wrap(out, dtype)
 
 
+@_check.public
 @_shows_options
 def filter_logits(logits: ArrayLike, params: SamplingParams | None = None, **options: Unpack[Options]) -> Any:
     """Return the logits as given, plus logit_bias, with -inf where a stage removed the token.

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _arrays, _check, _native
+from ._check import shown
 from ._dialects import OFF
-from ._options import CHECKS, Array, Settings, mask_bytes, shown, unpacked
+from ._options import CHECKS, Array, Settings, mask_bytes, unpacked
 from .penalties import DEFAULTS, Histories, Penalties, UnknownTokens, breaker_ids, checked, penalizes, with_windows
 from .sampling import SamplingParams, _Run
 
@@ -107,6 +108,7 @@ class Sampler:
     array([3, 1, 3, 0])
     """
 
+    @_check.public
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = _check.integer(vocabulary, "vocabulary", 1, 2**31 - 1)
         self._admitted = 0
@@ -131,6 +133,7 @@ class Sampler:
         """The active rows, in the order in which `step` takes their logits: the longest active first."""
         return [row.handle for row in self._rows]
 
+    @_check.public
     def admit(
         self,
         params: SamplingParams | None = None,
@@ -169,7 +172,7 @@ class Sampler:
                 raise ValueError(f"{name}: expected one value for the row, got shape {value.shape}")
         for name, value in penalties.items():
             if name in CHECKS:
-                raise TypeError(f"{name}: no such penalty; give params=SamplingParams({name}={shown(value)})")
+                raise TypeError(f"{name}: no such penalty; give `params=hw.SamplingParams({name}={shown(value)})`")
         own = checked(penalties)
         for name, value in own.items():
             if value.ndim:
@@ -218,6 +221,7 @@ class Sampler:
             )
         return prompt[known]
 
+    @_check.public
     def retire(self, handle: int) -> None:
         """Remove a row: those after it move up by one."""
         whole = isinstance(handle, (int, np.integer)) and not isinstance(handle, bool)
@@ -229,6 +233,7 @@ class Sampler:
             self._position = np.delete(self._position, at)
             self._regroup(self._rows[:at] + self._rows[at + 1 :])
 
+    @_check.public
     def step(self, logits: ArrayLike, *, allowed: Any = None) -> Any:
         """Draw one token for each active row.
 
@@ -296,7 +301,7 @@ class Sampler:
             if len(allowed) != rows:
                 raise ValueError(f"allowed: expected {rows} masks, one for each active row, got {len(allowed)}")
             masks = np.ones((rows, vocabulary), np.bool_)
-            for i, own in enumerate(allowed):
+            for i, own in enumerate(_arrays.items(allowed, "allowed")):
                 mask = CHECKS["allowed"](f"allowed[{i}]", own, ())
                 if mask is not None:
                     as_bytes, packed = mask_bytes(f"allowed[{i}]", mask, (vocabulary,))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _arrays, _check, _native
-from ._options import Array, broadcast, in_row, shown
+from . import _check, _native
+from ._check import shown
+from ._options import Array, broadcast, in_row
 from .sampling import Options, SamplingParams, _Run, _shows_options
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Verified(NamedTuple):
     tokens: Any
 
 
+@_check.public
 @_shows_options
 def verify_draft(
     target_logits: ArrayLike,
@@ -167,8 +169,10 @@ def _lengths(lengths: ArrayLike | None, lead: tuple[int, ...], n: int) -> Array:
 def _draft_tokens(tokens: ArrayLike, lengths: Array, lead: tuple[int, ...], n: int, vocabulary: int) -> Array:
     """Return the tokens (rows, n), checked where they count, in memory that nobody else writes to."""
     try:
-        given = _arrays.plain(tokens, "draft_tokens")
-    except ValueError:
+        given = _check.whole(tokens, "draft_tokens", "token ids")
+    except ValueError as error:
+        if "unequal lengths" not in str(error):
+            raise
         raise ValueError(
             "draft_tokens: expected as many tokens in each row, got nested lists of unequal lengths; pad them with -1 "
             "and give lengths"
@@ -177,8 +181,6 @@ def _draft_tokens(tokens: ArrayLike, lengths: Array, lead: tuple[int, ...], n: i
         raise ValueError(
             f"draft_tokens: expected shape {(*lead, n)}, one place less than target_logits has, got {given.shape}"
         )
-    if given.size and given.dtype.kind not in "iu":
-        raise TypeError(f"draft_tokens: expected token ids, got {given.dtype}")
     ids = np.array(given, order="C", copy=True).reshape(math.prod(lead), n)
     wrong = ((ids < 0) | (ids >= vocabulary)) & (np.arange(n) < lengths[:, None])
     if wrong.any():

@@ -28,7 +28,7 @@ Plan plan_count(const Count& task, int64_t) {
   return plan;
 }
 
-void run_count(const Count& task, const Plan& plan, int64_t unit, Memory memory) {
+void run_count(const Count& task, const Plan& plan, int64_t unit, const Memory& memory) {
   // The whole of a thread's own memory is written without a lock: two threads that share it would be seen.
   auto* own = static_cast<int64_t*>(memory.own);
   for (int64_t i = 0; i < plan.workspace / 8; ++i) own[i] = unit;

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 import headway as hw
 
 from .. import _check
+from .._options import CHECKS
 from .checkpoint import Config, Floats, Weights, read_checkpoint
 from .text import detokenize, tokenizer_errors, until_stop
 
@@ -142,6 +143,10 @@ class Model:
         >>> "".join(pieces) == model.generate("And God said", max_tokens=8, seed=1)
         True
         """
+        for name, value in options.items():
+            if name not in CHECKS:
+                known = ("max_tokens", "stop", "params", *CHECKS)
+                raise TypeError(_check.no_such(name, value, "option", known))
         if not isinstance(prompt, str):
             raise TypeError(f"prompt: expected a string, got {type(prompt).__name__}")
         max_tokens = _check.integer(max_tokens, "max_tokens", 0)
