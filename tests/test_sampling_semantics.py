@@ -972,7 +972,7 @@ def test_s26_errors_name_the_argument() -> None:
             hw.sample(ROWS, **options)
 
 
-def test_s46_options_are_read_as_numbers() -> None:
+def test_s44_options_are_read_as_numbers() -> None:
     """For every option and every kind of array: tests/test_doors.py."""
     half = np.full((2, 3), 0.5)
     want = hw.sample(ROWS, temperature=half, seed=1)

@@ -106,12 +106,10 @@ class Integers:
             return np.array(self._in_range(name, value, (), readings), self.dtype)
         if value is None or isinstance(value, (str, bool)):
             raise self.other_kind(self._message(name, value, ()))
-        # Lists as objects, so that no number above 2^63 becomes a float on the way; and a copy, in which what is
-        # checked here cannot change.
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, (list, tuple)):  # as objects, so that no number above 2^63 becomes a float on the way
             array = np.array(_arrays.readable(value, name), object)
         else:
-            array = _arrays.plain(value, name)[0].copy()
+            array = _arrays.plain(value, name)[0].copy()  # in which what is checked here cannot change
         whole = array.dtype.kind in "iu" and array.size
         if whole and array.min() >= self.least and int(array.max()) <= _LARGEST[self.dtype]:
             return array.astype(self.dtype)
