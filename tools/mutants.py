@@ -197,7 +197,7 @@ MUTANTS = [
     Mutant(f"{CORE}/sampling.h", "if (here <= target) {", "if (here < target) {", SAMPLING),
     Mutant(f"{CORE}/sampling.h", "one[i] <= target)", "one[i] < target)", SAMPLING),
     Mutant(f"{CORE}/sampling.h", "weight[i] <= target)", "weight[i] < target)", SAMPLING),
-    Mutant(f"{CORE}/sampling.h", "    total -= weight[i];\n", "", SAMPLING),
+    Mutant(f"{CORE}/sampling.h", "    total -= weight[i];\n", "", tests("sampling_statistics")),
     Mutant(f"{CORE}/rng.h", "round < 10;", "round < 9;", SAMPLING),
     Mutant(f"{CORE}/rng.h", "x[0] = high1 ^ x[1] ^ seed;", "x[0] = high1 ^ x[1] ^ stream;", SAMPLING),
     Mutant(f"{CORE}/rng.h", "block{{position, draw, 0, 0}}", "block{{draw, position, 0, 0}}", SAMPLING),
@@ -494,10 +494,10 @@ def check_patterns() -> list[str]:
 def main() -> None:
     """Judge all mutants, two at a time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="TEXT", default="", help="mutants with this in their file or text")
+    parser.add_argument("--only", metavar="TEXT", nargs="+", default=[""], help="with one of these in file or text")
     parser.add_argument("--list", action="store_true", help="list them, and do nothing")
     arguments = parser.parse_args()
-    chosen = [mutant for mutant in MUTANTS if arguments.only in title(mutant)]
+    chosen = [mutant for mutant in MUTANTS if any(text in title(mutant) for text in arguments.only)]
     if arguments.list:
         print(*map(title, chosen), sep="\n")
     if problems := check_patterns():
