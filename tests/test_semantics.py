@@ -165,6 +165,9 @@ def test_a13_window() -> None:
     assert allowed(3, 3, window=(None, 0)) == ["x..", "xx.", "xxx"]
     assert allowed(3, 3, window=(None, None)) == ["xxx"] * 3
     assert allowed(2, 5, window=(1, None), causal="bottom_right") == ["..xx.", "...xx"]
+    for far in (2**53, 2**63 - 1, 2**70, np.uint64(2**64 - 1)):
+        assert allowed(3, 3, window=(far, 0)) == ["x..", "xx.", "xxx"]
+        assert allowed(3, 3, window=(0, far)) == ["xxx", ".xx", "..x"]
     for bad in ((-1, 0), (0, 1.5), (0,), 3):
         with pytest.raises((TypeError, ValueError), match="window: expected"):
             allowed(3, 3, window=bad)

@@ -182,9 +182,9 @@ def allowed_keys(
         allowed = allowed & (key <= position)
     left, right = window or (None, None)
     if left is not None:
-        allowed = allowed & (key >= position - left)
+        allowed = allowed & (position - key <= left)
     if right is not None:
-        allowed = allowed & (key <= position + right)
+        allowed = allowed & (key - position <= right)
     if mask is not None:
         allowed = allowed & (np.asarray(mask) != 0)
     if bias is not None:
