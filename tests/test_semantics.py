@@ -502,6 +502,11 @@ def test_a35_decimals() -> None:
     assert str(hw.multi_head_attention(tie, tie, tie, num_heads=1, decimals=1).tolist()) == "[[0.2, 0.8, 0.0]]"
     half = X.astype(np.float16)
     assert hw.multi_head_attention(half, half, half, num_heads=2, decimals=3).dtype == np.float32
+    for number, n in ((92729030.77754231, 8), (0.1, 300), (-1e300, 20)):  # without so many decimals
+        for function in (hw.multi_head_attention, reference.multi_head_attention):
+            assert function([[0.0]], [[0.0]], [[number]], num_heads=1, decimals=n) == [[number]]
+    narrow = np.array([[714371.1]], np.float32)  # a product with 10^8 in float32 would make it 714371.06
+    assert hw.multi_head_attention(0 * narrow, 0 * narrow, narrow, num_heads=1, decimals=8) == narrow
 
 
 def test_a36_linear() -> None:
