@@ -120,6 +120,7 @@ void sampling(Digest& digest, const Kernels& table) {
     seed.push_back(uint64_t(i) << 40), position.push_back(uint64_t(i));
   }
   const double exponent = 0.7, sigmas = 3, threshold = 0.01;
+  const uint64_t stream = 0;
   const PerRow<double> share{p.data(), 1}, little{small.data(), 1};
   const Step steps[] = {
       {Stage::temperature, Ties::lowest_id, false, true, {{temperature.data(), 1}, {range.data(), 1}, {&exponent, 0}}},
@@ -139,7 +140,7 @@ void sampling(Digest& digest, const Kernels& table) {
   t.logits.batch[0] = V;
   t.steps = steps, t.step_count = sizeof steps / sizeof *steps;
   t.min_tokens = {least.data(), 1};
-  t.seed = {seed.data(), 1}, t.position = {position.data(), 1};
+  t.seed = {seed.data(), 1}, t.stream = {&stream, 0}, t.position = {position.data(), 1};
   t.tokens = tokens.data(), t.probabilities = probabilities.data(), t.status = status.data();
   t.draws = 1;
   execute(table.sampling->sample, t);
