@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import CHUNK, DTYPES, LAYOUTS, laid_out, normal, same_bits
+from oracles import CHUNK, DTYPES, LAYOUTS, UNIT, laid_out, normal, same_bits, wide
 
 import headway as hw
 
@@ -434,6 +434,20 @@ def test_a_state_is_small() -> None:
     q, k, v, _ = arrays(8, 1, 64 * CHUNK, 4, 4, H=1, G=1)
     part = slice(3 * CHUNK, None)
     assert len(pickle.dumps(hw.partial_attention(q, k[:, part], v[:, part], key_offset=3 * CHUNK))) < 2000
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_with_infinite_scores_merge_up_to_rounding(dtype: str) -> None:
+    """The whole computes such rows again with more range, parts do not (A41): the one difference that merging makes."""
+    q, k, v, _ = arrays(10, 5, CHUNK + 300, 8, 8, dtype)
+    k[:, [3, CHUNK + 7], 0] = np.inf  # for some rows a score of -inf, which has weight 0, for the others +inf: NaN
+    parts = [(k[:, s], v[:, s], s.start) for s in (slice(0, CHUNK), slice(CHUNK, None))]
+    states = [hw.partial_attention(q, keys, values, key_offset=start) for keys, values, start in parts]
+    want, got = hw.attention(q, k, v, return_lse=True), hw.merge_attention(states, return_lse=True)
+    for whole, merged, type_ in zip(want, got, (dtype, "float64" if dtype == "float64" else "float32"), strict=True):
+        assert np.array_equal(np.isnan(whole), np.isnan(merged))
+        assert 0 < np.isnan(whole).mean() < 1
+        assert np.nanmax(np.abs(wide(whole) - wide(merged))) <= 8 * UNIT[type_] * np.nanmax(np.abs(wide(whole)))
 
 
 def test_partial_results_of_other_libraries_merge_up_to_rounding() -> None:

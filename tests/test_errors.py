@@ -197,7 +197,14 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "a weight of one axis": (heads(w_k=np.ones(8)), ValueError, ["w_k:", r"\(in, out\)", r"\(8,\)"]),
     "the shape of w_o": (heads(w_o=np.ones((7, 8))), ValueError, ["w_o:", r"\(in, out\)", r"\(7, 8\)"]),
     "the shape of a projection's bias": (heads(w_v=W, b_v=np.ones(7)), ValueError, ["b_v:", r"\(8,\)", r"\(7,\)"]),
-    "a bias without its weight": (heads(b_q=np.ones(8)), ValueError, ["b_q:", "w_q", "None", "yourself"]),
+    **{
+        f"{name} without its weight": (
+            heads(**{name: np.ones(8)}),
+            ValueError,
+            [f"{name}:", name.replace("b", "w"), "None", f"to the {side} yourself"],
+        )
+        for name, side in {"b_q": "input", "b_k": "input", "b_v": "input", "b_o": "result"}.items()
+    },
     "k wider than q": (heads(k=np.ones((6, 12))), ValueError, ["k:", "D = 4", "6"]),
     "decimals of float": (heads(decimals=6.0), TypeError, ["decimals:", "integer", "6.0"]),
     "a mask per d_model": (heads(mask=np.ones((6, 8))), ValueError, ["mask:", r"\(2, 6, 6\)", r"\(6, 8\)"]),

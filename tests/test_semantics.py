@@ -165,6 +165,9 @@ def test_a13_window() -> None:
     assert allowed(3, 3, window=(None, 0)) == ["x..", "xx.", "xxx"]
     assert allowed(3, 3, window=(None, None)) == ["xxx"] * 3
     assert allowed(2, 5, window=(1, None), causal="bottom_right") == ["..xx.", "...xx"]
+    for far in (2**53, 2**63 - 1, 2**70, np.uint64(2**64 - 1)):
+        assert allowed(3, 3, window=(far, 0)) == ["x..", "xx.", "xxx"]
+        assert allowed(3, 3, window=(0, far)) == ["xxx", ".xx", "..x"]
     for bad in ((-1, 0), (0, 1.5), (0,), 3):
         with pytest.raises((TypeError, ValueError), match="window: expected"):
             allowed(3, 3, window=bad)
@@ -499,6 +502,11 @@ def test_a35_decimals() -> None:
     assert str(hw.multi_head_attention(tie, tie, tie, num_heads=1, decimals=1).tolist()) == "[[0.2, 0.8, 0.0]]"
     half = X.astype(np.float16)
     assert hw.multi_head_attention(half, half, half, num_heads=2, decimals=3).dtype == np.float32
+    for number, n in ((92729030.77754231, 8), (0.1, 300), (-1e300, 20)):  # without so many decimals
+        for function in (hw.multi_head_attention, reference.multi_head_attention):
+            assert function([[0.0]], [[0.0]], [[number]], num_heads=1, decimals=n) == [[number]]
+    narrow = np.array([[714371.1]], np.float32)  # a product with 10^8 in float32 would make it 714371.06
+    assert hw.multi_head_attention(0 * narrow, 0 * narrow, narrow, num_heads=1, decimals=8) == narrow
 
 
 def test_a36_linear() -> None:

@@ -274,8 +274,8 @@ def _window(window: Any) -> tuple[int | None, int | None]:
         return None, None
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"window: expected (left, right), each an integer >= 0 or None, got {_check.shown(window)}")
-    left, right = (
-        None if side is None else _check.integer(side, "window", 0, _FARTHEST, "; None opens a side")
+    left, right = (  # one that reaches farther than any position reaches all of them
+        None if side is None else min(_check.integer(side, "window", 0, cure="; None opens a side"), _FARTHEST)
         for side in items(window, "window")
     )
     return left, right

@@ -102,7 +102,8 @@ def multi_head_attention(
     biases = {name: None if b is None else unwrap(b, f"b_{name}") for name, b in zip("qkvo", (b_q, b_k, b_v, b_o))}
     for name in "qkvo":
         if biases[name] is not None and weights[name] is None:
-            raise ValueError(f"b_{name}: expected w_{name} beside it, got None; add the bias to the input yourself")
+            side = "result" if name == "o" else "input"
+            raise ValueError(f"b_{name}: expected w_{name} beside it, got None; add the bias to the {side} yourself")
     given = (*inputs.values(), *weights.values(), *biases.values())
     dtype = promote(*(operand.dtype for operand in given if operand is not None))
     compute = compute_dtype(dtype)

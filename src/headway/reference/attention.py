@@ -182,9 +182,9 @@ def allowed_keys(
         allowed = allowed & (key <= position)
     left, right = window or (None, None)
     if left is not None:
-        allowed = allowed & (key >= position - left)
+        allowed = allowed & (position - key <= left)
     if right is not None:
-        allowed = allowed & (key <= position + right)
+        allowed = allowed & (key - position <= right)
     if mask is not None:
         allowed = allowed & (np.asarray(mask) != 0)
     if bias is not None:
@@ -288,6 +288,7 @@ def merge_attention(
 # Whole layers -----------------------------------------------------------------------------------------------
 
 
+@ieee
 def multi_head_attention(
     q: ArrayLike,
     k: ArrayLike,
@@ -322,7 +323,9 @@ def multi_head_attention(
     heads, lse = attention(q, k, v, sinks=sinks, return_lse=True, **options)
     out = linear(_join(heads), w_o, b_o)
     if decimals is not None:
-        out = np.round(out, decimals) + 0.0  # a table has no -0
+        scaled = out * 10.0**decimals
+        # From 2^52 on every number is whole: there is nothing to round. A table has no -0.
+        out = np.where(np.abs(scaled) < 2.0**52, np.rint(scaled) / 10.0**decimals, out) + 0.0
     return (out, lse) if return_lse else out
 
 
