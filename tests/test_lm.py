@@ -137,6 +137,14 @@ def test_end_tokens_come_from_generation_config(tmp_path: Path) -> None:
     assert headway.lm.load(tmp_path).config.eos_token_ids == (EOS,)
 
 
+def test_end_tokens_of_both_files_are_checked(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 257]}')
+    edit_config(eos_token_id=2**70)(tmp_path)
+    with pytest.raises(ValueError, match=r"[/\\]config.json: eos_token_id: expected ids below vocab_size"):
+        headway.lm.load(tmp_path)
+
+
 def test_shipped_logits_agree_with_float64(shipped: headway.lm.Model) -> None:
     ids = verses(shipped)
     exact = oracle_logits(*shipped_tensors(), ids)
