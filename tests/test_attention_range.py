@@ -125,6 +125,11 @@ def capped(rng: Rng, M: float) -> Problem:
     return q, k, v, {**options, "softcap": 3.0}
 
 
+def capped_above(rng: Rng, M: float) -> Problem:
+    q, k, v, options = capped(rng, M)  # products of one sign, whose infinity a softcap would hide
+    return np.abs(q), np.abs(k), v, options
+
+
 def capped_far_away(rng: Rng, M: float) -> Problem:
     q, k, v, _ = ordinary(rng, M)
     return q * M**0.52, k * M**0.5, v, {"softcap": 30.0}
@@ -132,7 +137,7 @@ def capped_far_away(rng: Rng, M: float) -> Problem:
 
 PROBLEMS: list[Callable[[Rng, float], Problem]] = [
     *(ordinary, values, the_largest_value, values_of_both_signs, products, products_one_side, products_and_values),
-    *(products_that_cancel, scores_beyond, large_bias, capped, capped_far_away),
+    *(products_that_cancel, scores_beyond, large_bias, capped, capped_above, capped_far_away),
 ]
 RULES: list[dict[str, Any]] = [
     {},
