@@ -1030,3 +1030,18 @@ def test_the_shipped_model_knows_its_book(shipped: headway.lm.Model) -> None:
     logits = shipped.logits(ids).astype(np.float64)
     losses = np.log(np.exp(logits).sum(-1))[:-1] - logits[np.arange(len(ids) - 1), ids[1:]]
     assert losses.mean() < 4.0
+
+
+def test_arguments_that_there_are_not(shipped: headway.lm.Model) -> None:
+    for call in (
+        headway.lm.load,
+        shipped.session,
+        shipped.logits,
+        shipped.session().logits,
+        shipped.session().next_logits,
+    ):
+        with pytest.raises(TypeError, match=r"^colour: no such option; expected one of "):
+            call(colour=1)  # type: ignore[operator]
+    for call in (shipped.generate, shipped.stream):
+        with pytest.raises(TypeError, match=r"^prompt: expected an argument, got none$"):
+            call()  # type: ignore[operator]
