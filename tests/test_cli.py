@@ -278,6 +278,11 @@ def test_sample_refuses_files(run: Any, tmp_path: Path) -> None:
     refused(run("sample", tmp_path / "objects.npy"), "objects.npy: expected .npy, .npz or JSON: Object arrays")
     refused(run("sample", "-", "--position", -1, stdin=b"[1, 2]"), "--position: expected")
     refused(run("sample", "-", "--top-k", 0, stdin=b"[1, 2]"), "--top-k: expected .*; leave --top-k out")
+    refused(
+        run("sample", "-", "--dialect", "hf", "--temperature", 0, stdin=b"[1, 2]"),
+        "--temperature: expected .*; use --top-k=1, or leave --dialect hf out",
+    )
+    refused(run("sample", "-", stdin=b"[1" + b"0" * 5000 + b"]"), "JSON: .* value has 5001 digits")
 
 
 # ---------------------------------------------------------------------------------------------------- attend

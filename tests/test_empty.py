@@ -57,6 +57,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "a part, no items": lambda: hw.merge_attention(
         [hw.partial_attention(zeros(0, 1, 9, 3), zeros(1, HUGE, 3), zeros(1, HUGE, 3), key_offset=512 * 3)]
     ),
+    "penalties, no rows": lambda: hw.penalize(zeros(0, 9), zeros(0, 2**33, dtype="i8"), presence=1.0),
     "merging, no values": lambda: hw.merge_attention(
         [hw.partial_attention(zeros(1, 2**20, 3), zeros(1, 9, 3), zeros(1, 9, 0))]
     ),

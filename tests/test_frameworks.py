@@ -184,6 +184,27 @@ def test_torch_compile_breaks_the_graph(caller: Callable[[Any], Any], monkeypatc
     same(double(x.double()), caller(x.double()))
 
 
+QKV = np.ones((3, 1, 2, 4))
+SINGLE: dict[str, Callable[[Any], Any]] = {
+    "scale": lambda n: hw.attention(*QKV, scale=n),
+    "softcap": lambda n: hw.attention(*QKV, softcap=n),
+    "window": lambda n: hw.attention(*QKV, window=(n, None)),
+    "key_offset": lambda n: hw.partial_attention(*QKV, key_offset=n),
+    "num_heads": lambda n: hw.multi_head_attention(*QKV, num_heads=n),
+    "num_kv_heads": lambda n: hw.multi_head_attention(*QKV, num_heads=2, num_kv_heads=n),
+    "decimals": lambda n: hw.multi_head_attention(*QKV, num_heads=2, decimals=n),
+    "head_dim": lambda n: hw.KVCache(1, n),
+    "length": lambda n: hw.KVCache(1, 4).truncate(n),
+    "eps": lambda n: hw.rms_norm(QKV[0], np.ones(4), eps=n),
+    "base": lambda n: hw.rotary(QKV[0], base=n),
+    "num_samples": lambda n: hw.sample(np.zeros(3), num_samples=n),
+    "top": lambda n: hw.logprobs(np.zeros(3), top=n),
+    "token": lambda n: hw.explain(np.zeros(3)).why(n),
+    "vocabulary": lambda n: hw.Sampler(n),
+    "stream": lambda n: hw.Sampler(3).admit(stream=n),
+}
+
+
 class TestJax:
     @pytest.fixture(autouse=True)
     def _jax(self) -> None:
@@ -207,6 +228,12 @@ class TestJax:
             refused(argument, "jax.grad", lambda: jax.grad(lambda x: (one.call(x), x.sum())[1])(x))
         if x.ndim:
             refused(argument, "jax.jit", lambda: jax.jit(lambda x: (one.call(list(x)), x)[1])(x))
+
+    @pytest.mark.parametrize("argument", SINGLE)
+    def test_transformations_where_one_number_is_meant(self, argument: str) -> None:
+        import jax
+
+        refused(argument, "jax.pure_callback", lambda: jax.jit(lambda n: (SINGLE[argument](n), n)[1])(1))
 
     def test_inside_jit_through_a_callback(self) -> None:
         import jax

@@ -67,6 +67,7 @@ CALLS: dict[str, Call] = {
     "KVCache.append": Call(lambda **call: cache().append(**call), {"k": X, "v": X}),
     "KVCache.attend": Call(lambda **call: cache().attend(**call), {"q": X}),
     "KVCache.truncate": Call(lambda **call: cache().truncate(**call), {"length": 1}),
+    "KVCache.fork": Call(lambda **call: cache().fork(**call), {}),
     "sample": Call(hw.sample, {"logits": LOGITS}),
     "probabilities": Call(hw.probabilities, {"logits": LOGITS}),
     "filter_logits": Call(hw.filter_logits, {"logits": LOGITS}),
@@ -76,6 +77,7 @@ CALLS: dict[str, Call] = {
     "verify_draft": Call(hw.verify_draft, DRAFT),
     "explain": Call(hw.explain, {"logits": LOGITS[0]}),
     "Explanation.why": Call(hw.explain(LOGITS[0]).why, {"token": 1}),
+    "Explanation.plot": Call(lambda **call: drawing() and hw.explain(LOGITS[0]).plot(**call), {}),
     "Sampler": Call(hw.Sampler, {"vocabulary": V}),
     "Sampler.admit": Call(lambda **call: hw.Sampler(V).admit(**call), {}),
     "Sampler.step": Call(lambda **call: sampler().step(**call), {"logits": LOGITS[:1]}),
@@ -90,6 +92,8 @@ METHODS = {
     "KVCache.append": hw.KVCache.append,
     "KVCache.attend": hw.KVCache.attend,
     "KVCache.truncate": hw.KVCache.truncate,
+    "KVCache.fork": hw.KVCache.fork,
+    "Explanation.plot": hw.Explanation.plot,
     "Sampler.admit": hw.Sampler.admit,
     "Sampler.step": hw.Sampler.step,
     "Sampler.retire": hw.Sampler.retire,
@@ -333,7 +337,7 @@ UNKNOWN = {
 def test_an_argument_that_there_is_not(name: str) -> None:
     """Python's own words would begin with the function's name."""
     function = METHODS.get(name, CALLS[name].function)
-    makes = {"KVCache": cache, "Sampler": sampler}
+    makes = {"KVCache": cache, "Sampler": sampler, "Explanation": lambda: hw.explain(LOGITS[0])}
     this = [makes[name.partition(".")[0]]()] if "self" in inspect.signature(function).parameters else []
     good, known = CALLS[name].good, arguments(name)
     wrong, says = UNKNOWN.get(name, ("colour", "expected one of "))
@@ -352,7 +356,8 @@ def test_an_argument_that_there_is_not(name: str) -> None:
         if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and n != "self"
     ]
     if name != "SamplingParams":
-        with pytest.raises(TypeError, match=rf"^{places[-1]}: expected as the last argument without a name, got more"):
+        last = places[-1] if places else "arguments"
+        with pytest.raises(TypeError, match=rf"^{last}: expected as the last argument without a name, got more"):
             function(*this, *[None] * (len(places) + 1))
     if places and places[0] in good:
         with pytest.raises(TypeError, match=rf"^{places[0]}: expected one argument, got two"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -184,3 +185,14 @@ def test_a42_a_sampler_has_not_advanced(alarm: Callable[[], None]) -> None:
     while samplers[1]._position[0] < samplers[0]._position[0]:
         samplers[1].step(logits)
     assert samplers[0].step(logits).tolist() == samplers[1].step(logits).tolist(), steps
+
+
+def test_the_best_are_sorted_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = normal(7, 50)
+    want = hw.logprobs(logits, top=20)
+    for keys in (1, 20, 41, 10**6):
+        monkeypatch.setattr(sys.modules["headway.logprobs"], "_SORTED_AT_ONCE", keys)  # the name is the function's
+        got = hw.logprobs(logits, top=20)
+        assert same_bits(got.top_tokens, want.top_tokens), keys
+        assert same_bits(got.top_logprobs, want.top_logprobs), keys
+    assert same_bits(want.top_tokens, np.argsort(-logits, axis=-1, kind="stable")[:, :20])

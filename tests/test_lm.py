@@ -137,6 +137,14 @@ def test_end_tokens_come_from_generation_config(tmp_path: Path) -> None:
     assert headway.lm.load(tmp_path).config.eos_token_ids == (EOS,)
 
 
+def test_end_tokens_of_both_files_are_checked(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 257]}')
+    edit_config(eos_token_id=2**70)(tmp_path)
+    with pytest.raises(ValueError, match=r"[/\\]config.json: eos_token_id: expected ids below vocab_size"):
+        headway.lm.load(tmp_path)
+
+
 def test_shipped_logits_agree_with_float64(shipped: headway.lm.Model) -> None:
     ids = verses(shipped)
     exact = oracle_logits(*shipped_tensors(), ids)
@@ -1022,3 +1030,18 @@ def test_the_shipped_model_knows_its_book(shipped: headway.lm.Model) -> None:
     logits = shipped.logits(ids).astype(np.float64)
     losses = np.log(np.exp(logits).sum(-1))[:-1] - logits[np.arange(len(ids) - 1), ids[1:]]
     assert losses.mean() < 4.0
+
+
+def test_arguments_that_there_are_not(shipped: headway.lm.Model) -> None:
+    for call in (
+        headway.lm.load,
+        shipped.session,
+        shipped.logits,
+        shipped.session().logits,
+        shipped.session().next_logits,
+    ):
+        with pytest.raises(TypeError, match=r"^colour: no such option; expected one of "):
+            call(colour=1)  # type: ignore[operator]
+    for call in (shipped.generate, shipped.stream):
+        with pytest.raises(TypeError, match=r"^prompt: expected an argument, got none$"):
+            call()  # type: ignore[operator]

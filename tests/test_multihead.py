@@ -184,3 +184,12 @@ def test_a_mask_of_l_by_s_serves_all_heads_and_items() -> None:
     x, mask = normal(rng, 2, 7, 12), np.random.default_rng(6).random((7, 7)) < 0.6
     got = hw.multi_head_attention(x, x, x, num_heads=3, mask=mask)
     assert same_bits(got, hw.multi_head_attention(x, x, x, num_heads=3, mask=np.broadcast_to(mask, (2, 3, 7, 7))))
+
+
+@pytest.mark.parametrize("argument", ["w_k", "w_v"])
+def test_a_weight_whose_width_the_heads_do_not_divide(argument: str) -> None:
+    x, w = np.ones((2, 4)), np.ones((4, 3))
+    with pytest.raises(ValueError, match=rf"^{argument}: expected .* multiple of the 2 heads, got out = 3$"):
+        hw.multi_head_attention(x, x, x, num_heads=2, **{argument: w})
+    with pytest.raises(ValueError, match=r"^num_kv_heads: expected a divisor of the width 3"):
+        hw.multi_head_attention(x, x, x, num_heads=2, num_kv_heads=2, **{argument: w})

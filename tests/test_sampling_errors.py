@@ -295,6 +295,14 @@ def test_numbers_of_draws(shape: tuple[int, ...]) -> None:
             hw.sample(logits, position=seed)
 
 
+def test_lists_nested_too_deeply_are_no_ragged_ones() -> None:
+    nested: Any = [0, 1]
+    for _ in range(40):
+        nested = [nested]
+    with pytest.raises(ValueError, match=r"^allowed: expected at most 32 axes, got lists nested more deeply$"):
+        hw.sample([1.0, 2.0], allowed=nested)
+
+
 # Penalties and tokens -------------------------------------------------------------------------------------------------
 
 

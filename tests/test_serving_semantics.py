@@ -611,7 +611,7 @@ def test_p42_what_frequency_counts() -> None:
 
 
 def test_p43_streams() -> None:
-    """Rows with a seed from params take its streams one after another; what `admit` gives decides for its row alone."""
+    """Rows with a seed from params take streams that no active one has; what `admit` gives decides for its own row."""
     params, rows = hw.SamplingParams(seed=5, position=2), np.zeros((4, 70), np.float32)
 
     def drawn(*admissions: dict[str, Any], sampler: hw.Sampler | None = None) -> list[list[int]]:
@@ -624,17 +624,18 @@ def test_p43_streams() -> None:
     assert drawn({}, {}, {}, {}) == batch
     assert len({tuple(column) for column in zip(*batch, strict=True)}) == 4
     assert drawn({"stream": 3}, {"stream": 1}) == [[row[3], row[1]] for row in batch]
-    assert drawn({}, {"stream": 0}, {}) == [[row[0], row[0], row[2]] for row in batch]
+    assert drawn({}, {"stream": 0}, {}) == [[row[0], row[0], row[1]] for row in batch]
     other_seed = {"params": hw.SamplingParams(seed=6)}
-    assert drawn({"seed": 5}, other_seed, {})[0][::2] == [batch[0][0]] * 2
+    assert drawn({"seed": 5, "params": hw.SamplingParams(position=2)}, other_seed, {})[0][::2] == batch[0][:2]
+    assert drawn({}, {"seed": 5}) == [[row[0], row[0]] for row in batch]
     assert drawn({"seed": 5, "stream": 2}) == [[row[2]] for row in batch]
     equal = {"params": hw.SamplingParams(seed=5, position=2, top_k=70)}  # the seed counts, not the params
     assert drawn({}, equal) == [row[:2] for row in batch]
     sampler = hw.Sampler(70)
-    first = sampler.admit(params)
+    first, _ = sampler.admit(params), sampler.admit(params)
     sampler.retire(first)
     for other in (pickle.loads(pickle.dumps(sampler)), copy.deepcopy(sampler), sampler):
-        assert drawn({}, sampler=other) == [[row[1]] for row in batch]  # a row that has gone had its stream
+        assert drawn({}, sampler=other) == [[row[1], row[0]] for row in batch]  # a row that has gone leaves its stream
     last = 2**64 - 1
     word = np.random.Philox(key=np.array([5, last], np.uint64), counter=1).random_raw(1)[0]
     assert drawn({"stream": last})[0] == [hw.sample(rows[0], uniform=(int(word) >> 11) / 2**53)]

@@ -259,7 +259,6 @@ def _from_dlpack(x: Any) -> tuple[NDArray[Any], bool]:
 
 def _torch_expected(x: Any, name: str) -> str | None:
     """Say what was expected instead of a tensor of torch's that cannot be read, or that would lose its gradient."""
-    _hide_from_dynamo()
     torch = sys.modules["torch"]
     if not x.is_cpu:
         return _ON_THE_CPU
@@ -288,16 +287,15 @@ def _torch_expected(x: Any, name: str) -> str | None:
 _hidden = False
 
 
-def _hide_from_dynamo() -> None:
+def hide_from_dynamo() -> None:
     """Let torch.compile, where it is in use, call headway as it is: there is no tensor code to be found in here."""
     global _hidden
-    rules = sys.modules.get("torch._dynamo.trace_rules")
-    if rules is not None and not _hidden:
+    if not _hidden and (rules := sys.modules.get("torch._dynamo.trace_rules")) is not None:
         _hidden = True
         rules.add("headway")
 
 
-_hide_from_dynamo()
+hide_from_dynamo()
 
 
 def _jax_expected(x: Any) -> str | None:
@@ -325,8 +323,8 @@ def _cure(x: Any, name: str) -> str:
 
 
 _WAYS: tuple[tuple[Callable[[Any], Any], str], ...] = (
-    (lambda x: x.dequantize(), "{}.dequantize()"),
     (lambda x: x.float(), "{}.float()"),
+    (lambda x: x.dequantize(), "{}.dequantize()"),
     (lambda x: x.real, "{}.real"),
     (lambda x: np.asarray(x, dtype=np.float32), "np.asarray({}, dtype=np.float32)"),
     (lambda x: np.asarray(x).astype(np.float32), "np.asarray({}).astype(np.float32)"),

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ._arrays import TOO_LARGE, dtype_name, held, plain, unrepeated, unwrap
+from ._arrays import TOO_LARGE, dtype_name, held, hide_from_dynamo, plain, unrepeated, unwrap
 
 Shape = tuple[int, ...]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -28,6 +28,7 @@ def public(face: F) -> F:
 
     @functools.wraps(face)
     def call(*args: Any, **kwargs: Any) -> Any:
+        hide_from_dynamo()
         try:
             return face(*args, **kwargs)
         except TypeError as error:
@@ -107,6 +108,8 @@ def integer(x: Any, name: str, low: int, high: int | None = None, cure: str = ""
             raise TypeError
         value = operator.index(x)
     except Exception:  # what other libraries' arrays raise is theirs to choose
+        if dtype_name(x):
+            plain(x, name)  # an array that cannot be read at all has an error and a cure of its own
         raise TypeError(f"{name}: expected {bounds}, got {shown(x)}{cure}") from None
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name}: expected {bounds}, got {shown(value)}{cure}")

@@ -176,7 +176,9 @@ def _allowed(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array
     if not isinstance(value, (str, Mapping)):
         try:
             array, _ = _arrays.plain(value, name)
-        except ValueError as error:  # lists of unequal lengths
+        except ValueError as error:
+            if error.__cause__ is None:  # lists that are nested too deeply
+                raise
             raise ValueError(
                 f"{name}: expected a mask, or a flat list of ids, got lists of unequal lengths{cure}"
             ) from error

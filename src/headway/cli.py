@@ -250,7 +250,7 @@ def _read(name: str) -> Any:
                     return _unpack(arrays)
         return _json.loads(data)
     except Exception as error:  # of a dozen kinds, which the readers' authors did not expect either
-        said = str(error)[:300] or type(error).__name__
+        said = str(error).partition("; use ")[0][:300] or type(error).__name__  # without what only code can do
         raise ValueError(f"{_label(name)}: expected .npy, .npz or JSON: {said}") from None
 
 
@@ -411,6 +411,7 @@ def _as_typed(arguments: argparse.Namespace, source: str) -> Iterator[None]:
         said, *cures = rest.replace(" or None", "").split("; ")
         cures = [f"leave {flag} out" if flag and "None" in cure else cure for cure in cures]
         rest = "; ".join([said, *(cure for cure in cures if not re.search(r"\bnp\.|\w[\[(]", cure))])
+        rest = re.sub(r"\b([a-z_]+)='(\S+)'", lambda found: f"{flags.get(found[1], found[1])} {found[2]}", rest)
         rest = re.sub(r"\b[a-z]+(_[a-z]+)+\b", lambda found: flags.get(found[0], found[0]), rest)
         if flag:
             return f"{flag}:{rest}"

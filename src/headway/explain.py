@@ -208,6 +208,7 @@ class Explanation:
         text = f"{name}: in, with probability {_number(probability)}, rank {rank} of {drawn.ids.size}"
         return Why(token, word, True, None, None, None, None, probability, rank, text)
 
+    @_check.public
     def plot(self) -> Figure:
         """Draw the stages and the head; needs matplotlib. See `headway.plot.filter_stages`."""
         from .plot import filter_stages

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Logprobs", "logprobs"]
 
+_SORTED_AT_ONCE = 2**18  # keys: NumPy looks for no signal while it sorts
+
 
 class Logprobs(NamedTuple):
     """What `logprobs` found; None where it was not asked for.
@@ -80,8 +82,12 @@ def logprobs(
     found = ranks, of_given, best, keys, of_best
     if run.rows and not _native.rank(run.native(status, **run.coin()), given, processed, *found):
         run.fail(status)
-    order = np.argsort(-keys, axis=-1, kind="stable")  # the kernel leaves them in the order of ids
-    best, of_best = np.take_along_axis(best, order, -1), np.take_along_axis(of_best, order, -1)
+    at_once = max(_SORTED_AT_ONCE // max(n, 1), 1)
+    for first in range(0, run.rows, at_once):
+        rows = slice(first, first + at_once)
+        order = np.argsort(-keys[rows], axis=-1, kind="stable")  # the kernel leaves them in the order of ids
+        for values in (best, of_best):
+            values[rows] = np.take_along_axis(values[rows], order, -1)
 
     dtype = _arrays.compute_dtype(run.operand.dtype)
 

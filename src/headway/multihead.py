@@ -109,11 +109,12 @@ def multi_head_attention(
     compute = compute_dtype(dtype)
     final = dtype if places is None else compute
 
-    heads_of = {"q": heads, "k": groups, "v": groups}
-    projected = {
-        name: _split(_project(x, weights[name], biases[name], compute, name), heads_of[name], name)
-        for name, x in inputs.items()
-    }
+    projected = {}
+    for name, x in inputs.items():
+        count, argument = (heads, "num_heads") if name == "q" else (groups, "num_kv_heads")
+        if argument == "num_kv_heads" and num_kv_heads is None and weights[name] is not None:
+            argument = f"w_{name}"
+        projected[name] = _split(_project(x, weights[name], biases[name], compute, name), count, name, argument)
     size, other = (projected[name].data.shape[-1] for name in "qk")
     if size != other:
         named = next((f"w_{name}" for name in "kq" if weights[name] is not None), "k")
@@ -159,13 +160,13 @@ def _project(x: Operand, w: Operand | None, b: Operand | None, compute: str, nam
     return Operand(x.astype(compute), compute, as_bits) if compute == "float64" else x
 
 
-def _split(x: Operand, heads: int, name: str) -> Operand:
+def _split(x: Operand, heads: int, name: str, argument: str) -> Operand:
     """(..., length, heads * size) -> (..., heads, length, size), a view where the memory allows."""
     *batch, length, width = x.data.shape
     if width % heads:
-        argument = "num_heads" if name == "q" else "num_kv_heads"
-        raise ValueError(
-            f"{argument}: expected a divisor of the width {width} of the projected {name}, got {_check.shown(heads)}"
-        )
+        fit = f"a divisor of the width {width} of the projected {name}, got {_check.shown(heads)}"
+        if argument.startswith("w_"):
+            fit = f"shape (in, out) with out a multiple of the {_check.shown(heads)} heads, got out = {width}"
+        raise ValueError(f"{argument}: expected {fit}")
     data = np.swapaxes(x.data.reshape(*batch, length, heads, width // heads), -3, -2)
     return Operand(data, x.dtype, x.wrap)

@@ -310,6 +310,8 @@ def _histories(token_ids: Any, lengths: ArrayLike | None, lead: tuple[int, ...])
             raise ValueError(f"token_ids: expected an array of shape {with_n(lead)}, got shape {array.shape}")
         tokens = _ids(array.reshape(-1), ()).reshape(math.prod(lead), array.shape[-1]).copy()
         held = np.full(len(tokens), tokens.shape[-1], np.int64)
+    if not len(tokens):  # of no rows, even the widest
+        tokens = tokens[:, :0]
     return tokens, held if lengths is None else _lengths("lengths", lengths, lead, held)
 
 

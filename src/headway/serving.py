@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from itertools import groupby
+from itertools import count, groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -152,9 +152,9 @@ class Sampler:
         draw.
 
         stream: which of the seed's streams the row draws from, a whole number below 2^64. Unless given, a row with the
-            seed of its params takes the next one, k where k rows have been admitted with that seed in params before:
-            rows with the same params differ, as the rows of a batch do. All others take stream 0, so that
-            `admit(seed=5)` always draws the same.
+            seed of its params takes the lowest that no active row with that seed has: rows with the same params
+            differ, as the rows of a batch do. All others take stream 0, so that `admit(seed=5)` always draws the same,
+            which is what requests that bring seeds of their own want.
 
         The penalties are those of `penalize`, over the prompt and what the row draws.
 
@@ -193,18 +193,21 @@ class Sampler:
         settings = alone.settings | {"seed": source["seed"][0], "position": source["position"][0]}
         settings |= {"allowed": allowed, "logit_bias": bias}
         with self._turns:
-            next_stream = 0
-            if seed is None and params is not None and params.seed is not None:
-                number = int(settings["seed"])
-                next_stream = self._from_params.get(number, 0)
-                self._from_params[number] = next_stream + 1
-            settings["stream"] = np.uint64(next_stream if stream is None else stream)
+            of_params = seed is None and alone.settings["seed"] is not None
+            if stream is None:
+                stream = self._free_stream(settings["seed"]) if of_params else 0
+            settings["stream"] = np.uint64(stream)
             slot = self._histories.admit(prompt, np.isin(prompt, breakers), 0 if count_prompt else prompt.size)
             row = _Row(self._admitted, slot, settings, with_windows(own), frozenset(breakers.tolist()))
             self._position = np.append(self._position, source["position"])
             self._admitted += 1
             self._regroup([*self._rows, row])
             return row.handle
+
+    def _free_stream(self, seed: np.uint64) -> int:
+        """Return the lowest stream that no active row with this seed draws from."""
+        taken = {int(row.settings["stream"]) for row in self._rows if row.settings["seed"] == seed}
+        return next(stream for stream in count() if stream not in taken)
 
     def _prompt(self, prompt_tokens: ArrayLike, unknown_tokens: UnknownTokens, looked_at: bool) -> Array:
         """Return the tokens of a prompt that have a logit; all must, if penalties look at it, unless told otherwise."""

@@ -200,12 +200,13 @@ def read_config(folder: Path) -> Config:
     context = config.integer("max_position_embeddings", default=2048, high=_LONGEST)
     vocabulary = config.integer("vocab_size")
 
-    ends = config
+    ends = config.token_ids("eos_token_id", vocabulary)
     generation_path = folder / "generation_config.json"
     if generation_path.exists():
         generation = _Section.read(generation_path)
         # A chat model's end of turn, added after the training, is written here and not in config.json.
-        ends = generation if generation.values.get("eos_token_id") is not None else config
+        if generation.values.get("eos_token_id") is not None:
+            ends = generation.token_ids("eos_token_id", vocabulary)
 
     return Config(
         vocab_size=vocabulary,
@@ -222,7 +223,7 @@ def read_config(folder: Path) -> Config:
         mlp_bias=config.flag("mlp_bias"),
         tie_word_embeddings=config.flag("tie_word_embeddings"),
         bos_token_id=next(iter(config.token_ids("bos_token_id", vocabulary)), None),
-        eos_token_ids=ends.token_ids("eos_token_id", vocabulary),
+        eos_token_ids=ends,
     )
 
 

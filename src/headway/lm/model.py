@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..sampling import Options
 
 
+@_check.public
 def load(path: str | PathLike[str] | None = None) -> Model:
     """Load a Hugging Face Llama checkpoint folder, or the small model that ships with headway.
 
@@ -66,10 +67,12 @@ class Model:
     def __repr__(self) -> str:
         return f"Model({self.config!r})"
 
+    @_check.public
     def session(self) -> Session:
         """Start an empty sequence of tokens, with the key/value caches that make the next token cheap."""
         return Session(self)
 
+    @_check.public
     def logits(self, ids: ArrayLike) -> Floats:
         """Score every token of the vocabulary as the successor of each token of a sequence.
 
@@ -91,6 +94,7 @@ class Model:
         """
         return self.session().logits(ids)
 
+    @_check.public
     def generate(
         self,
         prompt: str,
@@ -123,6 +127,7 @@ class Model:
         """
         return "".join(self.stream(prompt, max_tokens=max_tokens, stop=stop, params=params, **options))
 
+    @_check.public
     def stream(
         self,
         prompt: str,
@@ -258,6 +263,7 @@ class Session:
     def __len__(self) -> int:
         return len(self._caches[0])
 
+    @_check.public
     def next_logits(self, ids: ArrayLike) -> Floats:
         """Append tokens, at least one, and score the successors of the last: (L,) -> (V,).
 
@@ -271,6 +277,7 @@ class Session:
         scores: Floats = hw.linear(self._append(tokens)[-1], self._model.weights.head)
         return scores
 
+    @_check.public
     def logits(self, ids: ArrayLike) -> Floats:
         """Append tokens, and score the successors of each: (L,) -> (L, V). Raises as `next_logits` does."""
         scores: Floats = hw.linear(self._append(self._check(ids)), self._model.weights.head)

@@ -330,7 +330,6 @@ class Sampler:
     def __init__(self, vocabulary: int) -> None:
         self.admitted = 0
         self.rows: dict[int, dict[str, Any]] = {}
-        self.seeds: list[Any] = []  # of all rows that had theirs from params
 
     def admit(
         self,
@@ -344,16 +343,18 @@ class Sampler:
     ) -> int:
         """Add a row behind the others."""
         of_params = getattr(params, "seed", None) if seed is None else None
-        next_stream = self.seeds.count(of_params)
         if of_params is not None:
-            self.seeds.append(of_params)
             seed = of_params
+            taken = {row["stream"] for row in self.rows.values() if row["seed"] == seed}
+            free = min(set(range(len(taken) + 1)) - taken)
+        else:
+            free = 0
         self.rows[self.admitted] = {
             "history": [int(token) for token in prompt_tokens],
             "params": params,
             "penalties": {"prompt_lengths": 0 if count_prompt else len(prompt_tokens), **penalties},
             "seed": secrets.randbits(64) if seed is None else seed,
-            "stream": next_stream if stream is None else stream,
+            "stream": free if stream is None else stream,
             "position": int(getattr(params, "position", None) or 0),
         }
         self.admitted += 1
