@@ -207,6 +207,21 @@ def test_a17_masked_keys_have_no_influence() -> None:
         assert np.array_equal(of_scores(s, v, kv_lengths=2), want)
 
 
+@pytest.mark.parametrize("rule", [{"causal": True}, {"window": (3, 3)}, {"window": (0, None)}, {"window": (9, 0)}])
+def test_a17_of_neighbouring_rows_only_some_may_see(rule: dict[str, Any]) -> None:
+    """Rows are computed together: a value that only some of them may see must not reach the others."""
+    n = 40
+    q, k, v = np.random.default_rng(17).normal(size=(3, 1, n, 8))
+    want, seen = hw.attention(q, k, v, **rule), hw.attention_weights(q, k, **rule)[0] > 0
+    for key in range(n):
+        for poison in (NAN, INF):
+            poisoned = v.copy()
+            poisoned[:, key] = poison
+            out = hw.attention(q, k, poisoned, **rule)
+            assert np.array_equal(out[0, ~seen[:, key]], want[0, ~seen[:, key]]), (key, poison)
+            assert not np.isfinite(out[0, seen[:, key]]).any(), (key, poison)
+
+
 def test_a18_rows_without_keys() -> None:
     for options in ({"mask": np.zeros(5, bool)}, {"kv_lengths": 0}, {"bias": np.full(5, -INF)}):
         for sinks in (None, np.ones(4)):
