@@ -295,7 +295,12 @@ MUTANTS = [
     Mutant(
         f"{PYTHON}/cache.py", "if end > self._values.shape[-2] or", "if end >= self._values.shape[-2] + LANES or", CACHE
     ),
-    Mutant(f"{PYTHON}/multihead.py", '"k": groups, "v": groups}', '"k": heads, "v": heads}', tests("multihead")),
+    Mutant(
+        f"{PYTHON}/multihead.py",
+        'else (groups, "num_kv_heads")',
+        'else (heads, "num_kv_heads")',
+        tests("multihead"),
+    ),
     Mutant(
         f"{PYTHON}/_arrays.py",
         '<= set(dtypes) and widest == "float16" else',
@@ -336,7 +341,7 @@ MUTANTS = [
         "if ids.size and not 0 <= ids.min() <= ids.max() <= vocabulary:",
         tests("sampling_errors", "sampling"),
     ),
-    Mutant(f"{PYTHON}/logprobs.py", "np.argsort(-keys,", "np.argsort(keys,", SERVING),
+    Mutant(f"{PYTHON}/logprobs.py", "np.argsort(-keys[rows],", "np.argsort(keys[rows],", SERVING),
     Mutant(f"{PYTHON}/serving.py", "        self._position += np.uint64(1)\n", "", SERVING),
     Mutant(f"{PYTHON}/serving.py", "return own & mask", "return own | mask", SERVING),
     Mutant(
