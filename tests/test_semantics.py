@@ -207,13 +207,13 @@ def test_a17_masked_keys_have_no_influence() -> None:
         assert np.array_equal(of_scores(s, v, kv_lengths=2), want)
 
 
-@pytest.mark.parametrize("rule", [{"causal": True}, {"window": (3, 3)}, {"window": (0, None)}, {"window": (9, 0)}])
+@pytest.mark.parametrize("rule", [{"causal": True}, {"window": (3, 3)}, {"window": (0, None)}, {"window": (100, 0)}])
 def test_a17_of_neighbouring_rows_only_some_may_see(rule: dict[str, Any]) -> None:
     """Rows are computed together: a value that only some of them may see must not reach the others."""
-    n = 40
+    n = 200  # keys in several bands
     q, k, v = np.random.default_rng(17).normal(size=(3, 1, n, 8))
     want, seen = hw.attention(q, k, v, **rule), hw.attention_weights(q, k, **rule)[0] > 0
-    for key in range(n):
+    for key in range(0, n, 3):
         for poison in (NAN, INF):
             poisoned = v.copy()
             poisoned[:, key] = poison

@@ -109,9 +109,9 @@ def test_penalties_take_time_linear_in_the_history(history: list[int]) -> None:
     def seconds(tokens: np.ndarray) -> float:
         took = []
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.process_time()
             hw.penalize(logits, tokens, dry_multiplier=1)
-            took.append(time.perf_counter() - start)
+            took.append(time.process_time() - start)
         return min(took)
 
     logits, whole = np.zeros(1000, np.float32), np.array(history)
@@ -181,9 +181,9 @@ def test_a_step_does_not_take_longer_after_a_longer_history() -> None:
             sampler.admit(None, np.arange(tokens) % 100, seed=i, **penalties)
         took = []
         for _ in range(30):
-            start = time.perf_counter()
+            start = time.process_time()
             sampler.step(logits)
-            took.append(time.perf_counter() - start)
+            took.append(time.process_time() - start)
         return min(took)
 
     logits = np.random.default_rng(3).standard_normal((4, 1000)).astype(np.float32)
@@ -798,9 +798,9 @@ def test_a_sampler_costs_little_more_than_the_draw() -> None:
     def milliseconds(call: Any) -> float:
         took = []
         for _ in range(9):
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            took.append(time.perf_counter() - start)
+            took.append(time.process_time() - start)
         return 1e3 * min(took)
 
     step = milliseconds(lambda: sampler.step(logits))

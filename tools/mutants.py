@@ -167,9 +167,9 @@ MUTANTS = [
     Mutant(f"{CORE}/exp.h", "tanh_one = 10.0f", "tanh_one = 4.0f", ATTENTION),
     # Numbers of 16 bits.
     Mutant(f"{CORE}/rows.h", "  u |= 1;\n", "", (*ATTENTION, *LAYERS, *tests("arrays", "cache"))),
-    Mutant(f"{CORE}/vec.h", "+ 0xfff + (u >> 13 & 1)", "+ 0x1000", (*LAYERS, *ATTENTION)),
-    Mutant(f"{CORE}/vec.h", "u + 0x7fff + (u >> 16 & 1)", "u + 0x8000", (*LAYERS, *ATTENTION)),
-    Mutant(f"{CORE}/vec.h", "if (u >= 0x477ff000)", "if (u > 0x477ff000)", (*LAYERS, *ATTENTION)),
+    Mutant(f"{CORE}/vec.h", "+ 0xfff + (u >> 13 & 1)", "+ 0x1000", CACHE),
+    Mutant(f"{CORE}/vec.h", "u + 0x7fff + (u >> 16 & 1)", "u + 0x8000", CACHE),
+    Mutant(f"{CORE}/vec.h", "if (u >= 0x477ff000)", "if (u > 0x477ff000)", CACHE),
     # Layers.
     Mutant(f"{CORE}/linear.h", "sum[j] += column[j];", "sum[j] = column[j];", LAYERS),
     Mutant(f"{CORE}/linear.h", "if (task.K == 0) memset", "if (task.K < 0) memset", LAYERS),
@@ -197,7 +197,7 @@ MUTANTS = [
     Mutant(f"{CORE}/sampling.h", "if (here <= target) {", "if (here < target) {", SAMPLING),
     Mutant(f"{CORE}/sampling.h", "one[i] <= target)", "one[i] < target)", SAMPLING),
     Mutant(f"{CORE}/sampling.h", "weight[i] <= target)", "weight[i] < target)", SAMPLING),
-    Mutant(f"{CORE}/sampling.h", "    total -= weight[i];\n", "", tests("sampling_statistics")),
+    Mutant(f"{CORE}/sampling.h", "    total -= weight[i];\n", "", (*SERVING, *tests("sampling_statistics"))),
     Mutant(f"{CORE}/rng.h", "round < 10;", "round < 9;", SAMPLING),
     Mutant(f"{CORE}/rng.h", "x[0] = high1 ^ x[1] ^ seed;", "x[0] = high1 ^ x[1] ^ stream;", SAMPLING),
     Mutant(f"{CORE}/rng.h", "block{{position, draw, 0, 0}}", "block{{draw, position, 0, 0}}", SAMPLING),
