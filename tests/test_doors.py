@@ -246,6 +246,9 @@ PENALTIES = {
     "frequency": (AS_FLOATS, [1, 2]),
     "presence": (AS_FLOATS, [1, 2]),
     "window": (WHOLE, [1, 2]),
+    "repetition_window": (WHOLE, [1, 2]),
+    "frequency_window": (WHOLE, [1, 2]),
+    "dry_window": (WHOLE, [1, 2]),
     "dry_multiplier": (AS_FLOATS, [1, 2]),
     "dry_base": (AS_FLOATS, [1, 2]),
     "dry_allowed_length": (WHOLE, [1, 2]),
@@ -255,6 +258,7 @@ for name, takes, good in (
     ("logits", AS_FLOATS, LOGITS),
     ("token_ids", WHOLE, PENALIZED["token_ids"]),
     ("lengths", WHOLE, [1, 2]),
+    ("prompt_lengths", WHOLE, [1, 2]),
 ):
     door(hw.penalize, name, takes, good, **{**PENALIZED, "frequency": 1.0, name: None})
 for name, (takes, good) in PENALTIES.items():
@@ -314,7 +318,7 @@ ALONE = {
     "causal", "window", "scale", "softcap", "precision", "return_lse", "key_offset", "states", "num_heads",
     "num_kv_heads", "decimals", "base", "eps", "params", "num_samples", "replacement", "top", "processed", "ties",
     "nucleus", "dialect", "draft_params", "n", "vocabulary", "handle", "head_dim", "value_dim", "batch_shape", "dtype",
-    "capacity", "length", "self",
+    "capacity", "length", "unknown_tokens", "count_prompt", "stream", "self",
 }  # fmt: skip
 
 

@@ -558,6 +558,7 @@ NB_MODULE(_native, m) {
   using namespace headway;
   main_thread = nb::cast<unsigned long>(nb::module_::import_("threading").attr("main_thread")().attr("ident"));
   pthread_atfork(nullptr, nullptr, [] { main_thread = PyThread_get_thread_ident(); });
+  nb::set_leak_warnings(false); // options stay in caches of Python's, some of which outlive the module
   m.doc() = "The kernels of headway behind plain arrays. Everything is checked by the Python layer; call that.";
 
   nb::class_<Options>(m, "Options")
