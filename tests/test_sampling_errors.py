@@ -6,6 +6,7 @@ and says what came. Strange input that is not bad gives what plain input gives.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -552,3 +553,12 @@ def test_numbers_of_every_make() -> None:
     assert same_bits(hw.sample(logits, seed=[2**64 - 1] * 3), hw.sample(logits, seed=np.full(3, 2**64 - 1, np.uint64)))
     assert same_bits(hw.probabilities(logits, temperature=[2**70, 1, 1.0])[0], np.full(V, 0.2))
     assert re.fullmatch(r"[0-4]", str(hw.sample(logits[0], seed=2**64 - 1, position=2**64 - 1)))
+
+
+@pytest.mark.parametrize("temperature", [0, -1, 0.0, math.nan, [1.0, 0.0], [1.0, -1.0]])
+def test_a_cure_is_none_that_the_dialect_refuses(temperature: Any) -> None:
+    logits = np.zeros((2, 4))
+    with pytest.raises(ValueError, match=r"^temperature.* use top_k=1, or leave dialect='hf' out$"):
+        hw.sample(logits, temperature=temperature, dialect="hf")
+    with pytest.raises(ValueError, match=r"0 is argmax$"):
+        hw.sample(logits, temperature=-1)

@@ -68,10 +68,12 @@ class Reals:
         return out
 
     def _out_of_range(self, name: str, value: Any, readings: tuple[Reading, ...]) -> ValueError:
-        reading = _reading(value, readings)
         expected, cure = self.expected, self.cure
-        if reading is not None and reading.means is None:  # one that the dialect refuses
-            expected, cure = "a number that the dialect takes", reading.cure
+        refused = next((reading for reading in readings if reading.means is None), None)
+        if refused is not None:  # of which the usual cure may be one
+            cure = refused.cure
+            if refused.low <= value <= refused.high:
+                expected = "a number that the dialect takes"
         return ValueError(f"{name}: expected {expected}, got {shown(value)}; {cure}")
 
     def _each(self, name: str, items: Array) -> Array:

@@ -126,7 +126,8 @@ def _plan(
     batches = {"q": tuple(batch), "the cache" if in_panels else "k": k[: len(k) - len(core)]}
     if v is not None and not in_panels:
         if len(v) < 3 or v[-3:-1] != (heads, keys):
-            raise ValueError(f"v: expected shape (..., {heads}, {keys}, E) to go with k, got {v}")
+            cure = "; add an axis for the heads" if len(v) < 3 else ""
+            raise ValueError(f"v: expected shape (..., {heads}, {keys}, E) to go with k, got {v}{cure}")
         if v[-1] > LARGEST_HEAD:
             raise ValueError(f"v: expected a head size E of at most {LARGEST_HEAD}, got {v[-1]}")
         batches["v"] = v[:-3]
