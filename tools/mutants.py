@@ -368,8 +368,8 @@ EQUIVALENT = [
         f"{CORE}/vec.h",
         "if (u >= 0x477ff000)",
         "if (u > 0x477ff000)",
-        "65,520 itself is halfway between the largest number, which is odd, and 2^16, whose bits as a half are infinity: "
-        "the line after makes that of it.",
+        "65,520 itself is halfway between the largest number, which is odd, and 2^16, whose bits as a half are "
+        "infinity: the line after makes that of it.",
     ),
     (
         f"{CORE}/sampling.h",
