@@ -721,7 +721,7 @@ ERRORS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (V5, {"dialect": "vllm", "eta_cutoff": 0.1}, ValueError, r"^eta_cutoff: .*dialect 'vllm', which has no such"),
     (V5, {"dialect": "hf", "temperature": [1.0, 0]}, ValueError, r"^temperature\[1\]: .*got 0.0; use top_k=1"),
     (V5, {"dialect": "hf", "temperature": 0}, ValueError, r"^temperature: .*the dialect takes, got 0; use top_k=1"),
-    (V5, {"dialect": "hf", "temperature": -1}, ValueError, r"^temperature: .*number >= 0, got -1; 0 is"),
+    (V5, {"dialect": "hf", "temperature": -1}, ValueError, r"^temperature: .*number >= 0, got -1; use top_k=1"),
     (V5, {"dialect": "hf", "ties": "keep"}, ValueError, r"^ties: expected none beside dialect 'hf'"),
     (V5, {"uniform": 0.5, "xtc_probability": 0.5}, ValueError, r"^uniform: .*xtc_probability 0 or 1"),
     (V5, {"top_k": 0}, ValueError, r"^top_k: expected an integer >= 1, got 0; use None"),
