@@ -7,6 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
+from oracles import DTYPES
 
 import headway as hw
 
@@ -92,3 +93,10 @@ class TestJax:
             assert lse.dtype == jax.numpy.float32
         assert hw.sample(jax.numpy.array(LOGITS), temperature=0) == 1
         assert isinstance(hw.sample(jax.numpy.array([LOGITS]), temperature=0), jax.Array)
+
+
+@pytest.mark.parametrize("wide", ["float64", "float32"])
+def test_both_16_bit_types_beside_a_wider_one_promote_to_that(wide: str) -> None:
+    x = np.ones((1, 2, 4))
+    for q, k, v in itertools.permutations(("float16", "bfloat16", wide)):
+        assert hw.attention(*(x.astype(DTYPES[name]) for name in (q, k, v))).dtype == wide
