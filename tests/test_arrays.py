@@ -3,6 +3,7 @@
 import copy
 import importlib
 import importlib.util
+import itertools
 import pickle
 
 import numpy as np
