@@ -261,9 +261,9 @@ def probabilities(logits: ArrayLike, params: SamplingParams | None = None, **opt
 def filter_logits(logits: ArrayLike, params: SamplingParams | None = None, **options: Unpack[Options]) -> Any:
     """Return the logits as given, plus logit_bias, with -inf where a stage removed the token.
 
-    logits (..., V) -> (..., V), the same kind of array and dtype. They are not divided by the temperature, which only
-    has its part in what top_p and min_p remove. With a logit_bias they are the sums that decide: float32, or float64
-    for float64 logits. Sampling them at the same temperature draws the same token. Options and errors are those of
+    logits (..., V) -> (..., V), the same kind of array. They are not divided by the temperature, which only has its
+    part in what top_p and min_p remove. Their dtype is that of the logits; with a logit_bias they are the sums that
+    decide, float32, or float64 for float64 logits. Sampling them at the same temperature draws the same token. Options and errors are those of
     `sample`.
 
     >>> import headway as hw

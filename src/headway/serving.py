@@ -115,7 +115,6 @@ class Sampler:
         self._rows: list[_Row] = []
         none = np.zeros(0, np.int64)
         self._histories = Histories(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.bool_), none, none)
-        self._from_params: dict[int, int] = {}  # by seed: how many rows it came with in params
         # One of each row: the slot of its history, the position of its next draw, its penalties.
         self._slots: Array = np.zeros(0, np.int64)
         self._position: Array = np.zeros(0, np.uint64)
@@ -178,8 +177,7 @@ class Sampler:
             if value.ndim:
                 raise ValueError(f"{name}: expected one value for the row, got shape {value.shape}")
         breakers = breaker_ids(penalties.get("dry_breakers", ()), self.vocabulary)
-        if not isinstance(count_prompt, (bool, np.bool_)):
-            raise TypeError(f"count_prompt: expected True or False, got {shown(count_prompt)}")
+        count_prompt = _check.boolean(count_prompt, "count_prompt")
         of_all, of_output = penalizes(own)
         prompt = self._prompt(prompt_tokens, unknown_tokens, bool(of_all | (of_output & count_prompt)))
         if stream is not None:
