@@ -263,8 +263,8 @@ def filter_logits(logits: ArrayLike, params: SamplingParams | None = None, **opt
 
     logits (..., V) -> (..., V), the same kind of array. They are not divided by the temperature, which only has its
     part in what top_p and min_p remove. Their dtype is that of the logits; with a logit_bias they are the sums that
-    decide, float32, or float64 for float64 logits. Sampling them at the same temperature draws the same token. Options and errors are those of
-    `sample`.
+    decide, float32, or float64 for float64 logits. Sampling them at the same temperature draws the same token. Options
+    and errors are those of `sample`.
 
     >>> import headway as hw
     >>> hw.filter_logits([3.0, 2.0, 1.0], temperature=0.5, top_p=0.9)
