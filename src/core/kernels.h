@@ -126,10 +126,10 @@ enum PenaltyKind { kRepetition, kFrequency, kDry, kPenaltyKinds };
 // and places of its own, from `first` on, in each of the long arrays.
 struct Histories {
   const int64_t* slot = nullptr; // (rows); absent: there are none
-  const int64_t *first, *length,
-      *prompt;             // (slots): the first place, how many tokens, how many that frequency passes over
-  const int64_t* tokens;   // (places): from 0 to V - 1, the oldest first
-  const uint8_t* breakers; // (places): whether repetition ends at this token
+  const int64_t *first, *length; // (slots): the first place, and how many tokens there are
+  const int64_t* prompt;         // (slots): how many of them, the first, frequency passes over
+  const int64_t* tokens;         // (places): from 0 to V - 1, the oldest first
+  const uint8_t* breakers;       // (places): whether repetition ends at this token
   // The kernel's own. (slots): how many it has counted, 0 to begin anew, and how many differ within the windows.
   int64_t *counted, *distinct;
   // (places): which these are, (places, kinds): how often each occurs where the kind looks, (places): what the end has

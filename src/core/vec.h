@@ -182,11 +182,13 @@ inline Vec<float>::Reg larger_reg(Vec<float>::Reg a, Vec<float>::Reg b) {
   return a > b ? a : b;
 #endif
 }
-inline Vec<float> larger(Vec<float> a, Vec<float> b) {
-  for (int i = 0; i < Vec<float>::parts; ++i) a.part[i] = larger_reg(a.part[i], b.part[i]);
+inline Vec<double>::Reg larger_reg(Vec<double>::Reg a, Vec<double>::Reg b) { return a > b ? a : b; }
+template <class T> Vec<T> larger(Vec<T> a, Vec<T> b) {
+  for (int i = 0; i < Vec<T>::parts; ++i) a.part[i] = larger_reg(a.part[i], b.part[i]);
   return a;
 }
-inline Vec<double> larger(Vec<double> a, Vec<double> b) { return select(a > b, a, b); }
+
+// And the smaller: a < b ? a : b.
 inline Vec<float>::Reg smaller_reg(Vec<float>::Reg a, Vec<float>::Reg b) {
 #if defined(__AVX512F__)
   return (Vec<float>::Reg)_mm512_mask_min_ps((__m512)a, 0xffff, (__m512)a, (__m512)b);
@@ -196,12 +198,7 @@ inline Vec<float>::Reg smaller_reg(Vec<float>::Reg a, Vec<float>::Reg b) {
   return a < b ? a : b;
 #endif
 }
-inline Vec<float> smaller(Vec<float> a, Vec<float> b) {
-  for (int i = 0; i < Vec<float>::parts; ++i) a.part[i] = smaller_reg(a.part[i], b.part[i]);
-  return a;
-}
-inline Vec<double> smaller(Vec<double> a, Vec<double> b) { return select(a < b, a, b); }
-
+inline Vec<double>::Reg smaller_reg(Vec<double>::Reg a, Vec<double>::Reg b) { return a < b ? a : b; }
 inline Vec<int32_t>::Reg smaller_reg(Vec<int32_t>::Reg a, Vec<int32_t>::Reg b) {
 #if defined(__AVX512F__) // GCC 12 makes two instructions of the plain one
   return (Vec<int32_t>::Reg)_mm512_mask_min_epi32((__m512i)a, 0xffff, (__m512i)a, (__m512i)b);
@@ -209,8 +206,8 @@ inline Vec<int32_t>::Reg smaller_reg(Vec<int32_t>::Reg a, Vec<int32_t>::Reg b) {
   return a < b ? a : b;
 #endif
 }
-inline Vec<int32_t> smaller(Vec<int32_t> a, Vec<int32_t> b) {
-  for (int i = 0; i < Vec<int32_t>::parts; ++i) a.part[i] = smaller_reg(a.part[i], b.part[i]);
+template <class T> Vec<T> smaller(Vec<T> a, Vec<T> b) {
+  for (int i = 0; i < Vec<T>::parts; ++i) a.part[i] = smaller_reg(a.part[i], b.part[i]);
   return a;
 }
 
