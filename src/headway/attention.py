@@ -642,7 +642,8 @@ def merge_attention(states: Iterable[AttentionState], *, sinks: Any = None, retu
         return_lse: also return the log-sum-exp over all keys.
 
     Returns:
-        (..., H, L, E), and (..., H, L) with return_lse: the bits of `attention` over the whole.
+        (..., H, L, E), and (..., H, L) with return_lse: the bits of `attention` over the whole. Rows with an infinite
+        score may differ by rounding, and what leaves the range of the computing type in a part is infinite.
     """
     if isinstance(states, AttentionState):
         raise TypeError("states: expected a list of AttentionState, got one alone; pass `[states]`")
