@@ -147,7 +147,8 @@ def test_counting_on_equals_counting_anew(data: st.DataObject) -> None:
             breaks = [
                 token in options["dry_breakers"] for token, (_, options) in zip(tokens, rows.values(), strict=True)
             ]
-            histories.append(np.array(list(rows), np.int64), tokens, np.array(breaks, np.bool_))
+            histories.write(np.array(list(rows), np.int64), tokens, np.array(breaks, np.bool_))
+            histories.length[list(rows)] += 1
             for token, (history, _) in zip(tokens.tolist(), rows.values(), strict=True):
                 history.append(token)
         if data.draw(st.integers(0, 3)) and rows:  # now and then several tokens come between
@@ -750,7 +751,7 @@ def test_rows_with_different_filters_share_a_call() -> None:
     every = [hw.SamplingParams(seed=9, **{name: values[-1]}) for name, values in FILTERS.items()]
     for params in [hw.SamplingParams(seed=9), *every]:
         sampler.admit(params, stream=0)
-    assert len(sampler._groups) == 1
+    assert len(sampler._active.groups) == 1
     for j in range(300):
         logits = rng.standard_normal((1 + len(every), 70))
         tokens = sampler.step(logits)
@@ -758,7 +759,7 @@ def test_rows_with_different_filters_share_a_call() -> None:
         assert tokens[1:].tolist() == [hw.sample(z, p, position=j) for z, p in zip(logits[1:], every, strict=True)]
     for words in ({"dialect": "hf"}, {"ties": "keep"}, {"nucleus": "joint"}):
         sampler.admit(hw.SamplingParams(**words))
-    assert len(sampler._groups) == 4
+    assert len(sampler._active.groups) == 4
 
 
 def test_rows_without_bias_or_mask_are_not_given_one() -> None:
@@ -770,11 +771,11 @@ def test_rows_without_bias_or_mask_are_not_given_one() -> None:
         each = [hw.SamplingParams(seed=i, top_k=9, **special.get(i, {})) for i in range(24)]
         for params in each:
             sampler.admit(params)
-        found = sampler._groups
+        found = sampler._active.groups
         logits = rng.standard_normal((24, V))
         assert sampler.step(logits).tolist() == [hw.sample(z, p) for z, p in zip(logits, each, strict=True)]
         sampler.retire(23)
-        kept = [new.settings is old.settings for new, old in zip(sampler._groups, found, strict=True)]
+        kept = [new.settings is old.settings for new, old in zip(sampler._active.groups, found, strict=True)]
         assert kept == [True] * (len(found) - 1) + [False]
         dense = [any(np.size(value) >= V for value in group.settings.values()) for group in found]
         return [len(group.handles) for group in found], dense

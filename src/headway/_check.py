@@ -31,9 +31,8 @@ def public(face: F) -> F:
         hide_from_dynamo()
         try:
             return face(*args, **kwargs)
-        except TypeError as error:
-            own = error.__traceback__ is not None and error.__traceback__.tb_next is None  # Python's, of the call
-            misfit = _misfit(inspect.signature(face), args, kwargs, own)
+        except TypeError:
+            misfit = _misfit(inspect.signature(face), args, kwargs)
             if misfit is None:
                 raise
         raise TypeError(misfit)
@@ -41,16 +40,14 @@ def public(face: F) -> F:
     return cast(F, call)
 
 
-def _misfit(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any], own: bool) -> str | None:
-    """Say which argument of a call is none of the function's, or missing; own: whether Python has said so."""
+def _misfit(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """Say which argument of a call is none of the function's, or missing."""
     parameters = {name: p for name, p in signature.parameters.items() if name != "self"}
     kinds = {p.kind for p in parameters.values()}
     if inspect.Parameter.VAR_KEYWORD not in kinds:
         for name in kwargs:
             if name not in parameters:
                 return no_such(name, kwargs[name], "option", parameters)
-    if not own:
-        return None
     places = [name for name, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     count = len(args) - ("self" in signature.parameters)
     if count > len(places):
@@ -58,6 +55,8 @@ def _misfit(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[s
         return f"{last}: expected as the last argument without a name, got more; give the others by name"
     given = places[:count]
     for name, parameter in parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            continue
         if name in given and name in kwargs:
             return f"{name}: expected one argument, got two, one by its place and one by its name"
         if name not in given and name not in kwargs and parameter.default is parameter.empty:

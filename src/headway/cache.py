@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from . import _check, _native
 from ._arrays import FLOATING, Operand, as_numpy, items, storage, unwrap
+from ._turns import one_at_a_time
 from .attention import LARGEST_HEAD, Keys, prepare, run
 
 __all__ = ["KVCache"]
@@ -20,25 +20,10 @@ LANES: int = _native.LANES
 _FIRST_CAPACITY = 64
 _MOST_HEADS = 2**24
 
-
-class _OneAtATime:
-    """Lets one call of an object in, and refuses another that meets it."""
-
-    __slots__ = ("_acquire", "_release")
-
-    def __init__(self) -> None:
-        lock = threading.Lock()
-        self._acquire, self._release = lock.acquire, lock.release
-
-    def __enter__(self) -> None:
-        if not self._acquire(False):
-            raise RuntimeError(
-                "KVCache: another call of this cache is under way, in another thread or in what a signal interrupted; "
-                "give each thread its own fork(), or guard the cache with a lock"
-            )
-
-    def __exit__(self, *_: object) -> None:
-        self._release()
+_alone = one_at_a_time(
+    "KVCache: another call of this cache is under way, in another thread or in what a signal interrupted; "
+    "give each thread its own fork(), or guard the cache with a lock"
+)
 
 
 class KVCache:
@@ -94,7 +79,6 @@ class KVCache:
         if math.prod(max(n, 1) for n in self._batch) * self._heads * max(self._key_size, self._value_size) >= 2**48:
             raise ValueError(f"batch_shape: expected sizes that memory could hold, got {_check.shown(batch_shape)}")
         self._dtype = _dtype_name(dtype)
-        self._alone = _OneAtATime()
         self._length = 0
         self._shared = False  # whether a fork reads the same memory, so that writing must copy first
         room = 0 if capacity is None else _check.integer(capacity, "capacity", 0, 2**40)
@@ -109,20 +93,21 @@ class KVCache:
         return True
 
     @property
+    @_alone
     def keys(self) -> Any:
         """A copy of the keys (..., G, S, D)."""
-        with self._alone:
-            panels = np.moveaxis(self._panels, -1, -2)  # (..., G, panels, 16, D)
-            rows = panels.reshape(*self._batch, self._heads, panels.shape[-3] * LANES, self._key_size)
-            return as_numpy(rows[..., : self._length, :].copy(), self._dtype)
+        panels = np.moveaxis(self._panels, -1, -2)  # (..., G, panels, 16, D)
+        rows = panels.reshape(*self._batch, self._heads, panels.shape[-3] * LANES, self._key_size)
+        return as_numpy(rows[..., : self._length, :].copy(), self._dtype)
 
     @property
+    @_alone
     def values(self) -> Any:
         """A copy of the values (..., G, S, E)."""
-        with self._alone:
-            return as_numpy(self._values[..., : self._length, :].copy(), self._dtype)
+        return as_numpy(self._values[..., : self._length, :].copy(), self._dtype)
 
     @_check.public
+    @_alone
     def append(self, k: Any, v: Any) -> None:
         """Add the keys (..., G, L, D) and values (..., G, L, E) of L more tokens, converted to the cache's type.
 
@@ -132,17 +117,17 @@ class KVCache:
         count = new_keys.shape[-2]
         if new_values.shape[-2] != count:
             raise ValueError(f"v: expected as many tokens as k has, {count}, got {new_values.shape[-2]}")
-        with self._alone:
-            end = self._length + count
-            if end > self._values.shape[-2] or (self._shared and count):
-                self._grow(end)
-            if new_keys.size:
-                slots = np.arange(self._length, end)
-                self._panels[..., slots // LANES, :, slots % LANES] = np.moveaxis(new_keys, -2, 0)
-                self._values[..., self._length : end, :] = new_values
-            self._length = end
+        end = self._length + count
+        if end > self._values.shape[-2] or (self._shared and count):
+            self._grow(end)
+        if new_keys.size:
+            slots = np.arange(self._length, end)
+            self._panels[..., slots // LANES, :, slots % LANES] = np.moveaxis(new_keys, -2, 0)
+            self._values[..., self._length : end, :] = new_values
+        self._length = end
 
     @_check.public
+    @_alone
     def attend(
         self,
         q: Any,
@@ -163,31 +148,30 @@ class KVCache:
         The queries (..., H, L, D) count as the last L tokens of the cache, causally, unless causal says otherwise.
         The other options are those of `attention`.
         """
-        with self._alone:
-            batch = self._batch
-            stored = Operand(self._panels, self._dtype, as_numpy)
-            values = Operand(self._values[..., : self._length, :], self._dtype, as_numpy)
-            call = prepare(
-                q,
-                Keys(stored, batch, self._heads, self._length, self._key_size, in_panels=True),
-                values,
-                mask=mask,
-                bias=bias,
-                causal=causal,
-                window=window,
-                scale=scale,
-                softcap=softcap,
-                sinks=sinks,
-                kv_lengths=kv_lengths,
-                precision=precision,
-            )
-            return run(call, _check.boolean(return_lse, "return_lse"))
+        batch = self._batch
+        stored = Operand(self._panels, self._dtype, as_numpy)
+        values = Operand(self._values[..., : self._length, :], self._dtype, as_numpy)
+        call = prepare(
+            q,
+            Keys(stored, batch, self._heads, self._length, self._key_size, in_panels=True),
+            values,
+            mask=mask,
+            bias=bias,
+            causal=causal,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            kv_lengths=kv_lengths,
+            precision=precision,
+        )
+        return run(call, _check.boolean(return_lse, "return_lse"))
 
     @_check.public
+    @_alone
     def truncate(self, length: int) -> None:
         """Forget all tokens but the first ``length``."""
-        with self._alone:
-            self._length = _check.integer(length, "length", 0, self._length)
+        self._length = _check.integer(length, "length", 0, self._length)
 
     @_check.public
     def fork(self) -> KVCache:
@@ -198,15 +182,15 @@ class KVCache:
 
     __copy__ = fork
 
+    @_alone
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy holds; whichever of the two writes first copies the memory."""
-        with self._alone:
-            self._shared = True
-            return {name: value for name, value in self.__dict__.items() if name != "_alone"}
+        self._shared = True
+        return {name: value for name, value in self.__dict__.items() if name != "_turn"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become the cache with this state."""
-        self.__dict__.update(state, _alone=_OneAtATime())
+        self.__dict__.update(state)
 
     def _allocate(self, capacity: int) -> tuple[NDArray[Any], NDArray[Any]]:
         panels = -(-capacity // LANES)

@@ -226,9 +226,8 @@ class Histories:
         """Give a row a slot and places."""
         if not self._slots:
             used = len(self.length)
+            self._replace({name: np.pad(getattr(self, name), (0, used + 1)) for name in _OF_SLOTS})
             self._slots = list(range(2 * used, used - 1, -1))
-            for name in ("first", "room", "length", "prompt", "counted", "distinct"):
-                setattr(self, name, np.pad(getattr(self, name), (0, used + 1)))
         slot, n, room = self._slots.pop(), tokens.size, _LEAST_ROOM
         while room < n:
             room *= 2
@@ -243,18 +242,20 @@ class Histories:
         self._left.setdefault(int(self.room[slot]), []).append(int(self.first[slot]))
         self._slots.append(slot)
 
-    def append(self, slots: Array, tokens: Array, breaks: Array) -> None:
-        """Add one token to each of these rows; a row that is full moves to where there is twice the room."""
+    def write(self, slots: Array, tokens: Array, breaks: Array) -> None:
+        """Put one token behind those of each of these rows, where it counts once `length` says so.
+
+        A row that is full moves to where there is twice the room.
+        """
         for slot in slots[self.length[slots] == self.room[slots]].tolist():
             old, room = int(self.first[slot]), int(self.room[slot])
             new = self._places(2 * room)
             for name in _OF_PLACES:
                 getattr(self, name)[new : new + room] = getattr(self, name)[old : old + room]
-            self._left.setdefault(room, []).append(old)
             self.first[slot], self.room[slot] = new, 2 * room
+            self._left.setdefault(room, []).append(old)
         at = self.first[slots] + self.length[slots]
         self.tokens[at], self.breaks[at] = tokens, breaks
-        self.length[slots] += 1
 
     def penalize(self, data: Array, slots: Array, settings: Mapping[str, Array]) -> _native.Histories:
         """Find the logits that penalties change in data (rows, V), the settings (rows,)."""
@@ -286,13 +287,17 @@ class Histories:
         first, self._used = self._used, self._used + room
         if self._used > self.tokens.size:
             more = max(self._used, 2 * self.tokens.size) - self.tokens.size
-            for name in _OF_PLACES:
-                held = getattr(self, name)
-                setattr(self, name, np.concatenate([held, np.zeros((more, *held.shape[1:]), held.dtype)]))
+            held = {name: getattr(self, name) for name in _OF_PLACES}
+            self._replace({k: np.concatenate([x, np.zeros((more, *x.shape[1:]), x.dtype)]) for k, x in held.items()})
         return first
+
+    def _replace(self, arrays: dict[str, Array]) -> None:
+        """Replace arrays by longer ones, in one step: a signal finds all of them replaced, or none."""
+        self.__dict__.update(arrays)
 
 
 _LEAST_ROOM = 64
+_OF_SLOTS = ("first", "room", "length", "prompt", "counted", "distinct")
 _OF_PLACES = ("tokens", "breaks", "id", "times", "same", "logit")
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from itertools import count, groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -14,6 +15,7 @@ from . import _arrays, _check, _native
 from ._check import shown
 from ._dialects import OFF
 from ._options import CHECKS, Array, Settings, mask_bytes, unpacked
+from ._turns import F, one_at_a_time
 from .penalties import DEFAULTS, Histories, Penalties, UnknownTokens, breaker_ids, checked, penalizes, with_windows
 from .sampling import SamplingParams, _Run
 
@@ -52,30 +54,33 @@ class _Group(NamedTuple):
     settings: Settings
 
 
-class _Turns:
-    """Lets one thread at a time in. A copy is free.
+class _Active(NamedTuple):
+    """The active rows, and what a step takes of them: replaced as a whole, so that a signal never finds half of it."""
 
-    A thread that is in comes again only from code that the first call runs, such as a `__dlpack__`: in a plain lock it
-    would wait for itself, and let in it would find things half changed.
-    """
+    rows: tuple[_Row, ...]
+    groups: tuple[_Group, ...]
+    # One of each row: the slot of its history, the position of its next draw, its penalties.
+    slots: Array
+    position: Array
+    penalties: dict[str, Array]
+    penalized: bool  # whether any row has penalties
 
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._taken = False
 
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        if self._taken:
-            self._lock.release()
-            raise RuntimeError("Sampler: expected a call after the last one, got one from within it; let it end first")
-        self._taken = True
+_ONE = np.uint64(1)
 
-    def __exit__(self, *_: object) -> None:
-        self._taken = False
-        self._lock.release()
 
-    def __reduce__(self) -> tuple[type[_Turns], tuple[()]]:
-        return _Turns, ()
+def _in_turn(method: F) -> F:
+    """Let calls of other threads wait for their turn; one from within a call, as of a signal's handler, is an error."""
+    alone = one_at_a_time("Sampler: expected a call after the last one, got one from within it; let it end first")(
+        method
+    )
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return alone(self, *args, **kwargs)
+
+    return cast(F, call)
 
 
 class Sampler:
@@ -112,27 +117,26 @@ class Sampler:
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = _check.integer(vocabulary, "vocabulary", 1, 2**31 - 1)
         self._admitted = 0
-        self._rows: list[_Row] = []
         none = np.zeros(0, np.int64)
         self._histories = Histories(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.bool_), none, none)
-        # One of each row: the slot of its history, the position of its next draw, its penalties.
-        self._slots: Array = np.zeros(0, np.int64)
-        self._position: Array = np.zeros(0, np.uint64)
-        self._penalties: dict[str, Array] = {}
-        self._penalized = False  # whether any row has penalties
-        self._groups: list[_Group] = []
-        self._turns = _Turns()  # kernels run without the GIL, and all of the above belongs together
+        self._active = _Active((), (), none, np.zeros(0, np.uint64), {}, False)
+        self._lock = threading.RLock()  # kernels run without the GIL, and all of the above belongs together
 
     def __getstate__(self) -> dict[str, Any]:
-        with self._turns:  # a copy, since the state goes on changing while it is pickled
-            return copy.deepcopy(self.__dict__)
+        with self._lock:  # a copy, since the state goes on changing while it is pickled
+            return copy.deepcopy({name: x for name, x in self.__dict__.items() if name not in ("_lock", "_turn")})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become the sampler with this state."""
+        self.__dict__.update(state, _lock=threading.RLock())
 
     @property
     def handles(self) -> list[int]:
         """The active rows, in the order in which `step` takes their logits: the longest active first."""
-        return [row.handle for row in self._rows]
+        return [row.handle for row in self._active.rows]
 
     @_check.public
+    @_in_turn
     def admit(
         self,
         params: SamplingParams | None = None,
@@ -190,21 +194,21 @@ class Sampler:
             allowed = unpacked(allowed, self.vocabulary) if packed else allowed.view(np.bool_)
         settings = alone.settings | {"seed": source["seed"][0], "position": source["position"][0]}
         settings |= {"allowed": allowed, "logit_bias": bias}
-        with self._turns:
+        if stream is None:
             of_params = seed is None and alone.settings["seed"] is not None
-            if stream is None:
-                stream = self._free_stream(settings["seed"]) if of_params else 0
-            settings["stream"] = np.uint64(stream)
-            slot = self._histories.admit(prompt, np.isin(prompt, breakers), 0 if count_prompt else prompt.size)
-            row = _Row(self._admitted, slot, settings, with_windows(own), frozenset(breakers.tolist()))
-            self._position = np.append(self._position, source["position"])
-            self._admitted += 1
-            self._regroup([*self._rows, row])
-            return row.handle
+            stream = self._free_stream(settings["seed"]) if of_params else 0
+        settings["stream"] = np.uint64(stream)
+        slot = self._histories.admit(prompt, np.isin(prompt, breakers), 0 if count_prompt else prompt.size)
+        row = _Row(self._admitted, slot, settings, with_windows(own), frozenset(breakers.tolist()))
+        active = self._with([*self._active.rows, row], np.append(self._active.position, source["position"]))
+        # No function is called between the two, so that no signal's handler runs there.
+        self._active = active
+        self._admitted += 1
+        return row.handle
 
     def _free_stream(self, seed: np.uint64) -> int:
         """Return the lowest stream that no active row with this seed draws from."""
-        taken = {int(row.settings["stream"]) for row in self._rows if row.settings["seed"] == seed}
+        taken = {int(row.settings["stream"]) for row in self._active.rows if row.settings["seed"] == seed}
         return next(stream for stream in count() if stream not in taken)
 
     def _prompt(self, prompt_tokens: ArrayLike, unknown_tokens: UnknownTokens, looked_at: bool) -> Array:
@@ -223,18 +227,19 @@ class Sampler:
         return prompt[known]
 
     @_check.public
+    @_in_turn
     def retire(self, handle: int) -> None:
         """Remove a row: those after it move up by one."""
         whole = isinstance(handle, (int, np.integer)) and not isinstance(handle, bool)
-        with self._turns:
-            if not whole or handle not in self.handles:
-                raise ValueError(f"handle: expected one of the active rows, {self.handles}, got {shown(handle)}")
-            at = self.handles.index(handle)
-            self._histories.retire(self._rows[at].slot)
-            self._position = np.delete(self._position, at)
-            self._regroup(self._rows[:at] + self._rows[at + 1 :])
+        if not whole or handle not in self.handles:
+            raise ValueError(f"handle: expected one of the active rows, {self.handles}, got {shown(handle)}")
+        at = self.handles.index(handle)
+        rows, position = self._active.rows, self._active.position
+        self._active = self._with([*rows[:at], *rows[at + 1 :]], np.delete(position, at))
+        self._histories.retire(rows[at].slot)
 
     @_check.public
+    @_in_turn
     def step(self, logits: ArrayLike, *, allowed: Any = None) -> Any:
         """Draw one token for each active row.
 
@@ -254,40 +259,39 @@ class Sampler:
         array([2, 1])
         """
         operand = _arrays.unwrap(logits, "logits")
-        with self._turns:
-            tokens = self._step(operand, allowed)
-        return operand.wrap(tokens, "int64")
-
-    def _step(self, operand: _arrays.Operand, allowed: Any) -> Array:
-        rows = len(self._rows)
+        active = self._active
+        rows = len(active.rows)
         if operand.data.shape != (rows, self.vocabulary):
             raise ValueError(
                 f"logits: expected shape {(rows, self.vocabulary)}, a row for each active one, got {operand.data.shape}"
             )
         mask = self._mask(allowed)
         histories = self._histories
-        if self._penalized:
-            histories.penalize(operand.data, self._slots, self._penalties)
+        if active.penalized:
+            histories.penalize(operand.data, active.slots, active.penalties)
         tokens = np.empty(rows, np.int64)
-        for group in self._groups:
+        for group in active.groups:
             run = _Run(operand._replace(data=operand.data[group.rows]), None, {})
-            run.settings = group.settings | {"position": self._position[group.rows]}
+            run.settings = group.settings | {"position": active.position[group.rows]}
             if mask is not None:
                 run.settings["allowed"] = self._both(group.settings["allowed"], mask[group.rows])
-            own = histories.of(self._slots[group.rows]) if self._penalized else None
+            own = histories.of(active.slots[group.rows]) if active.penalized else None
             status = np.zeros(rows, np.int64)
             source = run.source() | {"stream": group.settings["stream"]}
             native = run.native(status[group.rows], own, **source)
             if not _native.sample(native, 1, True, tokens[group.rows], None, None):
                 self._fail(run, status)
-        breaks = [token in row.breakers for token, row in zip(tokens.tolist(), self._rows)]
-        histories.append(self._slots, tokens, np.array(breaks, np.bool_))
-        self._position += np.uint64(1)
-        return tokens
+        breaks = [token in row.breakers for token, row in zip(tokens.tolist(), active.rows)]
+        histories.write(active.slots, tokens, np.array(breaks, np.bool_))
+        drawn = operand.wrap(tokens, "int64")
+        # No function is called between the two, so that no signal's handler runs there: both happen, or neither.
+        histories.length[active.slots] += 1
+        active.position[...] += _ONE
+        return drawn
 
     def _fail(self, run: _Run, status: Array) -> None:
         run.lead = status.shape
-        row = self._rows[int(status.nonzero()[0][0])]
+        row = self._active.rows[int(status.nonzero()[0][0])]
         try:
             run.fail(status)
         except ValueError as error:
@@ -297,7 +301,7 @@ class Sampler:
         """Return a step's masks: bool (rows, V), or uint32 (rows, ceil(V / 32))."""
         if allowed is None:
             return None
-        rows, vocabulary = len(self._rows), self.vocabulary
+        rows, vocabulary = len(self._active.rows), self.vocabulary
         if isinstance(allowed, (list, tuple)):
             if len(allowed) != rows:
                 raise ValueError(f"allowed: expected {rows} masks, one for each active row, got {len(allowed)}")
@@ -326,22 +330,22 @@ class Sampler:
             mask = unpacked(np.ascontiguousarray(mask).view(np.uint8), self.vocabulary)
         return own & mask
 
-    def _regroup(self, rows: list[_Row]) -> None:
-        """Batch the settings of the active rows, so that a step has nothing to do with them."""
-        self._rows = rows
-        self._slots = np.array([row.slot for row in rows], np.int64)
-        self._penalties = {name: np.array([row.penalties[name] for row in rows]) for name in with_windows(DEFAULTS)}
-        self._penalized = any(on.any() for on in penalizes(self._penalties))
-        before = {group.handles: group.settings for group in self._groups}
+    def _with(self, rows: list[_Row], position: Array) -> _Active:
+        """Batch the settings of these rows, so that a step has nothing to do with them."""
+        penalties = {name: np.array([row.penalties[name] for row in rows]) for name in with_windows(DEFAULTS)}
+        before = {group.handles: group.settings for group in self._active.groups}
         runs = [list(run) for _, run in groupby(rows, _Row.kind)]
         if len(rows) < _ROWS_PER_CALL * len(runs):
             runs = [list(run) for _, run in groupby(rows, _Row.words)]
-        self._groups, end = [], 0
+        groups, end = [], 0
         for members in runs:
             handles = tuple(row.handle for row in members)
             start, end = end, end + len(members)
             settings = before[handles] if handles in before else self._batched(members)
-            self._groups.append(_Group(handles, slice(start, end), settings))
+            groups.append(_Group(handles, slice(start, end), settings))
+        slots = np.array([row.slot for row in rows], np.int64)
+        penalized = any(on.any() for on in penalizes(penalties))
+        return _Active(tuple(rows), tuple(groups), slots, position, penalties, penalized)
 
     def _batched(self, members: list[_Row]) -> Settings:
         off: Settings = OFF | {

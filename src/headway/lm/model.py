@@ -259,9 +259,10 @@ class Session:
         self._model = model
         config = model.config
         self._caches = [hw.KVCache(config.num_key_value_heads, config.head_dim) for _ in model.weights.layers]
+        self._length = 0
 
     def __len__(self) -> int:
-        return len(self._caches[0])
+        return self._length
 
     @_check.public
     def next_logits(self, ids: ArrayLike) -> Floats:
@@ -285,14 +286,13 @@ class Session:
 
     def _append(self, tokens: NDArray[np.int64]) -> Floats:
         """Run the layers over new tokens, the caches giving them all that came before: (L,) -> (L, M)."""
-        start = len(self)
-        try:
-            return self._run(tokens, np.arange(start, start + len(tokens)))
-        except BaseException:
-            # Ctrl-C in the middle must not leave some layers a token ahead of the others.
-            for cache in self._caches:
+        start, end = self._length, self._length + len(tokens)
+        for cache in self._caches:
+            if len(cache) > start:  # of a call that Ctrl-C has ended after some layers
                 cache.truncate(start)
-            raise
+        x = self._run(tokens, np.arange(start, end))
+        self._length = end
+        return x
 
     def _run(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> Floats:
         config, weights = self._model.config, self._model.weights
