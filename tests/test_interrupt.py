@@ -53,9 +53,7 @@ def full_cache() -> Any:
 CALLS: dict[str, Callable[[], Any]] = {
     "attention": lambda: hw.attention(LONG, LONG, LONG),
     "attention, float64": lambda: hw.attention(*[LONG[:, :9000].astype("d")] * 3),
-    "attention, masked": lambda: hw.attention(
-        LONG, LONG, LONG, mask=repeated(EVERY_OTHER, 20_000, 20_000)
-    ),
+    "attention, masked": lambda: hw.attention(LONG, LONG, LONG, mask=repeated(EVERY_OTHER, 20_000, 20_000)),
     "attention, bias": lambda: hw.attention(LONG, LONG, LONG, bias=repeated(np.float32(1), 20_000, 20_000)),
     "attention, softcap": lambda: hw.attention(LONG, LONG, LONG, softcap=5.0),
     "attention, fast": lambda: hw.attention(*[repeated(LONG, 16, 20_000, 128)] * 3, precision="fast"),
@@ -278,7 +276,7 @@ def test_a42_a_signal_never_leaves_a_sampler_half_changed(alarm: Callable[[], No
             admit()
     assert met > SIGNALS // 10
     want = []
-    for row, handle, slot in zip(logits, sampler.handles, sampler._active.slots.tolist()):  # noqa: B905
+    for row, handle, slot in zip(logits, sampler.handles, sampler._active.slots.tolist()):
         seed, prompt = alone[handle]
         history = histories.tokens[histories.first[slot] :][: histories.length[slot]]
         assert history[: len(prompt)].tolist() == prompt.tolist()

@@ -28,7 +28,7 @@ import headway
 ROOT = Path(__file__).parent.parent
 CORE, PYTHON = "src/core", "src/headway"
 WORKERS = 2
-TIMEOUT = 900  # seconds: a mutant that never ends is caught
+TIMEOUT = 300  # seconds: a mutant that never ends is caught
 
 
 class Mutant(NamedTuple):
@@ -56,6 +56,7 @@ SAMPLING = tests("sampling_semantics", "sampling")
 STAGES = tests("sampling_semantics", "vectors", "sampling")
 DIALECTS = tests("dialects", "sampling_semantics", "vectors")
 SERVING = tests("serving_semantics", "serving")
+INTERRUPT = tests("interrupt")
 LM = tests("lm")
 
 MUTANTS = [
@@ -341,18 +342,21 @@ MUTANTS = [
         tests("sampling_errors", "sampling"),
     ),
     Mutant(f"{PYTHON}/logprobs.py", "np.argsort(-keys[rows],", "np.argsort(keys[rows],", SERVING),
-    Mutant(f"{PYTHON}/serving.py", "        self._position += np.uint64(1)\n", "", SERVING),
-    Mutant(f"{PYTHON}/serving.py", "return own & mask", "return own | mask", SERVING),
     Mutant(
-        f"{PYTHON}/speculative.py",
-        "np.where(np.arange(n) < accepted[:, None]",
-        "np.where(np.arange(n) <= accepted[:, None]",
-        SERVING,
+        f"{PYTHON}/serving.py",
+        "active.position[...] += _ONE",
+        "active.position[...] += np.uint64(1)",
+        INTERRUPT,
     ),
+    Mutant(f"{PYTHON}/_turns.py", "return method(self, *args, **kwargs)", "method(self, *args, **kwargs)", CACHE),
+    Mutant(f"{PYTHON}/_turns.py", "                    raise RuntimeError(message)", "                    pass", CACHE),
+    Mutant(f"{PYTHON}/_turns.py", '                    del state["_turn"]', "                    pass", CACHE),
+    Mutant(f"{PYTHON}/serving.py", "        active.position[...] += _ONE\n", "", SERVING),
+    Mutant(f"{PYTHON}/serving.py", "return own & mask", "return own | mask", SERVING),
     Mutant(f"{PYTHON}/lm/text.py", "_, end = min(found)", "_, end = max(found)", LM),
     Mutant(f"{PYTHON}/lm/text.py", "for n in range(len(stop)) if", "for n in range(len(stop) - 1) if", LM),
     Mutant(f"{PYTHON}/lm/model.py", "position=len(session)))", "position=len(self.token_ids)))", LM),
-    Mutant(f"{PYTHON}/lm/model.py", "np.arange(start, start + len(tokens))", "np.arange(len(tokens))", LM),
+    Mutant(f"{PYTHON}/lm/model.py", "np.arange(start, end)", "np.arange(len(tokens))", LM),
     Mutant(f"{PYTHON}/lm/model.py", "                cache.truncate(start)\n", "                pass\n", LM),
     Mutant(
         f"{PYTHON}/lm/model.py",
@@ -364,6 +368,12 @@ MUTANTS = [
 
 # Changes that look like mistakes and change no result: (file, old, new, why).
 EQUIVALENT = [
+    (
+        f"{PYTHON}/speculative.py",
+        "np.where(np.arange(n) < accepted[:, None]",
+        "np.where(np.arange(n) <= accepted[:, None]",
+        "The place after the accepted tokens is written over by the next token in the line after.",
+    ),
     (
         f"{CORE}/vec.h",
         "if (u >= 0x477ff000)",
