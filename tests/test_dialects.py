@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 import headway as hw
-from headway._dialects import DIALECTS
+from headway._sampling.dialects import DIALECTS
 
 Array = np.ndarray
 Options = dict[str, Any]

@@ -14,8 +14,8 @@ from test_sampling import KINDS, make_logits, make_options
 
 import headway as hw
 from headway import _native, reference
-from headway._dialects import DIALECTS, rules
-from headway.explain import _number
+from headway._sampling.dialects import DIALECTS, rules
+from headway._sampling.explain import _number
 
 
 @given(st.data())

@@ -19,7 +19,7 @@ import pytest
 
 import headway as hw
 from headway import plot
-from headway.penalties import Penalties
+from headway._sampling.penalties import Penalties
 
 V = 4
 X = np.random.default_rng(0).standard_normal((2, 3, 4))

@@ -289,7 +289,9 @@ def test_the_best_are_sorted_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatc
     logits = normal(7, 50)
     want = hw.logprobs(logits, top=20)
     for keys in (1, 20, 41, 10**6):
-        monkeypatch.setattr(sys.modules["headway.logprobs"], "_SORTED_AT_ONCE", keys)  # the name is the function's
+        monkeypatch.setattr(
+            sys.modules["headway._sampling.logprobs"], "_SORTED_AT_ONCE", keys
+        )  # the name is the function's
         got = hw.logprobs(logits, top=20)
         assert same_bits(got.top_tokens, want.top_tokens), keys
         assert same_bits(got.top_logprobs, want.top_logprobs), keys

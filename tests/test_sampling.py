@@ -23,7 +23,7 @@ from oracles import DTYPES, laid_out, same_bits
 
 import headway as hw
 from headway import reference
-from headway._dialects import DIALECTS, rules
+from headway._sampling.dialects import DIALECTS, rules
 
 FUNCTIONS = ("sample", "probabilities", "filter_logits")
 LAST = 1 - 2.0**-53  # the largest number below 1

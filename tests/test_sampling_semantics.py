@@ -20,7 +20,7 @@ import pytest
 
 import headway as hw
 from headway import reference
-from headway._dialects import DIALECTS, OFF, rules
+from headway._sampling.dialects import DIALECTS, OFF, rules
 
 NAN, INF = np.nan, np.inf
 LAST = 1 - 2.0**-53  # the largest number below 1

@@ -18,8 +18,9 @@ from test_sampling_statistics import chi_square, power
 
 import headway as hw
 from headway import reference
-from headway._dialects import rules
-from headway.penalties import Histories, checked, with_windows
+from headway._sampling.dialects import rules
+from headway._sampling.histories import Histories
+from headway._sampling.penalties import checked, with_windows
 
 KINDS = ["normal", "few values", "extremes", "subnormal", "bans", "zeros of both signs"]
 

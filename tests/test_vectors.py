@@ -25,7 +25,7 @@ import pytest
 
 import headway as hw
 from headway import reference
-from headway._dialects import DIALECTS, rules
+from headway._sampling.dialects import DIALECTS, rules
 
 ROOT = Path(__file__).parent.parent
 VECTORS = ROOT / "vectors"

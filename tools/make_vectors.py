@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headway import SamplingParams, reference
-from headway._dialects import DIALECTS, rules
+from headway._sampling.dialects import DIALECTS, rules
 
 Row = NDArray[np.float32]
 Parameters = dict[str, Any]

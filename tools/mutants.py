@@ -285,18 +285,31 @@ MUTANTS = [
     Mutant(f"{CORE}/speculative.h", "visit(id, has - had)", "visit(id, has)", SERVING),
     Mutant(f"{CORE}/speculative.h", "const bool passed = left >= mass;", "const bool passed = left > mass;", SERVING),
     # The Python layer.
-    Mutant(f"{PYTHON}/attention.py", "if heads < 1 or q_heads % heads:", "if heads < 1:", tests("errors", "attention")),
-    Mutant(f"{PYTHON}/attention.py", "total=key_offset + keys,", "total=keys,", PARTS),
     Mutant(
-        f"{PYTHON}/attention.py", "causal=causal not in (None, False),", 'causal=causal == "bottom_right",', ATTENTION
+        f"{PYTHON}/_attention/call.py",
+        "if heads < 1 or q_heads % heads:",
+        "if heads < 1:",
+        tests("errors", "attention"),
     ),
-    Mutant(f"{PYTHON}/cache.py", "        self._shared = True\n", "", CACHE),
-    Mutant(f"{PYTHON}/cache.py", "slots // LANES, :, slots % LANES", "slots % LANES, :, slots // LANES", CACHE),
+    Mutant(f"{PYTHON}/_attention/call.py", "total=key_offset + keys,", "total=keys,", PARTS),
     Mutant(
-        f"{PYTHON}/cache.py", "if end > self._values.shape[-2] or", "if end >= self._values.shape[-2] + LANES or", CACHE
+        f"{PYTHON}/_attention/call.py",
+        "causal=causal not in (None, False),",
+        'causal=causal == "bottom_right",',
+        ATTENTION,
+    ),
+    Mutant(f"{PYTHON}/_attention/cache.py", "        self._shared = True\n", "", CACHE),
+    Mutant(
+        f"{PYTHON}/_attention/cache.py", "slots // LANES, :, slots % LANES", "slots % LANES, :, slots // LANES", CACHE
     ),
     Mutant(
-        f"{PYTHON}/multihead.py",
+        f"{PYTHON}/_attention/cache.py",
+        "if end > self._values.shape[-2] or",
+        "if end >= self._values.shape[-2] + LANES or",
+        CACHE,
+    ),
+    Mutant(
+        f"{PYTHON}/_attention/multihead.py",
         'else (groups, "num_kv_heads")',
         'else (heads, "num_kv_heads")',
         tests("multihead"),
@@ -309,41 +322,43 @@ MUTANTS = [
     ),
     Mutant(f"{PYTHON}/_check.py", "or int(array.max()) > high", "or int(array.max()) >= high", (*LAYERS, *LM, *CACHE)),
     Mutant(
-        f"{PYTHON}/_dialects.py",
+        f"{PYTHON}/_sampling/dialects.py",
         'Step("top_k", "keep"),\n            Step("top_p", "highest_id"),',
         'Step("top_k"),\n            Step("top_p", "highest_id"),',
         DIALECTS,
     ),
     Mutant(
-        f"{PYTHON}/_dialects.py",
+        f"{PYTHON}/_sampling/dialects.py",
         '(Step("temperature"), Step("min_p"), Step("top_k", "keep"), Step("top_p", "highest_id"))',
         '(Step("temperature"), Step("top_k", "keep"), Step("top_p", "highest_id"), Step("min_p"))',
         DIALECTS,
     ),
-    Mutant(f"{PYTHON}/_dialects.py", 'Step("top_n_sigma", floor=False),', 'Step("top_n_sigma"),', DIALECTS),
-    Mutant(f"{PYTHON}/_dialects.py", 'Step("typical_p", equal=True),', 'Step("typical_p"),', DIALECTS),
+    Mutant(f"{PYTHON}/_sampling/dialects.py", 'Step("top_n_sigma", floor=False),', 'Step("top_n_sigma"),', DIALECTS),
+    Mutant(f"{PYTHON}/_sampling/dialects.py", 'Step("typical_p", equal=True),', 'Step("typical_p"),', DIALECTS),
     Mutant(
-        f"{PYTHON}/_dialects.py",
+        f"{PYTHON}/_sampling/dialects.py",
         'Step("top_p", equal=True), Step("top_k"), Step("min_p")',
         'Step("top_k"), Step("top_p", equal=True), Step("min_p")',
         DIALECTS,
     ),
     Mutant(
-        f"{PYTHON}/_dialects.py",
+        f"{PYTHON}/_sampling/dialects.py",
         'Step("xtc_probability", "keep", floor=False),',
         'Step("xtc_probability", floor=False),',
         DIALECTS,
     ),
-    Mutant(f"{PYTHON}/_dialects.py", "math.nextafter(0.01, 0), 0.01", "math.nextafter(0.01, 0), 0.02", DIALECTS),
     Mutant(
-        f"{PYTHON}/_options.py",
+        f"{PYTHON}/_sampling/dialects.py", "math.nextafter(0.01, 0), 0.01", "math.nextafter(0.01, 0), 0.02", DIALECTS
+    ),
+    Mutant(
+        f"{PYTHON}/_sampling/rows.py",
         "if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:",
         "if ids.size and not 0 <= ids.min() <= ids.max() <= vocabulary:",
         tests("sampling_errors", "sampling"),
     ),
-    Mutant(f"{PYTHON}/logprobs.py", "np.argsort(-keys[rows],", "np.argsort(keys[rows],", SERVING),
+    Mutant(f"{PYTHON}/_sampling/logprobs.py", "np.argsort(-keys[rows],", "np.argsort(keys[rows],", SERVING),
     Mutant(
-        f"{PYTHON}/serving.py",
+        f"{PYTHON}/_sampling/sampler.py",
         "active.position[...] += _ONE",
         "active.position[...] += np.uint64(1)",
         INTERRUPT,
@@ -351,8 +366,8 @@ MUTANTS = [
     Mutant(f"{PYTHON}/_turns.py", "return method(self, *args, **kwargs)", "method(self, *args, **kwargs)", CACHE),
     Mutant(f"{PYTHON}/_turns.py", "                    raise RuntimeError(message)", "                    pass", CACHE),
     Mutant(f"{PYTHON}/_turns.py", '                    del state["_turn"]', "                    pass", CACHE),
-    Mutant(f"{PYTHON}/serving.py", "        active.position[...] += _ONE\n", "", SERVING),
-    Mutant(f"{PYTHON}/serving.py", "return own & mask", "return own | mask", SERVING),
+    Mutant(f"{PYTHON}/_sampling/sampler.py", "        active.position[...] += _ONE\n", "", SERVING),
+    Mutant(f"{PYTHON}/_sampling/sampler.py", "return own & mask", "return own | mask", SERVING),
     Mutant(f"{PYTHON}/lm/text.py", "_, end = min(found)", "_, end = max(found)", LM),
     Mutant(f"{PYTHON}/lm/text.py", "for n in range(len(stop)) if", "for n in range(len(stop) - 1) if", LM),
     Mutant(f"{PYTHON}/lm/model.py", "position=len(session)))", "position=len(self.token_ids)))", LM),
@@ -369,7 +384,7 @@ MUTANTS = [
 # Changes that look like mistakes and change no result: (file, old, new, why).
 EQUIVALENT = [
     (
-        f"{PYTHON}/speculative.py",
+        f"{PYTHON}/_sampling/speculative.py",
         "np.where(np.arange(n) < accepted[:, None]",
         "np.where(np.arange(n) <= accepted[:, None]",
         "The place after the accepted tokens is written over by the next token in the line after.",

@@ -2,17 +2,34 @@
 
 from typing import Any
 
-from .attention import AttentionState, attention, attention_weights, merge_attention, partial_attention
-from .cache import KVCache
-from .explain import Explanation, explain
-from .layers import linear, rms_norm, rotary, swiglu
-from .logprobs import Logprobs, logprobs
-from .multihead import multi_head_attention
-from .penalties import penalize
+from ._attention import (
+    AttentionState,
+    KVCache,
+    attention,
+    attention_weights,
+    linear,
+    merge_attention,
+    multi_head_attention,
+    partial_attention,
+    rms_norm,
+    rotary,
+    swiglu,
+)
+from ._sampling import (
+    Explanation,
+    Logprobs,
+    Sampler,
+    SamplingParams,
+    Verified,
+    explain,
+    filter_logits,
+    logprobs,
+    penalize,
+    probabilities,
+    sample,
+    verify_draft,
+)
 from .runtime import Info, get_num_threads, info, set_num_threads
-from .sampling import SamplingParams, filter_logits, probabilities, sample
-from .serving import Sampler
-from .speculative import Verified, verify_draft
 
 __all__ = [
     "AttentionState",

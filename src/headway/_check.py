@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 import operator
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType
 from typing import Any, TypeVar, cast
@@ -219,3 +220,20 @@ def integers(x: Any, name: str, low: int, high: int) -> NDArray[np.int64]:
         place = f" at {index[0] if len(index) == 1 else index}" if index else ""
         raise ValueError(f"{name}: expected integers from {low} to {high}, got {array[index]}{place}")
     return np.broadcast_to(array.astype(np.int64, copy=False), shape)
+
+
+def shortened(word: str, columns: int) -> str:
+    """Quote a word, and cut it where it is too wide; no word stays none."""
+    if not word:
+        return ""
+    quoted = repr(word)
+    if columns_of(quoted) <= columns:
+        return quoted
+    while columns_of(quoted) > columns - 1:
+        quoted = quoted[:-1]
+    return quoted + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def columns_of(text: str) -> int:
+    """How wide a terminal shows it."""
+    return sum((unicodedata.east_asian_width(c) in "WF") + (unicodedata.combining(c) == 0) for c in text)

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from . import _check
 from ._arrays import unwrap
-from .explain import Explanation, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["attention_map", "filter_stages"]
+
+
+@runtime_checkable
+class Explained(Protocol):
+    """What `headway.explain` returns, as far as a picture shows it."""
+
+    vocabulary: int
+    banned: int
+    stages: tuple[Any, ...]
+    head: tuple[Any, ...]
 
 
 @_check.public
@@ -73,7 +82,7 @@ def attention_map(weights: Any, tokens: Sequence[str] | None = None, *, columns:
 
 
 @_check.public
-def filter_stages(explanation: Explanation) -> Figure:
+def filter_stages(explanation: Explained) -> Figure:
     """Draw what `headway.explain` found: how many tokens and how much mass each stage left, and the final head.
 
     Raises ImportError where matplotlib is missing.
@@ -83,14 +92,14 @@ def filter_stages(explanation: Explanation) -> Figure:
     >>> figure = filter_stages(hw.explain([3.0, 2.0, 1.0], temperature=0.5, top_k=2))
     """
     make = _figure("filter_stages")
-    if not isinstance(explanation, Explanation):
+    if not isinstance(explanation, Explained):
         raise TypeError(f"explanation: expected what headway.explain returns, got {_check.shown(explanation)}")
     stages, head = explanation.stages, explanation.head
     names = ["start", *(f"{stage.option} {stage.value:g}" for stage in stages)]
     left = [explanation.vocabulary - explanation.banned, *(stage.after for stage in stages)]
     kept = [1.0, *(stage.kept_mass for stage in stages)]
     # A dollar sign would begin a formula.
-    words = [f"{one.token} {shortened(one.word, 20)}".rstrip().replace("$", r"\$") for one in head]
+    words = [f"{one.token} {_check.shortened(one.word, 20)}".rstrip().replace("$", r"\$") for one in head]
     best = [one.probability for one in head]
     lines = max(len(names), len(head))
     figure = make(figsize=(11, 0.7 + 0.3 * lines), layout="constrained")

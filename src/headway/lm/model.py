@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 import headway as hw
 
 from .. import _check
-from .._options import CHECKS
+from .._sampling import CHECKS
 from .checkpoint import Config, Floats, Weights, read_checkpoint
 from .text import detokenize, tokenizer_errors, until_stop
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from typing_extensions import Unpack
 
-    from ..sampling import Options
+    from .._sampling import Options
 
 
 @_check.public

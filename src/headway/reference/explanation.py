@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._dialects import OFF, Step
+from .._sampling import OFF, Step
 from . import sampling
 from .sampling import AnyArray, _Row
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .._dialects import OFF, Reading, Step, rules
+from .._sampling import OFF, Reading, Step, rules
 
 AnyArray = NDArray[Any]
 

@@ -7,7 +7,6 @@ The kernel that draws tells what the first stages leave, once for each of them: 
 from __future__ import annotations
 
 import html
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,12 +16,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _arrays, _check, _native
-from ._check import shown
-from ._dialects import Step
-from ._options import Array, unpacked
-from .reference.sampling import _exponents
-from .sampling import Options, SamplingParams, _native_stages, _Run, _shows_options
+from .. import _arrays, _check, _native
+from .._check import columns_of, shortened, shown
+from .call import Call, native_stages
+from .dialects import Step
+from .params import Options, SamplingParams, shows_options
+from .rows import Array, unpacked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -211,7 +210,7 @@ class Explanation:
     @_check.public
     def plot(self) -> Figure:
         """Draw the stages and the head; needs matplotlib. See `headway.plot.filter_stages`."""
-        from .plot import filter_stages
+        from ..plot import filter_stages
 
         return filter_stages(self)
 
@@ -352,7 +351,7 @@ class _Left:
 class _Trace:
     """The kernel's account of a row: the stages that it went through, and what was left before and after each."""
 
-    def __init__(self, run: _Run) -> None:
+    def __init__(self, run: Call) -> None:
         self.run, self.source = run, run.coin()
         rows = self.rows()
         self.steps = run.steps()
@@ -375,7 +374,7 @@ class _Trace:
     def would_leave(self, number: int, step: Step) -> int:
         """Return how many tokens there would be after the stage with this number, from 1, if it were this one."""
         steps = [*self.steps[: number - 1], (step, self.steps[number - 1][1])]
-        rows = self.rows(_native_stages(steps, self.run.per_row("min_tokens_to_keep")))
+        rows = self.rows(native_stages(steps, self.run.per_row("min_tokens_to_keep")))
         return self.read(rows, number + 1)[0][-1]
 
 
@@ -440,7 +439,7 @@ class _Look:
         z, highest_first = self.before.z, self.step.ties == "highest_id"
         if self.step.option != "typical_p":
             return _Order.falling(z, highest_first)
-        return _Order.rising(np.abs(_exponents(z, self.temperature) - np.float32(self.after.found)), highest_first)
+        return _Order.rising(np.abs(_scaled(z, self.temperature) - np.float32(self.after.found)), highest_first)
 
     def boundary(self, order: _Order, stays: Array) -> tuple[int, int]:
         """Return the places of the last that stayed and the first that went."""
@@ -490,6 +489,16 @@ class _Look:
         return what, Fraction(int(before.mass @ earlier), before.total), Fraction(self.value)
 
 
+def _scaled(z: Array, temperature: float) -> Array:
+    """Return (z - max z) / temperature as the kernel computes it, in float32, from -40 on."""
+    info = np.finfo(np.float32)
+    inverse = min(1.0 / temperature, float(info.max)) if temperature else float(info.max)
+    with np.errstate(over="ignore", under="ignore"):
+        below = np.maximum(z - z.max(), info.min)
+        scaled: Array = np.maximum(below * np.float32(inverse if inverse >= info.tiny else 0.0), np.float32(-40))
+    return scaled
+
+
 def _looks(trace: _Trace) -> list[_Look]:
     """Look at each stage that is on."""
     looks: list[_Look] = []
@@ -518,7 +527,7 @@ def _is_on(option: str, values: dict[str, float], temperature: float) -> bool:
 
 
 @_check.public
-@_shows_options
+@shows_options
 def explain(
     logits: ArrayLike,
     params: SamplingParams | None = None,
@@ -550,7 +559,7 @@ def explain(
     2 of 4 tokens can be drawn, entropy 0.3653 nats
     """
     operand = _arrays.unwrap(logits, "logits")
-    run = _Run(operand._replace(data=operand.data.copy()), params, options)  # which nobody writes to meanwhile
+    run = Call(operand._replace(data=operand.data.copy()), params, options)  # which nobody writes to meanwhile
     if run.rows != 1:
         raise ValueError(
             f"logits: expected one row (V,), got {run.rows} in shape {run.data.shape}; explain them one by one, "
@@ -569,7 +578,7 @@ def explain(
     return Explanation(trace, banned_by, top, words)
 
 
-def _mask(run: _Run) -> Array | None:
+def _mask(run: Call) -> Array | None:
     """Return which tokens are allowed, (V,) bool."""
     allowed, packed = run.allowed()
     if allowed is None:
@@ -609,32 +618,15 @@ def _edge(one: Candidate | None) -> str:
     return "  ".join(filter(None, (f"{one.token} {shortened(one.word, 8)}".rstrip(), probability)))
 
 
-def shortened(word: str, columns: int) -> str:
-    """Quote a word, and cut it where it is too wide; no word stays none."""
-    if not word:
-        return ""
-    quoted = repr(word)
-    if _columns(quoted) <= columns:
-        return quoted
-    while _columns(quoted) > columns - 1:
-        quoted = quoted[:-1]
-    return quoted + "\N{HORIZONTAL ELLIPSIS}"
-
-
-def _columns(text: str) -> int:
-    """How wide a terminal shows it."""
-    return sum((unicodedata.east_asian_width(c) in "WF") + (unicodedata.combining(c) == 0) for c in text)
-
-
 def _aligned(rows: list[list[str]], notes: dict[int, list[str]]) -> list[str]:
     """Return lines in which columns stand below each other, numbers to the right; notes come below their row."""
     left = {0: "stage", 3: "word", 5: "last kept", 6: "first removed"}
-    widths = [max(map(_columns, column)) for column in zip(*rows)]
+    widths = [max(map(columns_of, column)) for column in zip(*rows)]
     lines = []
     for i, row in enumerate(rows):
         cells = []
         for j, cell in enumerate(row):
-            padding = " " * (widths[j] - _columns(cell))
+            padding = " " * (widths[j] - columns_of(cell))
             cells.append(cell + padding if rows[0][j] == left.get(j) else padding + cell)
         lines.append("  ".join(cells).rstrip())
         lines += [f"  {note}" for note in notes.get(i, [])]

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _check, _native
-from ._arrays import FLOATING, Operand, as_numpy, items, storage, unwrap
-from ._turns import one_at_a_time
-from .attention import LARGEST_HEAD, Keys, prepare, run
+from .. import _check, _native
+from .._arrays import FLOATING, Operand, as_numpy, items, storage, unwrap
+from .._turns import one_at_a_time
+from .call import LARGEST_HEAD, Keys, prepare, run
 
 __all__ = ["KVCache"]
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _check, _native
-from ._check import shown
-from ._options import Array, broadcast, in_row
-from .sampling import Options, SamplingParams, _Run, _shows_options
+from .. import _check, _native
+from .._check import shown
+from .call import Call
+from .params import Options, SamplingParams, shows_options
+from .rows import Array, broadcast, in_row
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -33,7 +34,7 @@ class Verified(NamedTuple):
 
 
 @_check.public
-@_shows_options
+@shows_options
 def verify_draft(
     target_logits: ArrayLike,
     draft_logits: ArrayLike | None,
@@ -74,7 +75,7 @@ def verify_draft(
     array([[ 1,  0,  2],
            [ 1,  0, -1]])
     """
-    run = _Run(target_logits, params, options, "target_logits")
+    run = Call(target_logits, params, options, "target_logits")
     if run.data.ndim < 2 or run.lead[-1] < 1:
         raise ValueError(f"target_logits: expected an array (..., n + 1, V), got shape {run.data.shape}")
     if run.settings["uniform"] is not None:
@@ -95,7 +96,7 @@ def verify_draft(
         for name in ("seed", "position", "uniform"):
             if own and getattr(draft_params, name) is not None:
                 raise ValueError(f"draft_params: expected no {name}, got one; seed and position are those of the row")
-        draft = _Run(draft_logits, draft_params if own else params, {} if own else options, "draft_logits")
+        draft = Call(draft_logits, draft_params if own else params, {} if own else options, "draft_logits")
         if draft.data.shape != (*lead, n, run.vocabulary):
             raise ValueError(
                 f"draft_logits: expected shape {(*lead, n, run.vocabulary)} beside target_logits of {run.data.shape}, "
@@ -123,7 +124,7 @@ def verify_draft(
     return Verified(*(run.operand.wrap(a, "int64") for a in arrays))
 
 
-def _per_place(run: _Run, places: int) -> None:
+def _per_place(run: Call, places: int) -> None:
     """Give options of one value per row an axis for the places of the chain."""
     for name, value in run.settings.items():
         if name in ("allowed", "logit_bias"):
@@ -134,9 +135,9 @@ def _per_place(run: _Run, places: int) -> None:
             run.settings[name] = value[..., None]
 
 
-def _source(run: _Run, lead: tuple[int, ...], places: int) -> dict[str, Any]:
+def _source(run: Call, lead: tuple[int, ...], places: int) -> dict[str, Any]:
     """Return the seed, the stream and the position of each place."""
-    own = _Run.__new__(_Run)
+    own = Call.__new__(Call)
     own.lead, own.settings = lead, run.settings
     source = own.source()
     rows = math.prod(lead)
@@ -193,7 +194,7 @@ def _draft_tokens(tokens: ArrayLike, lengths: Array, lead: tuple[int, ...], n: i
     return ids.astype(np.int64, copy=False)
 
 
-def _fail(draft: _Run | None, status: Array, shape: tuple[int, ...]) -> None:
+def _fail(draft: Call | None, status: Array, shape: tuple[int, ...]) -> None:
     """Raise what is wrong with the first drafted token that has a fault."""
     at = int(status.nonzero()[0][0])
     token, fault = divmod(int(status[at]), _native.SAMPLING_FAULTS)

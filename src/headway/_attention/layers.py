@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _check, _native
-from ._arrays import Operand, compute_dtype, promote, storage, unwrap
+from .. import _check, _native
+from .._arrays import Operand, compute_dtype, promote, storage, unwrap
 
 __all__ = ["linear", "rms_norm", "rotary", "swiglu"]
 

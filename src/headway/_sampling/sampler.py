@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _arrays, _check, _native
-from ._check import shown
-from ._dialects import OFF
-from ._options import CHECKS, Array, Settings, mask_bytes, unpacked
-from ._turns import F, one_at_a_time
-from .penalties import DEFAULTS, Histories, Penalties, UnknownTokens, breaker_ids, checked, penalizes, with_windows
-from .sampling import SamplingParams, _Run
+from .. import _arrays, _check, _native
+from .._check import shown
+from .._turns import F, one_at_a_time
+from .call import Call
+from .checks import CHECKS, Settings
+from .dialects import OFF
+from .histories import Histories
+from .params import SamplingParams
+from .penalties import DEFAULTS, Penalties, UnknownTokens, breaker_ids, checked, penalizes, with_windows
+from .rows import Array, mask_bytes, unpacked
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -167,7 +170,7 @@ class Sampler:
 
         Raises ValueError and TypeError that name the argument.
         """
-        alone = _Run(np.zeros(self.vocabulary, np.float32), params, {} if seed is None else {"seed": seed})
+        alone = Call(np.zeros(self.vocabulary, np.float32), params, {} if seed is None else {"seed": seed})
         if alone.settings["uniform"] is not None:
             raise ValueError("uniform: expected seed and position, which make each step differ; leave it out of params")
         for name, value in alone.settings.items():
@@ -271,7 +274,7 @@ class Sampler:
             histories.penalize(operand.data, active.slots, active.penalties)
         tokens = np.empty(rows, np.int64)
         for group in active.groups:
-            run = _Run(operand._replace(data=operand.data[group.rows]), None, {})
+            run = Call(operand._replace(data=operand.data[group.rows]), None, {})
             run.settings = group.settings | {"position": active.position[group.rows]}
             if mask is not None:
                 run.settings["allowed"] = self._both(group.settings["allowed"], mask[group.rows])
@@ -289,7 +292,7 @@ class Sampler:
         active.position[...] += _ONE
         return drawn
 
-    def _fail(self, run: _Run, status: Array) -> None:
+    def _fail(self, run: Call, status: Array) -> None:
         run.lead = status.shape
         row = self._active.rows[int(status.nonzero()[0][0])]
         try:

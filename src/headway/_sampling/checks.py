@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from . import _arrays
-from ._check import no_such, shown
-from ._dialects import DIALECTS, Reading, rules
+from .. import _arrays
+from .._check import no_such, shown
+from .dialects import DIALECTS, Reading, rules
+from .rows import Array
 
-Array = NDArray[Any]
 Settings = dict[str, Any]  # checked options, as the kernels want them
-
 _LARGEST: dict[Any, int] = {np.int64: 2**63 - 1, np.uint64: 2**64 - 1}
 
 
@@ -246,7 +244,6 @@ _IDS = Integers("token ids", "an id is an integer from 0 to V - 1", 0, np.int64,
 _OR_NONE = "use None to switch it off"
 _SHARE = Reals("a number in [0, 1]", _OR_NONE, lambda p: (p >= 0) & (p <= 1))
 _SHARE_ABOVE_0 = Reals("a number in (0, 1]", _OR_NONE, lambda p: (p > 0) & (p <= 1))
-
 CHECKS: dict[str, Callable[[str, Any, tuple[Reading, ...]], Any]] = {
     "temperature": Reals("a finite number >= 0", "0 is argmax", lambda t: (t >= 0) & (t < np.inf), optional=False),
     "dynamic_temperature_range": Reals("a finite number >= 0", _OR_NONE, lambda r: (r >= 0) & (r < np.inf)),
@@ -330,127 +327,6 @@ def check_together(settings: Settings) -> None:
 
 
 _LEAST = {"min_tokens_to_keep": 1}  # what says nothing in any dialect
-
-
-def broadcast(name: str, array: Array, shape: tuple[int, ...], given: tuple[int, ...] | None = None) -> Array:
-    """Return an array in this shape; an error shows the shape that was given, if that is another than the array's."""
-    if array.shape == shape:
-        return array
-    try:
-        return np.broadcast_to(array, shape)
-    except ValueError:
-        raise ValueError(f"{name}: expected a shape that broadcasts to {shape}, got {given or array.shape}") from None
-
-
-def known_ids(name: str, ids: Array, vocabulary: int) -> Array:
-    """Return token ids that are all of the vocabulary."""
-    if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
-        bad = ids[(ids < 0) | (ids >= vocabulary)][0]
-        raise ValueError(f"{name}: expected ids from 0 to {vocabulary - 1}, got {bad}")
-    return ids
-
-
-def over_rows(name: str, array: Array, shape: tuple[int, ...]) -> Array:
-    """Return an array (..., n) in this shape, without leading axes of length 1 that this does not have."""
-    own = array
-    while own.ndim > len(shape) and own.shape[0] == 1:
-        own = own[0]
-    return broadcast(name, own, shape, array.shape)
-
-
-def per_token(name: str, array: Array, shape: tuple[int, ...]) -> Array:
-    """Return an array of one number for each token, (..., V), in this shape."""
-    if array.shape[-1:] != shape[-1:]:
-        raise ValueError(f"{name}: expected a last axis of {shape[-1]}, one for each token, got shape {array.shape}")
-    return over_rows(name, array, shape)
-
-
-def mask_bytes(name: str, allowed: Array, shape: tuple[int, ...]) -> tuple[Array, bool]:
-    """Return what `allowed` came to for logits of this shape as bytes, and whether each holds eight tokens."""
-    *lead, vocabulary = shape
-    if allowed.dtype == np.int64:
-        mask = np.zeros(vocabulary, np.uint8)
-        mask[known_ids(name, allowed, vocabulary)] = 1
-        return per_token(name, mask, shape), False
-    if allowed.dtype == np.bool_:
-        return per_token(name, allowed.view(np.uint8), shape), False
-    words = -(-vocabulary // 32)
-    if allowed.ndim == 0 or allowed.shape[-1] != words:
-        raise ValueError(
-            f"{name}: expected a packed mask of {words} 32-bit words for {vocabulary} tokens, got shape "
-            f"{allowed.shape}; int32 and uint32 arrays are always such masks: give ids as a list or an int64 array"
-        )
-    over_rows(name, allowed, (*lead, words))  # an error says the shape in words, as it was given
-    return over_rows(name, np.ascontiguousarray(allowed).view(np.uint8), (*lead, 4 * words)), True
-
-
-def unpacked(packed: Array, vocabulary: int) -> Array:
-    """Return a packed mask, bytes of eight tokens, as bool (..., V)."""
-    return np.unpackbits(packed, axis=-1, count=vocabulary, bitorder="little").view(np.bool_)
-
-
-def with_n(lead: tuple[int, ...]) -> str:
-    """Return the shape (..., n) as an error message says it."""
-    return f"({', '.join([*map(str, lead), 'n'])}{'' if lead else ','})"
-
-
-def flat(array: Array) -> Array:
-    """Return (..., n) as (rows, n)."""
-    return array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
-
-
-def in_row(row: int, lead: tuple[int, ...]) -> str:
-    """Return where in the leading axes a row stands, as an error message says it."""
-    if not lead:
-        return ""
-    index = tuple(map(int, np.unravel_index(row, lead)))
-    return f" in row {index[0] if len(index) == 1 else index}"
-
-
-class FrozenDict(Mapping[Any, Any]):
-    """A dict that nobody can change. A MappingProxyType cannot be pickled, nor copied as dataclasses.asdict does."""
-
-    def __init__(self, items: Mapping[Any, Any]) -> None:
-        self._items = dict(items)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._items[key]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._items)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __repr__(self) -> str:
-        return repr(self._items)
-
-
-def frozen(value: Any, name: str) -> Any:
-    """Return a copy that its owner cannot change: of lists, dicts and arrays; numbers and strings are themselves."""
-    if value is None or isinstance(value, (str, int, float, np.generic)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return tuple(frozen(item, name) for item in _arrays.readable(value, name))
-    if isinstance(value, (set, frozenset)):
-        return frozenset(value)
-    if isinstance(value, Mapping):
-        return FrozenDict({key: frozen(item, name) for key, item in value.items()})
-    array = _arrays.plain(value, name)[0].copy()
-    if array.dtype == object and not array.ndim:  # no array; its check will say so
-        return value
-    array.flags.writeable = False
-    return array
-
-
-def identity(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return (value.shape, value.dtype.str, value.tobytes()) if value.ndim else value.item()
-    if isinstance(value, tuple):
-        return tuple(map(identity, value))
-    if isinstance(value, FrozenDict):
-        return frozenset((key, identity(item)) for key, item in value.items())
-    return value
 
 
 def _first(array: Array, wrong: Array) -> tuple[tuple[int, ...], Any]:

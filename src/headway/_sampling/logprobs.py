@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _arrays, _check, _native
-from ._options import Array, in_row, with_n
-from .sampling import Options, SamplingParams, _Run, _shows_options
+from .. import _arrays, _check, _native
+from .call import Call
+from .params import Options, SamplingParams, shows_options
+from .rows import Array, in_row, with_n
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -34,7 +35,7 @@ class Logprobs(NamedTuple):
 
 
 @_check.public
-@_shows_options
+@shows_options
 def logprobs(
     logits: ArrayLike,
     tokens: ArrayLike | None = None,
@@ -71,7 +72,7 @@ def logprobs(
         raise ValueError(f"{name}: expected none for the logits as they are; processed=True applies it")
     if tokens is None and top is None:
         raise ValueError("tokens: expected token ids, or top=n for the best ones, got neither")
-    run = _Run(logits, params, options)
+    run = Call(logits, params, options)
     ids = _tokens(tokens, run) if tokens is not None else np.empty((*run.lead, 0), np.int64)
     n = 0 if top is None else _check.integer(top, "top", 1, run.vocabulary)
 
@@ -104,7 +105,7 @@ def logprobs(
     )
 
 
-def _tokens(tokens: ArrayLike, run: _Run) -> Array:
+def _tokens(tokens: ArrayLike, run: Call) -> Array:
     ids = _check.whole(tokens, "tokens", "token ids").copy()  # in which what is checked here cannot change
     if ids.shape[: len(run.lead)] != run.lead or ids.ndim > len(run.lead) + 1:
         raise ValueError(

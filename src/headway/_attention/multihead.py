@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from . import _check, _native
-from ._arrays import Operand, as_bits, compute_dtype, promote, storage, unwrap
-from .attention import prepare, run
+from .. import _check, _native
+from .._arrays import Operand, as_bits, compute_dtype, promote, storage, unwrap
+from .call import prepare, run
 from .layers import product
 
 __all__ = ["multi_head_attention"]

@@ -1,0 +1,128 @@
+"""Scaled dot-product attention, and its weights.
+
+Shapes: ... any number of leading batch axes, H query heads, G key/value heads (G divides H), L queries, S keys,
+D head size of q and k, E head size of v.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import _check
+from .._arrays import storage
+from .call import NO_VALUES, compute, prepare, run, weigh
+
+__all__ = ["attention", "attention_weights"]
+
+
+@_check.public
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    mask: Any = None,
+    bias: Any = None,
+    causal: bool | str | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Any = None,
+    kv_lengths: Any = None,
+    precision: str = "exact",
+    return_lse: bool = False,
+) -> Any:
+    """Attend: softmax(q k^T * scale) v, head by head (Vaswani et al., 2017, "Attention Is All You Need").
+
+    Args:
+        q: queries (..., H, L, D), of float64, float32, float16 or bfloat16; the leading axes of q, k and v broadcast.
+        k: keys (..., G, S, D). Query head h uses key/value head h // (H / G).
+        v: values (..., G, S, E).
+        mask: booleans, or numbers that are all 0 or 1, broadcasting to (..., H, L, S); 1 = may attend. What a masked
+            key holds, NaN included, has no influence. A row that may attend to nothing gives 0.
+        bias: added to the scaled scores, broadcasting to (..., H, L, S); -inf masks.
+        causal: None; "top_left": query i sees keys 0 .. i; "bottom_right": the last query sees all keys, as when
+            queries continue a cache; True where L == S, and the two agree.
+        window: (left, right): query at position p sees keys p - left .. p + right; None leaves a side open.
+        scale: of the scores; 1 / sqrt(D) by default.
+        softcap: c > 0 replaces each scaled score s by c tanh(s / c) (Gemma 2, 2024), before bias and mask.
+        sinks: (H,) or (..., H): a score per head that joins the softmax's denominator alone (Xiao et al., 2023).
+        kv_lengths: integers broadcasting to the batch (...): how many keys each batch item really has.
+        precision: "exact"; "fast" gives up the contract of bits for the machine's 16-bit dot products, where it has
+            them (AMX, AVX512-BF16) and they pay: q, k, the weights and v are rounded to bfloat16, sums stay float32.
+            Scores are then off by up to 2^-7 |q| |k| scale. Not for float64.
+        return_lse: also return the log-sum-exp of each row's scores (natural logarithm, without sinks).
+
+    Returns:
+        (..., H, L, E) of q's kind, in the type that q, k and v promote to; with return_lse a pair, the second
+        (..., H, L) in float32, or float64 for float64. Unless precision is "fast", each row depends, bit for bit,
+        only on its query, the keys and values that it may attend to, their positions and the options.
+
+    Raises:
+        TypeError: not an array of floating numbers, or not in CPU memory.
+        ValueError: shapes that do not fit, a floating mask that is no 0/1 mask, an option out of range.
+
+    >>> import numpy as np, headway as hw
+    >>> q, k, v = np.random.default_rng(0).normal(size=(3, 2, 4, 8))  # H = 2, L = S = 4, D = E = 8
+    >>> hw.attention(q, k, v, causal=True).shape
+    (2, 4, 8)
+    """
+    call = prepare(
+        q,
+        k,
+        v,
+        mask=mask,
+        bias=bias,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        kv_lengths=kv_lengths,
+        precision=precision,
+    )
+    return run(call, _check.boolean(return_lse, "return_lse"))
+
+
+@_check.public
+def attention_weights(
+    q: Any,
+    k: Any,
+    *,
+    mask: Any = None,
+    bias: Any = None,
+    causal: bool | str | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Any = None,
+    kv_lengths: Any = None,
+) -> Any:
+    """Return the weights (..., H, L, S) that `attention` gives to the values, for looking at.
+
+    The arguments are those of `attention`. Rows sum to 1, less what a sink takes; a row that may attend to nothing
+    is 0. This array is the L x S one that attention itself never makes.
+
+    >>> import numpy as np, headway as hw
+    >>> hw.attention_weights(np.zeros((1, 2, 4)), np.zeros((1, 2, 4)), causal=True)
+    array([[[1. , 0. ],
+            [0.5, 0.5]]])
+    """
+    call = prepare(
+        q,
+        k,
+        NO_VALUES,
+        mask=mask,
+        bias=bias,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        kv_lengths=kv_lengths,
+    )
+    out = np.empty((*call.shape, call.keys), storage(call.dtype))
+    compute(weigh, call, out)
+    return call.like.wrap(out, call.dtype)

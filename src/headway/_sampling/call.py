@@ -1,0 +1,218 @@
+"""One call of sampling: the logits, and the options in the form that the kernels take."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from .. import _arrays, _native
+from .checks import Sparse
+from .dialects import OFF, Step, rules
+from .params import SamplingParams, resolve
+from .rows import Array, broadcast, flat, in_row, known_ids, mask_bytes, per_token
+
+
+class Call:
+    """One call: the logits, and the options in the form that the kernel takes."""
+
+    def __init__(
+        self, logits: Any, params: SamplingParams | None, options: Mapping[str, Any], name: str = "logits"
+    ) -> None:
+        self.name = name
+        self.operand = _arrays.unwrap(logits, name)
+        self.data = self.operand.data
+        if self.data.ndim == 0:
+            raise ValueError(f"{name}: expected an array (V,) or (..., V), got a single number")
+        if self.data.shape[-1] == 0:
+            raise ValueError(f"{name}: expected at least one token, got an array of shape {self.data.shape}")
+        self.lead, self.vocabulary = self.data.shape[:-1], self.data.shape[-1]
+        self.rows = self.data.size // self.vocabulary
+        self.settings = resolve(params, options)
+
+    def __call__(
+        self,
+        *,
+        draws: int = 1,
+        replacement: bool = True,
+        tokens: Array | None = None,
+        probabilities: Array | None = None,
+        filtered: Array | None = None,
+        **source: Any,
+    ) -> None:
+        """Fill the outputs that are given."""
+        status = np.empty(self.rows, np.int64)
+        rows = self.native(status, **source)
+        if self.rows and not _native.sample(rows, draws, replacement, tokens, probabilities, filtered):
+            self.fail(status, draws)
+
+    def native(
+        self,
+        status: Array,
+        histories: _native.Histories | None = None,
+        *,
+        stages: _native.Stages | None = None,
+        seed: Array | None = None,
+        stream: Array | None = None,
+        position: Array | None = None,
+        uniform: Array | None = None,
+    ) -> _native.Rows:
+        """Return the rows as the kernels take them; they write what is wrong with each into status."""
+        data, bias, (allowed, packed) = self.data, self.bias(), self.allowed()
+        if len(self.lead) > 8:  # more axes than the kernel walks
+            data = flat(data)
+            bias = None if bias is None else flat(bias)
+            allowed = None if allowed is None else flat(allowed)
+        return _native.Rows(
+            logits=data,
+            bias=bias,
+            allowed=allowed,
+            packed=packed,
+            stages=self.stages() if stages is None else stages,
+            spared=self.spared(),
+            histories=histories,
+            seed=seed,
+            stream=stream,
+            position=position,
+            uniform=uniform,
+            status=status,
+        )
+
+    def stages(self) -> _native.Stages:
+        """Return the stages that do something, in order, with their values for each row."""
+        values = [self.settings[name] for name in _NUMBERS]
+        if all(value is None or value.ndim == 0 for value in values):
+            return _stages_of_all(*self.how(), tuple(None if value is None else value.item() for value in values))
+        return native_stages(self.steps(), self.per_row("min_tokens_to_keep"))
+
+    def steps(self) -> list[_Valued]:
+        """Return these stages by name."""
+        given = {name: self.per_row(name) for name in _NUMBERS if self.settings[name] is not None}
+        return list(_steps(*self.how(), given))
+
+    def how(self) -> tuple[str | None, str, str]:
+        """Return what decides about stages besides numbers."""
+        return self.settings["dialect"], self.settings["nucleus"], self.settings["ties"]
+
+    def coin(self) -> dict[str, Any]:
+        """Return the source of random numbers where xtc needs one, although no token is drawn."""
+        return {} if self.settings["xtc_probability"] is None else self.source()
+
+    def per_row(self, name: str, *draws: int) -> Array:
+        """Return a setting as one value, or as one per row, or per row and draw, in C order."""
+        value: Array = self.settings[name]
+        if value.ndim == 0:
+            return value.reshape(1)
+        return np.ascontiguousarray(broadcast(name, value, (*self.lead, *draws))).reshape(-1)
+
+    def source(self, *draws: int) -> dict[str, Any]:
+        """Return where the random numbers come from."""
+        if self.settings["uniform"] is not None:
+            return {"uniform": self.per_row("uniform", *draws)}
+        seed = self.settings["seed"]
+        if seed is None:
+            seed = np.frombuffer(os.urandom(8), np.uint64)[0]
+        if seed.ndim and seed.shape != self.lead:
+            raise ValueError(
+                f"seed: expected one integer, or one per row in an array of shape {self.lead}, got shape {seed.shape}; "
+                "rows that share a seed in such an array would draw the same"
+            )
+        position = self.per_row("position") if self.settings["position"] is not None else np.zeros(1, np.uint64)
+        one_seed = seed.ndim == 0 and self.lead
+        stream = np.arange(math.prod(self.lead), dtype=np.uint64) if one_seed else _FIRST_STREAM
+        return {"seed": seed.reshape(-1), "stream": stream, "position": position}
+
+    def bias(self) -> Array | None:
+        bias = self.settings["logit_bias"]
+        if bias is None:
+            return None
+        if isinstance(bias, Sparse):
+            dense = np.zeros(self.vocabulary, np.float32)
+            dense[known_ids("logit_bias", bias.ids, self.vocabulary)] = bias.values
+            bias = dense
+        return per_token("logit_bias", bias, self.data.shape)
+
+    def allowed(self) -> tuple[Array | None, bool]:
+        """Return the mask as bytes, and whether each byte holds eight tokens."""
+        allowed = self.settings["allowed"]
+        return (None, False) if allowed is None else mask_bytes("allowed", allowed, self.data.shape)
+
+    def spared(self) -> Array:
+        """Return the tokens that xtc leaves in."""
+        ids = self.settings["xtc_special_tokens"]
+        return _NO_IDS if ids is None else known_ids("xtc_special_tokens", np.array(ids), self.vocabulary)
+
+    def fail(self, status: Array, draws: int = 1) -> None:
+        """Raise what the kernel found in the first row that has a fault."""
+        row = int(status.nonzero()[0][0])
+        token, fault = divmod(int(status[row]), _native.SAMPLING_FAULTS)
+        where = in_row(row, self.lead)
+        if fault == 1:
+            raise ValueError(
+                f"{self.name}: expected numbers, got NaN at token {token}{where}; -inf is what bans a token"
+            )
+        if fault == 2:
+            raise ValueError(f"{self.name}: expected finite numbers or -inf, got +inf at token {token}{where}")
+        if fault == 3:
+            raise ValueError(
+                f"{self.name}: expected numbers within float32, got one at token {token}{where} that overflows"
+                + (" with its logit_bias" if self.settings["logit_bias"] is not None else "")
+                + "; subtract the row's maximum first"
+            )
+        if fault == 5:
+            raise ValueError(
+                f"num_samples: expected at most {token} without replacement{where}, where no more tokens are left to "
+                f"draw from, got {draws}; draw with replacement, or filter less"
+            )
+        name = next((n for n in ("allowed", "logit_bias") if self.settings[n] is not None), self.name)
+        raise ValueError(f"{name}: expected at least one token that is not banned{where}, got none; allow one")
+
+
+_NO_IDS = np.empty(0, np.int64)
+# The numbers that stages take, and which of them those do that take another than the one they are named after.
+_NUMBERS = (*OFF, "dynamic_temperature_exponent", "xtc_threshold", "min_tokens_to_keep")
+_VALUES = {
+    "greedy": ("temperature",),
+    "temperature": ("temperature", "dynamic_temperature_range", "dynamic_temperature_exponent"),
+    "xtc_probability": ("xtc_probability", "xtc_threshold"),
+}
+_Valued = tuple[Step, dict[str, Array]]  # a stage with the options that it takes, (1,) or (rows,)
+
+
+def _steps(dialect: str | None, nucleus: str, ties: str, given: Mapping[str, Array]) -> Iterator[_Valued]:
+    """Yield the stages that do something, in order."""
+    for step in rules(dialect, nucleus).steps:
+        names = _VALUES.get(step.option, (step.option,))
+        dynamic = step.option == "temperature" and "dynamic_temperature_range" in given
+        if step.option == "temperature" and not dynamic:
+            names = names[:1]
+        value = given.get(names[0])
+        if value is None or (value.size == 1 and value[0] == OFF.get(step.option) and not dynamic):
+            continue
+        if ties == "keep" and step.option == "top_k":
+            step = step._replace(ties="keep")
+        yield step, {name: given[name] for name in names}
+
+
+def native_stages(steps: Iterable[_Valued], min_tokens: Array) -> _native.Stages:
+    """Return stages as the kernel numbers them."""
+    numbered: list[tuple[int, int, bool, bool, list[Array]]] = []
+    for step, values in steps:
+        numbers = [value.astype(np.float64, copy=False) for value in values.values()]
+        place = _native.SAMPLING_STAGES.index(step.option), _native.SAMPLING_TIES.index(step.ties)
+        numbered.append((*place, step.equal, step.floor, numbers))
+    return _native.Stages(steps=numbered, min_tokens=min_tokens)
+
+
+@lru_cache(1024)
+def _stages_of_all(dialect: str | None, nucleus: str, ties: str, numbers: tuple[float | None, ...]) -> _native.Stages:
+    """Return them where all rows have the same numbers, as they have in most calls."""
+    given = {name: np.array([number]) for name, number in zip(_NUMBERS, numbers) if number is not None}
+    return native_stages(_steps(dialect, nucleus, ties, given), given["min_tokens_to_keep"])
+
+
+_FIRST_STREAM = np.zeros(1, np.uint64)

@@ -1,0 +1,105 @@
+"""Next-token sampling: one token, the distribution it is drawn from, and the logits that are left.
+
+Every function takes logits of shape (..., V), V the vocabulary, and the same options. Biases and bans come first, then
+the stages in the order of `dialects.py`; then the draw. `docs/semantics.md` says what each means to the last bit,
+`headway.reference` says it in NumPy, and the kernels in `src/core/sampling.h` give those same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .. import _arrays, _check
+from .call import Call
+from .params import Options, SamplingParams, shows_options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+__all__ = ["filter_logits", "probabilities", "sample"]
+
+
+@_check.public
+@shows_options
+def sample(
+    logits: ArrayLike,
+    params: SamplingParams | None = None,
+    *,
+    num_samples: int | None = None,
+    replacement: bool = True,
+    **options: Unpack[Options],
+) -> Any:
+    """Draw one token per row of logits, or several.
+
+    logits (V,) -> int; (..., V) -> int64 (...), the same kind of array. `SamplingParams` explains the options; those
+    given by keyword win over those in params. A draw depends on nothing but the row's logits, its options, seed and
+    position: with one seed for many rows, row i draws from stream i of the seed, so row 0 draws what it would alone.
+
+    num_samples=n draws n tokens per row: (..., V) -> (..., n), the first of which is the one that a lone call draws.
+    With replacement they are independent; without, each is drawn from what the earlier ones left, so all differ.
+    uniform is then one number per draw, (..., n).
+
+    Random numbers: Philox4x64-10 (Salmon et al., 2011), those of numpy.random.Philox for the same key and counter.
+
+    Raises ValueError for NaN and +inf in the logits, for a row in which every token is banned or fewer are left than
+    are to be drawn without replacement, and for options out of range; TypeError for what is no number or no array.
+
+    >>> import headway as hw
+    >>> hw.sample([1.0, 3.0, 2.0], temperature=0)
+    1
+    >>> hw.sample([[1.0, 3.0, 2.0], [4.0, 1.0, 0.0]], temperature=0.7, top_p=0.9, seed=7)
+    array([2, 0])
+    >>> hw.sample([1.0, 3.0, 2.0], num_samples=3, replacement=False, seed=7)
+    array([2, 1, 0])
+    """
+    run = Call(logits, params, options)
+    replacement = _check.boolean(replacement, "replacement")
+    draws = () if num_samples is None else (_check.integer(num_samples, "num_samples", 1, 2**31 - 1),)
+    tokens = np.empty((*run.lead, *draws), np.int64)
+    run(tokens=tokens, draws=math.prod(draws), replacement=replacement, **run.source(*draws))
+    return int(tokens) if not tokens.ndim else run.operand.wrap(tokens, "int64")
+
+
+@_check.public
+@shows_options
+def probabilities(logits: ArrayLike, params: SamplingParams | None = None, **options: Unpack[Options]) -> Any:
+    """Return the distribution that `sample` draws from, exactly.
+
+    logits (..., V) -> (..., V), the same kind of array: float32, or float64 for float64 logits. A removed token has
+    probability 0. Options and errors are those of `sample`; seed and position matter to xtc's coin alone.
+
+    >>> import headway as hw
+    >>> hw.probabilities([3.0, 2.0, 1.0], temperature=0.5, top_k=2).round(4)
+    array([0.8808, 0.1192, 0.    ])
+    """
+    run = Call(logits, params, options)
+    dtype = _arrays.compute_dtype(run.operand.dtype)
+    out = np.empty(run.data.shape, dtype)
+    run(probabilities=out, **run.coin())
+    return run.operand.wrap(out, dtype)
+
+
+@_check.public
+@shows_options
+def filter_logits(logits: ArrayLike, params: SamplingParams | None = None, **options: Unpack[Options]) -> Any:
+    """Return the logits as given, plus logit_bias, with -inf where a stage removed the token.
+
+    logits (..., V) -> (..., V), the same kind of array. They are not divided by the temperature, which only has its
+    part in what top_p and min_p remove. Their dtype is that of the logits; with a logit_bias they are the sums that
+    decide, float32, or float64 for float64 logits. Sampling them at the same temperature draws the same token. Options
+    and errors are those of `sample`.
+
+    >>> import headway as hw
+    >>> hw.filter_logits([3.0, 2.0, 1.0], temperature=0.5, top_p=0.9)
+    array([  3.,   2., -inf])
+    """
+    run = Call(logits, params, options)
+    dtype = run.operand.dtype if run.settings["logit_bias"] is None else _arrays.compute_dtype(run.operand.dtype)
+    out = np.empty(run.data.shape, _arrays.storage(dtype))
+    run(filtered=out, **run.coin())
+    return run.operand.wrap(out, dtype)
