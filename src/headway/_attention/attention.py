@@ -6,33 +6,51 @@ D head size of q and k, E head size of v.
 
 from __future__ import annotations
 
-from typing import Any
+import typing
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import _check
 from .._arrays import storage
-from .call import NO_VALUES, compute, prepare, run, weigh
+from .._signatures import AnyArray, NumPyLike, Tensor, Unpack, shows_options
+from .call import DEFAULTS, NO_VALUES, compute, only, prepare, run, weigh
+from .options import AttentionOptions, WeightOptions
 
 __all__ = ["attention", "attention_weights"]
 
 
-@_check.public
+# Editors on jedi show the signature of the function itself, with every option, where overloads are written so.
+@typing.overload
 def attention(
-    q: Any,
-    k: Any,
-    v: Any,
+    q: NumPyLike,
+    k: AnyArray,
+    v: AnyArray,
     *,
-    mask: Any = None,
-    bias: Any = None,
-    causal: bool | str | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: Any = None,
-    kv_lengths: Any = None,
-    precision: str = "exact",
-    return_lse: bool = False,
+    return_lse: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> NDArray[Any]: ...
+@typing.overload
+def attention(
+    q: NumPyLike, k: AnyArray, v: AnyArray, *, return_lse: Literal[True], **options: Unpack[AttentionOptions]
+) -> tuple[NDArray[Any], NDArray[Any]]: ...
+@typing.overload
+def attention(
+    q: Tensor, k: AnyArray, v: AnyArray, *, return_lse: Literal[False] = False, **options: Unpack[AttentionOptions]
+) -> Tensor: ...
+@typing.overload
+def attention(
+    q: Tensor, k: AnyArray, v: AnyArray, *, return_lse: Literal[True], **options: Unpack[AttentionOptions]
+) -> tuple[Tensor, Tensor]: ...
+@typing.overload
+def attention(
+    q: AnyArray, k: AnyArray, v: AnyArray, *, return_lse: bool, **options: Unpack[AttentionOptions]
+) -> Any: ...
+@_check.public
+@shows_options(AttentionOptions, DEFAULTS)
+def attention(
+    q: AnyArray, k: AnyArray, v: AnyArray, *, return_lse: bool = False, **options: Unpack[AttentionOptions]
 ) -> Any:
     """Attend: softmax(q k^T * scale) v, head by head (Vaswani et al., 2017, "Attention Is All You Need").
 
@@ -69,37 +87,17 @@ def attention(
     >>> hw.attention(q, k, v, causal=True).shape
     (2, 4, 8)
     """
-    call = prepare(
-        q,
-        k,
-        v,
-        mask=mask,
-        bias=bias,
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        kv_lengths=kv_lengths,
-        precision=precision,
-    )
+    call = prepare(q, k, v, **options)
     return run(call, _check.boolean(return_lse, "return_lse"))
 
 
+@typing.overload
+def attention_weights(q: NumPyLike, k: AnyArray, **options: Unpack[WeightOptions]) -> NDArray[Any]: ...
+@typing.overload
+def attention_weights(q: Tensor, k: AnyArray, **options: Unpack[WeightOptions]) -> Tensor: ...
 @_check.public
-def attention_weights(
-    q: Any,
-    k: Any,
-    *,
-    mask: Any = None,
-    bias: Any = None,
-    causal: bool | str | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: Any = None,
-    kv_lengths: Any = None,
-) -> Any:
+@shows_options(WeightOptions, DEFAULTS)
+def attention_weights(q: AnyArray, k: AnyArray, **options: Unpack[WeightOptions]) -> Any:
     """Return the weights (..., H, L, S) that `attention` gives to the values, for looking at.
 
     The arguments are those of `attention`. Rows sum to 1, less what a sink takes; a row that may attend to nothing
@@ -110,19 +108,8 @@ def attention_weights(
     array([[[1. , 0. ],
             [0.5, 0.5]]])
     """
-    call = prepare(
-        q,
-        k,
-        NO_VALUES,
-        mask=mask,
-        bias=bias,
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        kv_lengths=kv_lengths,
-    )
+    only(options, WeightOptions)
+    call = prepare(q, k, NO_VALUES, **options)
     out = np.empty((*call.shape, call.keys), storage(call.dtype))
     compute(weigh, call, out)
     return call.like.wrap(out, call.dtype)

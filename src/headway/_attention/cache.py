@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any
+import typing
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _check, _native
 from .._arrays import FLOATING, Operand, as_numpy, items, storage, unwrap
+from .._signatures import AnyArray, NumPyLike, Tensor, Unpack, shows_options
 from .._turns import one_at_a_time
-from .call import LARGEST_HEAD, Keys, prepare, run
+from .call import DEFAULTS, LARGEST_HEAD, Keys, prepare, run
+from .options import AttentionOptions
 
 __all__ = ["KVCache"]
 
@@ -94,21 +97,23 @@ class KVCache:
 
     @property
     @_alone
-    def keys(self) -> Any:
+    def keys(self) -> NDArray[Any]:
         """A copy of the keys (..., G, S, D)."""
         panels = np.moveaxis(self._panels, -1, -2)  # (..., G, panels, 16, D)
         rows = panels.reshape(*self._batch, self._heads, panels.shape[-3] * LANES, self._key_size)
-        return as_numpy(rows[..., : self._length, :].copy(), self._dtype)
+        keys: NDArray[Any] = as_numpy(rows[..., : self._length, :].copy(), self._dtype)
+        return keys
 
     @property
     @_alone
-    def values(self) -> Any:
+    def values(self) -> NDArray[Any]:
         """A copy of the values (..., G, S, E)."""
-        return as_numpy(self._values[..., : self._length, :].copy(), self._dtype)
+        values: NDArray[Any] = as_numpy(self._values[..., : self._length, :].copy(), self._dtype)
+        return values
 
     @_check.public
     @_alone
-    def append(self, k: Any, v: Any) -> None:
+    def append(self, k: AnyArray, v: AnyArray) -> None:
         """Add the keys (..., G, L, D) and values (..., G, L, E) of L more tokens, converted to the cache's type.
 
         Raises ValueError where a shape does not fit; the cache is then as it was.
@@ -126,23 +131,28 @@ class KVCache:
             self._values[..., self._length : end, :] = new_values
         self._length = end
 
+    @typing.overload
+    def attend(
+        self, q: NumPyLike, *, return_lse: Literal[False] = False, **options: Unpack[AttentionOptions]
+    ) -> NDArray[Any]: ...
+    @typing.overload
+    def attend(
+        self, q: NumPyLike, *, return_lse: Literal[True], **options: Unpack[AttentionOptions]
+    ) -> tuple[NDArray[Any], NDArray[Any]]: ...
+    @typing.overload
+    def attend(
+        self, q: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[AttentionOptions]
+    ) -> Tensor: ...
+    @typing.overload
+    def attend(
+        self, q: Tensor, *, return_lse: Literal[True], **options: Unpack[AttentionOptions]
+    ) -> tuple[Tensor, Tensor]: ...
+    @typing.overload
+    def attend(self, q: AnyArray, *, return_lse: bool, **options: Unpack[AttentionOptions]) -> Any: ...
     @_check.public
     @_alone
-    def attend(
-        self,
-        q: Any,
-        *,
-        mask: Any = None,
-        bias: Any = None,
-        causal: str | None = "bottom_right",
-        window: tuple[int | None, int | None] | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        sinks: Any = None,
-        kv_lengths: Any = None,
-        precision: str = "exact",
-        return_lse: bool = False,
-    ) -> Any:
+    @shows_options(AttentionOptions, DEFAULTS | {"causal": "bottom_right"})
+    def attend(self, q: AnyArray, *, return_lse: bool = False, **options: Unpack[AttentionOptions]) -> Any:
         """Attend to the cache: `attention(q, cache.keys, cache.values, ...)` without the copies.
 
         The queries (..., H, L, D) count as the last L tokens of the cache, causally, unless causal says otherwise.
@@ -151,20 +161,9 @@ class KVCache:
         batch = self._batch
         stored = Operand(self._panels, self._dtype, as_numpy)
         values = Operand(self._values[..., : self._length, :], self._dtype, as_numpy)
-        call = prepare(
-            q,
-            Keys(stored, batch, self._heads, self._length, self._key_size, in_panels=True),
-            values,
-            mask=mask,
-            bias=bias,
-            causal=causal,
-            window=window,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            kv_lengths=kv_lengths,
-            precision=precision,
-        )
+        cached = Keys(stored, batch, self._heads, self._length, self._key_size, in_panels=True)
+        options.setdefault("causal", "bottom_right")
+        call = prepare(q, cached, values, **options)
         return run(call, _check.boolean(return_lse, "return_lse"))
 
     @_check.public

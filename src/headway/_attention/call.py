@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _check, _native
 from .._arrays import Operand, compute_dtype, indexable, items, promote, storage, unrepeated, unwrap
+from .._signatures import AnyArray, defaults_of
+from .options import Causal, Corner, Precision, Window
 
 LARGEST_HEAD = 2**16  # each thread packs a chunk of keys and one of values
-_CAUSAL = (None, False, True, "top_left", "bottom_right")
-_PRECISION = ("exact", "fast")
+_CAUSAL = (None, False, True, *get_args(Corner))
+_PRECISION = get_args(Precision)
 FARTHEST = 2**53  # positions, so that no sum of two leaves int64
 NO_VALUES = object()  # for v, where only scores matter
 
@@ -167,20 +169,20 @@ def prepare(
     q: Any,
     k: Any,
     v: Any,
+    key_offset: int | None = None,
+    /,
     *,
-    mask: Any = None,
-    bias: Any = None,
-    causal: Any = None,
-    window: Any = None,
-    scale: Any = None,
-    softcap: Any = None,
-    sinks: Any = None,
-    kv_lengths: Any = None,
-    precision: str = "exact",
-    key_offset: int = 0,
-    of_a_part: bool = False,
+    mask: AnyArray | None = None,
+    bias: AnyArray | None = None,
+    causal: Causal = None,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: AnyArray | None = None,
+    kv_lengths: AnyArray | None = None,
+    precision: Precision = "exact",
 ) -> Call:
-    """Check a call of any of the attention functions. k may be Keys, v NO_VALUES."""
+    """Check a call of any of the attention functions. k may be Keys, v NO_VALUES; key_offset is that of a part."""
     query = unwrap(q, "q")
     if query.data.ndim < 3:
         raise _without_heads(query.data.shape, q, "q", "(..., H, L, D)")
@@ -197,12 +199,12 @@ def prepare(
         _float(scale, "scale"),
         _float(softcap, "softcap", "a number > 0 or None"),
         _plain(precision, "precision", _PRECISION),
-        key_offset,
+        key_offset or 0,
     )
     *shape, heads, _ = plan.lead
     compute = compute_dtype(plan.dtype)
     if kv_lengths is not None:
-        highest = FARTHEST if of_a_part else key_offset + keys.length
+        highest = keys.length if key_offset is None else FARTHEST
         lengths = _check.integers(kv_lengths, "kv_lengths", 0, highest)
         kv_lengths = _check.broadcast(lengths, tuple(shape), "kv_lengths", "the batch (...)")
     if mask is not None:
@@ -213,21 +215,30 @@ def prepare(
         bias = _check.broadcast(_added(bias, compute), (*plan.lead, keys.length), "bias", "(..., H, L, S)")
     if sinks is not None:
         sinks = as_sinks(sinks, (*shape, heads), compute)
-    return Call(
-        q=_repeated(query.data, plan.q),
-        k=_repeated(keys.operand.data, plan.k),
-        v=None if value is None else _repeated(value.data, plan.v),
-        mask=mask,
-        bias=bias,
-        sinks=sinks,
-        kv_lengths=kv_lengths,
-        options=plan.options,
-        scale=plan.scale,
-        shape=plan.lead,
-        keys=keys.length,
-        dtype=plan.dtype,
-        like=query,
+    return Call(  # by place, which is faster than by name
+        _repeated(query.data, plan.q),
+        _repeated(keys.operand.data, plan.k),
+        None if value is None else _repeated(value.data, plan.v),
+        mask,
+        bias,
+        sinks,
+        kv_lengths,
+        plan.options,
+        plan.scale,
+        plan.lead,
+        keys.length,
+        plan.dtype,
+        query,
     )
+
+
+DEFAULTS = defaults_of(prepare)  # of every option
+
+
+def only(options: Mapping[str, Any], kind: type) -> None:
+    """Raise unless the options are of this kind: `prepare` takes more; `_check.public` says which is the wrong one."""
+    if not options.keys() <= kind.__annotations__.keys():
+        raise TypeError
 
 
 def _broadcast_mask(mask: NDArray[Any], scores: tuple[int, ...], given: Any) -> NDArray[Any]:

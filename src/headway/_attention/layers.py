@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import typing
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from .. import _check, _native
 from .._arrays import Operand, compute_dtype, promote, storage, unwrap
+from .._signatures import AnyArray, NumPyLike, Tensor
 
 __all__ = ["linear", "rms_norm", "rotary", "swiglu"]
 
@@ -38,8 +40,12 @@ def product(x: Operand, w: Operand, b: Operand | None, dtype: str, names: tuple[
     return y
 
 
+@typing.overload
+def linear(x: NumPyLike, w: AnyArray, b: AnyArray | None = None) -> NDArray[Any]: ...
+@typing.overload
+def linear(x: Tensor, w: AnyArray, b: AnyArray | None = None) -> Tensor: ...
 @_check.public
-def linear(x: Any, w: Any, b: Any = None) -> Any:
+def linear(x: AnyArray, w: AnyArray, b: AnyArray | None = None) -> Any:
     """Return y = x @ w + b.
 
     Args:
@@ -64,8 +70,18 @@ def linear(x: Any, w: Any, b: Any = None) -> Any:
     return left.wrap(product(left, right, offset, dtype, ("x", "w", "b")), dtype)
 
 
+@typing.overload
+def rotary(
+    x: NumPyLike, *, positions: AnyArray | None = None, base: float = 10000.0, frequencies: AnyArray | None = None
+) -> NDArray[Any]: ...
+@typing.overload
+def rotary(
+    x: Tensor, *, positions: AnyArray | None = None, base: float = 10000.0, frequencies: AnyArray | None = None
+) -> Tensor: ...
 @_check.public
-def rotary(x: Any, *, positions: Any = None, base: float = 10000.0, frequencies: Any = None) -> Any:
+def rotary(
+    x: AnyArray, *, positions: AnyArray | None = None, base: float = 10000.0, frequencies: AnyArray | None = None
+) -> Any:
     """Turn pairs of features by angles that grow with the position (Su et al., 2021, RoFormer).
 
     Feature i is paired with feature i + D/2, the layout of Llama checkpoints.
@@ -114,8 +130,12 @@ def rotary(x: Any, *, positions: Any = None, base: float = 10000.0, frequencies:
     return operand.wrap(y, operand.dtype)
 
 
+@typing.overload
+def rms_norm(x: NumPyLike, weight: AnyArray, *, eps: float = 1e-6) -> NDArray[Any]: ...
+@typing.overload
+def rms_norm(x: Tensor, weight: AnyArray, *, eps: float = 1e-6) -> Tensor: ...
 @_check.public
-def rms_norm(x: Any, weight: Any, *, eps: float = 1e-6) -> Any:
+def rms_norm(x: AnyArray, weight: AnyArray, *, eps: float = 1e-6) -> Any:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich, 2019).
 
     Args:
@@ -145,8 +165,12 @@ def rms_norm(x: Any, weight: Any, *, eps: float = 1e-6) -> Any:
     return operand.wrap(y.reshape(operand.data.shape), dtype)
 
 
+@typing.overload
+def swiglu(gate: NumPyLike, up: AnyArray) -> NDArray[Any]: ...
+@typing.overload
+def swiglu(gate: Tensor, up: AnyArray) -> Tensor: ...
 @_check.public
-def swiglu(gate: Any, up: Any) -> Any:
+def swiglu(gate: AnyArray, up: AnyArray) -> Any:
     """Return gate * sigmoid(gate) * up, the gated unit of Llama's feed-forward layer (Shazeer, 2020).
 
     gate and up have one shape; the result has it too, in the type that they promote to.

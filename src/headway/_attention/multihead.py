@@ -2,45 +2,92 @@
 
 from __future__ import annotations
 
-from typing import Any
+import typing
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import _check, _native
 from .._arrays import Operand, as_bits, compute_dtype, promote, storage, unwrap
-from .call import prepare, run
+from .._signatures import AnyArray, NumPyLike, Tensor, Unpack, shows_options
+from .call import DEFAULTS, only, prepare, run
 from .layers import product
+from .options import AttentionOptions, MultiHeadOptions
 
 __all__ = ["multi_head_attention"]
 
 
-@_check.public
+@typing.overload
 def multi_head_attention(
-    q: Any,
-    k: Any,
-    v: Any,
+    q: NumPyLike,
+    k: AnyArray,
+    v: AnyArray,
     *,
     num_heads: int,
-    w_q: Any = None,
-    w_k: Any = None,
-    w_v: Any = None,
-    w_o: Any = None,
-    b_q: Any = None,
-    b_k: Any = None,
-    b_v: Any = None,
-    b_o: Any = None,
+    return_lse: Literal[False] = False,
+    **options: Unpack[MultiHeadOptions],
+) -> NDArray[Any]: ...
+@typing.overload
+def multi_head_attention(
+    q: NumPyLike,
+    k: AnyArray,
+    v: AnyArray,
+    *,
+    num_heads: int,
+    return_lse: Literal[True],
+    **options: Unpack[MultiHeadOptions],
+) -> tuple[NDArray[Any], NDArray[Any]]: ...
+@typing.overload
+def multi_head_attention(
+    q: Tensor,
+    k: AnyArray,
+    v: AnyArray,
+    *,
+    num_heads: int,
+    return_lse: Literal[False] = False,
+    **options: Unpack[MultiHeadOptions],
+) -> Tensor: ...
+@typing.overload
+def multi_head_attention(
+    q: Tensor,
+    k: AnyArray,
+    v: AnyArray,
+    *,
+    num_heads: int,
+    return_lse: Literal[True],
+    **options: Unpack[MultiHeadOptions],
+) -> tuple[Tensor, Tensor]: ...
+@typing.overload
+def multi_head_attention(
+    q: AnyArray,
+    k: AnyArray,
+    v: AnyArray,
+    *,
+    num_heads: int,
+    return_lse: bool,
+    **options: Unpack[MultiHeadOptions],
+) -> Any: ...
+@_check.public
+@shows_options(AttentionOptions, DEFAULTS)
+def multi_head_attention(
+    q: AnyArray,
+    k: AnyArray,
+    v: AnyArray,
+    *,
+    num_heads: int,
+    w_q: AnyArray | None = None,
+    w_k: AnyArray | None = None,
+    w_v: AnyArray | None = None,
+    w_o: AnyArray | None = None,
+    b_q: AnyArray | None = None,
+    b_k: AnyArray | None = None,
+    b_v: AnyArray | None = None,
+    b_o: AnyArray | None = None,
     num_kv_heads: int | None = None,
     decimals: int | None = None,
-    mask: Any = None,
-    bias: Any = None,
-    causal: bool | str | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: Any = None,
-    kv_lengths: Any = None,
-    precision: str = "exact",
     return_lse: bool = False,
+    **options: Unpack[AttentionOptions],
 ) -> Any:
     """Multi-head attention, forward (Vaswani et al., 2017, section 3.2.2).
 
@@ -87,6 +134,7 @@ def multi_head_attention(
     array([[0.669762, 0.330238, 0.330238, 0.669762],
            [0.330238, 0.669762, 0.669762, 0.330238]])
     """
+    only(options, AttentionOptions)
     heads = _check.integer(num_heads, "num_heads", 1)
     groups = heads if num_kv_heads is None else _check.integer(num_kv_heads, "num_kv_heads", 1)
     if heads % groups:
@@ -123,20 +171,7 @@ def multi_head_attention(
             f"{other} in {groups} of k"
         )
     return_lse = _check.boolean(return_lse, "return_lse")
-    call = prepare(
-        projected["q"],
-        projected["k"],
-        projected["v"],
-        mask=mask,
-        bias=bias,
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        kv_lengths=kv_lengths,
-        precision=precision,
-    )
+    call = prepare(projected["q"], projected["k"], projected["v"], **options)
     call = call._replace(dtype=final if w_o is None else compute, like=Operand(call.q, compute, as_bits))
     *batch, _, length = call.shape
     size = projected["v"].data.shape[-1]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import _check, _native
 from .._arrays import as_numpy, compute_dtype, promote, storage, unwrap
-from .call import FARTHEST, as_sinks, as_window, prepare
+from .._signatures import AnyArray, Unpack, shows_options
+from .call import DEFAULTS, FARTHEST, as_sinks, as_window, only, prepare
+from .options import PartOptions
 
 __all__ = ["AttentionState", "merge_attention", "partial_attention"]
 
@@ -41,7 +44,7 @@ class AttentionState:
 
     @staticmethod
     @_check.public
-    def from_lse(out: Any, lse: Any) -> AttentionState:
+    def from_lse(out: AnyArray, lse: AnyArray) -> AttentionState:
         """Make a state of another library's partial result: out (..., H, L, E), lse (..., H, L), natural logarithm.
 
         A row without keys has the lse -inf. One whose lse is NaN makes the merged row NaN; +inf is an error. Merging is
@@ -68,19 +71,9 @@ class AttentionState:
 
 
 @_check.public
+@shows_options(PartOptions, DEFAULTS)
 def partial_attention(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    key_offset: int = 0,
-    mask: Any = None,
-    bias: Any = None,
-    causal: bool | str | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    kv_lengths: Any = None,
+    q: AnyArray, k: AnyArray, v: AnyArray, *, key_offset: int = 0, **options: Unpack[PartOptions]
 ) -> AttentionState:
     """Attend to a part of the keys, which stand at positions key_offset, key_offset + 1, ... of the whole.
 
@@ -107,32 +100,21 @@ def partial_attention(
     >>> bool((hw.merge_attention(parts) == hw.attention(q, k, v)).all())
     True
     """
+    only(options, PartOptions)
     offset = _check.integer(key_offset, "key_offset", 0, FARTHEST)
     if offset % CHUNK:
         raise ValueError(f"key_offset: expected a multiple of the chunk length {CHUNK}, got {offset}; split there")
+    causal = options.get("causal")
     if isinstance(causal, (bool, np.bool_)) and causal:
         raise ValueError("causal: expected None, 'top_left' or 'bottom_right' for a part of the keys, got True")
-    if isinstance(causal, str) and causal == "bottom_right" and kv_lengths is None:
+    if isinstance(causal, str) and causal == "bottom_right" and options.get("kv_lengths") is None:
         raise ValueError(
             "kv_lengths: expected the number of keys of the whole beside causal='bottom_right', got None; "
             "a part does not know where the keys end"
         )
-    if as_window(window) != (None, None) and (causal is None or causal is False):
+    if as_window(options.get("window")) != (None, None) and (causal is None or causal is False):
         raise ValueError("window: expected causal='top_left' or 'bottom_right' beside it for a part, got None")
-    call = prepare(
-        q,
-        k,
-        v,
-        mask=mask,
-        bias=bias,
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        kv_lengths=kv_lengths,
-        key_offset=offset,
-        of_a_part=True,
-    )
+    call = prepare(q, k, v, offset, **options)
     assert call.v is not None
     first = offset // CHUNK
     end = first + -(-call.keys // CHUNK)
@@ -145,8 +127,18 @@ def partial_attention(
     return AttentionState(maximum, total, weighted, chunks, end, call.dtype, call.like.wrap)
 
 
+@typing.overload
+def merge_attention(
+    states: Iterable[AttentionState], *, sinks: AnyArray | None = None, return_lse: Literal[True]
+) -> tuple[Any, Any]: ...
+@typing.overload
+def merge_attention(
+    states: Iterable[AttentionState], *, sinks: AnyArray | None = None, return_lse: bool = False
+) -> Any: ...
 @_check.public
-def merge_attention(states: Iterable[AttentionState], *, sinks: Any = None, return_lse: bool = False) -> Any:
+def merge_attention(
+    states: Iterable[AttentionState], *, sinks: AnyArray | None = None, return_lse: bool = False
+) -> Any:
     """Merge the states of all parts of the keys into attention's result.
 
     Args:
