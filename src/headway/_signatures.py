@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["AnyArray", "NumPyLike", "SupportsDLPack", "Tensor", "Unpack", "defaults_of", "shows_options"]
+__all__ = ["AnyArray", "ArrayObject", "NumPyLike", "Tensor", "Unpack", "defaults_of", "shows_options"]
 
 if sys.version_info >= (3, 11):
     from typing import Unpack
@@ -24,16 +24,21 @@ else:  # a type checker knows Python 3.10's from typing_extensions, which need n
         __class_getitem__ = classmethod(types.GenericAlias)
 
 
-class SupportsDLPack(Protocol):
-    """An array of any library's: torch, JAX, MLX, NumPy itself."""
+class ArrayObject(Protocol):
+    """An array of any library's, as far as all of them say so in their types: torch's, JAX's, MLX's, NumPy's."""
 
-    def __dlpack_device__(self) -> tuple[Any, Any]:
-        """Say whose memory the array is in."""
+    @property
+    def dtype(self) -> Any:
+        """The type of its numbers."""
+
+    @property
+    def shape(self) -> Any:
+        """The length of each axis."""
 
 
-Tensor = TypeVar("Tensor", bound=SupportsDLPack)  # what goes in is what comes out
+Tensor = TypeVar("Tensor", bound=ArrayObject)  # what goes in is what comes out
 NumPyLike: TypeAlias = NDArray[Any] | Sequence[Any]  # what comes out as a NumPy array
-AnyArray: TypeAlias = ArrayLike | SupportsDLPack
+AnyArray: TypeAlias = ArrayLike | ArrayObject
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -12,6 +12,8 @@ from ._arrays import unwrap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+else:  # a name for typing.get_type_hints
+    Figure = Any
 
 __all__ = ["attention_map", "filter_stages"]
 

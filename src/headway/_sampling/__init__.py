@@ -4,7 +4,7 @@ from .checks import CHECKS
 from .dialects import DIALECTS, NUCLEUS, OFF, OPTIONAL, Reading, Step, rules
 from .explain import Explanation, explain
 from .logprobs import Logprobs, logprobs
-from .params import Options, SamplingParams
+from .params import SamplingOptions, SamplingParams, shows_sampling_options
 from .penalties import penalize
 from .sample import filter_logits, probabilities, sample
 from .sampler import Sampler
@@ -18,9 +18,9 @@ __all__ = [
     "OPTIONAL",
     "Explanation",
     "Logprobs",
-    "Options",
     "Reading",
     "Sampler",
+    "SamplingOptions",
     "SamplingParams",
     "Step",
     "Verified",
@@ -31,5 +31,6 @@ __all__ = [
     "probabilities",
     "rules",
     "sample",
+    "shows_sampling_options",
     "verify_draft",
 ]

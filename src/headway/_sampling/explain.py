@@ -11,21 +11,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from .. import _arrays, _check, _native
 from .._check import columns_of, shortened, shown
+from .._signatures import AnyArray, Unpack
 from .call import Call, native_stages
 from .dialects import Step
-from .params import Options, SamplingParams, shows_options
+from .params import SamplingOptions, SamplingParams, shows_sampling_options
 from .rows import Array, unpacked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from typing_extensions import Unpack
+else:  # a name for typing.get_type_hints
+    Figure = Any
 
 __all__ = ["Candidate", "Explanation", "Stage", "Why", "explain"]
 
@@ -527,14 +528,14 @@ def _is_on(option: str, values: dict[str, float], temperature: float) -> bool:
 
 
 @_check.public
-@shows_options
+@shows_sampling_options
 def explain(
-    logits: ArrayLike,
+    logits: AnyArray,
     params: SamplingParams | None = None,
     *,
     top: int = 10,
     tokens: Sequence[str] | Words | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[SamplingOptions],
 ) -> Explanation:
     """Explain what `sample` does with a row of logits: stage by stage, and token by token with `.why`.
 

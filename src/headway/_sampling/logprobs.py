@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from .. import _arrays, _check, _native
+from .._signatures import AnyArray, Unpack
 from .call import Call
-from .params import Options, SamplingParams, shows_options
+from .params import SamplingOptions, SamplingParams, shows_sampling_options
 from .rows import Array, in_row, with_n
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["Logprobs", "logprobs"]
 
@@ -35,15 +32,15 @@ class Logprobs(NamedTuple):
 
 
 @_check.public
-@shows_options
+@shows_sampling_options
 def logprobs(
-    logits: ArrayLike,
-    tokens: ArrayLike | None = None,
+    logits: AnyArray,
+    tokens: AnyArray | None = None,
     params: SamplingParams | None = None,
     *,
     top: int | None = None,
     processed: bool = False,
-    **options: Unpack[Options],
+    **options: Unpack[SamplingOptions],
 ) -> Logprobs:
     """Return natural logarithms of probabilities: of given tokens with their ranks, and of the best tokens.
 
@@ -105,7 +102,7 @@ def logprobs(
     )
 
 
-def _tokens(tokens: ArrayLike, run: Call) -> Array:
+def _tokens(tokens: AnyArray, run: Call) -> Array:
     ids = _check.whole(tokens, "tokens", "token ids").copy()  # in which what is checked here cannot change
     if ids.shape[: len(run.lead)] != run.lead or ids.ndim > len(run.lead) + 1:
         raise ValueError(

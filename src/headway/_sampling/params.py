@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import _arrays, _check
 from .._check import shown
+from .._signatures import defaults_of, shows_options
 from .checks import CHECKS, Settings, check_together, checked
 
 __all__ = ["SamplingParams"]
@@ -67,7 +67,7 @@ def identity(value: Any) -> Any:
 DialectName = Literal["hf", "vllm", "llama.cpp", "flashinfer", "sglang", "mlx"]
 
 
-class Options(TypedDict, total=False):
+class SamplingOptions(TypedDict, total=False):
     """The options of `sample`, `probabilities` and `filter_logits`; `SamplingParams` explains them."""
 
     temperature: ArrayLike
@@ -202,19 +202,7 @@ class SamplingParams:
         return partial(type(self), **self._given()), ()
 
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def shows_options(function: F) -> F:
-    """Let help() and editors show every option with its default instead of **options."""
-    signature = inspect.signature(function)
-    named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    options = [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
-        for f in fields(SamplingParams)
-    ]
-    function.__signature__ = signature.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
-    return function
+shows_sampling_options = shows_options(SamplingOptions, defaults_of(SamplingParams))
 
 
 _DEFAULTS = checked({f.name: f.default for f in fields(SamplingParams) if f.init})

@@ -7,21 +7,19 @@ then on; `penalize` writes the logits into a copy, `Sampler` keeps the counts an
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import NDArray
 
 from .. import _arrays, _check
 from .._check import no_such, shown
+from .._signatures import AnyArray, NumPyLike, Tensor, Unpack, shows_options
 from .checks import Integers, Reals
 from .histories import Histories
 from .rows import Array, broadcast, in_row, with_n
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 
 __all__ = ["penalize"]
 UnknownTokens = Literal["error", "ignore"]
@@ -31,17 +29,21 @@ _LARGEST = float(np.finfo(np.float32).max)
 class Penalties(TypedDict, total=False):
     """The options of `penalize`."""
 
-    repetition: ArrayLike | None
-    frequency: ArrayLike | None
-    presence: ArrayLike | None
-    dry_multiplier: ArrayLike | None
-    dry_base: ArrayLike | None
-    dry_allowed_length: ArrayLike | None
-    dry_breakers: ArrayLike
-    window: ArrayLike | None
-    repetition_window: ArrayLike | None
-    frequency_window: ArrayLike | None
-    dry_window: ArrayLike | None
+    repetition: AnyArray | None
+    frequency: AnyArray | None
+    presence: AnyArray | None
+    dry_multiplier: AnyArray | None
+    dry_base: AnyArray | None
+    dry_allowed_length: AnyArray | None
+    dry_breakers: AnyArray
+    window: AnyArray | None
+    repetition_window: AnyArray | None
+    frequency_window: AnyArray | None
+    dry_window: AnyArray | None
+
+
+# Goes on top of `_check.public`: the error of a penalty that there is not is worded in `checked`.
+shows_penalties = shows_options(Penalties, dict.fromkeys(Penalties.__annotations__) | {"dry_breakers": ()})
 
 
 def _within_float32(x: Any) -> Any:
@@ -73,13 +75,34 @@ DEFAULTS: dict[str, Array] = {
 }
 
 
-@_check.public
+@typing.overload
 def penalize(
-    logits: ArrayLike,
+    logits: NumPyLike,
     token_ids: Any,
     *,
-    lengths: ArrayLike | None = None,
-    prompt_lengths: ArrayLike | None = None,
+    lengths: AnyArray | None = None,
+    prompt_lengths: AnyArray | None = None,
+    unknown_tokens: UnknownTokens = "error",
+    **penalties: Unpack[Penalties],
+) -> NDArray[Any]: ...
+@typing.overload
+def penalize(
+    logits: Tensor,
+    token_ids: Any,
+    *,
+    lengths: AnyArray | None = None,
+    prompt_lengths: AnyArray | None = None,
+    unknown_tokens: UnknownTokens = "error",
+    **penalties: Unpack[Penalties],
+) -> Tensor: ...
+@shows_penalties
+@_check.public
+def penalize(
+    logits: AnyArray,
+    token_ids: Any,
+    *,
+    lengths: AnyArray | None = None,
+    prompt_lengths: AnyArray | None = None,
     unknown_tokens: UnknownTokens = "error",
     **penalties: Unpack[Penalties],
 ) -> Any:
@@ -194,14 +217,14 @@ def penalizes(settings: Mapping[str, Array]) -> tuple[Array, Array]:
     )
 
 
-def breaker_ids(breakers: ArrayLike, vocabulary: int) -> Array:
+def breaker_ids(breakers: AnyArray, vocabulary: int) -> Array:
     """Return dry_breakers as an array of ids."""
     if isinstance(breakers, (set, frozenset)):
         breakers = list(breakers)
     return _check.integers(breakers, "dry_breakers", 0, vocabulary - 1).reshape(-1)
 
 
-def _histories(token_ids: Any, lengths: ArrayLike | None, lead: tuple[int, ...]) -> tuple[Array, Array]:
+def _histories(token_ids: Any, lengths: AnyArray | None, lead: tuple[int, ...]) -> tuple[Array, Array]:
     """Return the histories as a padded array (rows, capacity), and how many of each row count: both copies."""
     if isinstance(token_ids, (list, tuple)):
         rows = [_ids(row, where) for row, where in _rows(token_ids, lead, ())]
@@ -220,7 +243,7 @@ def _histories(token_ids: Any, lengths: ArrayLike | None, lead: tuple[int, ...])
     return tokens, held if lengths is None else _lengths("lengths", lengths, lead, held)
 
 
-def _lengths(name: str, given: ArrayLike, lead: tuple[int, ...], held: Array) -> Array:
+def _lengths(name: str, given: AnyArray, lead: tuple[int, ...], held: Array) -> Array:
     """Return numbers of tokens, (rows,), of those that each row has: a copy."""
     length = broadcast(name, _check.integers(given, name, -(2**63), 2**63 - 1), lead).reshape(-1)
     wrong = (length < 0) | (length > held)

@@ -8,31 +8,65 @@ the stages in the order of `dialects.py`; then the draw. `docs/semantics.md` say
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+import typing
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import NDArray
 
 from .. import _arrays, _check
+from .._signatures import AnyArray, NumPyLike, Tensor, Unpack
 from .call import Call
-from .params import Options, SamplingParams, shows_options
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
+from .params import SamplingOptions, SamplingParams, shows_sampling_options
 
 __all__ = ["filter_logits", "probabilities", "sample"]
 
 
-@_check.public
-@shows_options
+@typing.overload
 def sample(
-    logits: ArrayLike,
+    logits: Sequence[float], params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+) -> int: ...
+@typing.overload
+def sample(
+    logits: Sequence[Sequence[Any]], params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+) -> NDArray[np.int64]: ...
+@typing.overload
+def sample(
+    logits: NumPyLike,
+    params: SamplingParams | None = None,
+    *,
+    num_samples: int,
+    replacement: bool = True,
+    **options: Unpack[SamplingOptions],
+) -> NDArray[np.int64]: ...
+@typing.overload
+def sample(
+    logits: Tensor,
+    params: SamplingParams | None = None,
+    *,
+    num_samples: int,
+    replacement: bool = True,
+    **options: Unpack[SamplingOptions],
+) -> Tensor: ...
+@typing.overload
+def sample(
+    logits: AnyArray,
     params: SamplingParams | None = None,
     *,
     num_samples: int | None = None,
     replacement: bool = True,
-    **options: Unpack[Options],
+    **options: Unpack[SamplingOptions],
+) -> Any: ...
+@_check.public
+@shows_sampling_options
+def sample(
+    logits: AnyArray,
+    params: SamplingParams | None = None,
+    *,
+    num_samples: int | None = None,
+    replacement: bool = True,
+    **options: Unpack[SamplingOptions],
 ) -> Any:
     """Draw one token per row of logits, or several.
 
@@ -65,9 +99,17 @@ def sample(
     return int(tokens) if not tokens.ndim else run.operand.wrap(tokens, "int64")
 
 
+@typing.overload
+def probabilities(
+    logits: NumPyLike, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+) -> NDArray[Any]: ...
+@typing.overload
+def probabilities(
+    logits: Tensor, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+) -> Tensor: ...
 @_check.public
-@shows_options
-def probabilities(logits: ArrayLike, params: SamplingParams | None = None, **options: Unpack[Options]) -> Any:
+@shows_sampling_options
+def probabilities(logits: AnyArray, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]) -> Any:
     """Return the distribution that `sample` draws from, exactly.
 
     logits (..., V) -> (..., V), the same kind of array: float32, or float64 for float64 logits. A removed token has
@@ -84,9 +126,17 @@ def probabilities(logits: ArrayLike, params: SamplingParams | None = None, **opt
     return run.operand.wrap(out, dtype)
 
 
+@typing.overload
+def filter_logits(
+    logits: NumPyLike, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+) -> NDArray[Any]: ...
+@typing.overload
+def filter_logits(
+    logits: Tensor, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+) -> Tensor: ...
 @_check.public
-@shows_options
-def filter_logits(logits: ArrayLike, params: SamplingParams | None = None, **options: Unpack[Options]) -> Any:
+@shows_sampling_options
+def filter_logits(logits: AnyArray, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]) -> Any:
     """Return the logits as given, plus logit_bias, with -inf where a stage removed the token.
 
     logits (..., V) -> (..., V), the same kind of array. They are not divided by the temperature, which only has its

@@ -5,25 +5,33 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+import typing
 from itertools import count, groupby
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import NDArray
 
 from .. import _arrays, _check, _native
 from .._check import shown
+from .._signatures import AnyArray, NumPyLike, Tensor, Unpack
 from .._turns import F, one_at_a_time
 from .call import Call
 from .checks import CHECKS, Settings
 from .dialects import OFF
 from .histories import Histories
 from .params import SamplingParams
-from .penalties import DEFAULTS, Penalties, UnknownTokens, breaker_ids, checked, penalizes, with_windows
+from .penalties import (
+    DEFAULTS,
+    Penalties,
+    UnknownTokens,
+    breaker_ids,
+    checked,
+    penalizes,
+    shows_penalties,
+    with_windows,
+)
 from .rows import Array, mask_bytes, unpacked
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["Sampler"]
 
@@ -138,12 +146,13 @@ class Sampler:
         """The active rows, in the order in which `step` takes their logits: the longest active first."""
         return [row.handle for row in self._active.rows]
 
+    @shows_penalties
     @_check.public
     @_in_turn
     def admit(
         self,
         params: SamplingParams | None = None,
-        prompt_tokens: ArrayLike = (),
+        prompt_tokens: AnyArray = (),
         *,
         seed: int | None = None,
         stream: int | None = None,
@@ -214,7 +223,7 @@ class Sampler:
         taken = {int(row.settings["stream"]) for row in self._active.rows if row.settings["seed"] == seed}
         return next(stream for stream in count() if stream not in taken)
 
-    def _prompt(self, prompt_tokens: ArrayLike, unknown_tokens: UnknownTokens, looked_at: bool) -> Array:
+    def _prompt(self, prompt_tokens: AnyArray, unknown_tokens: UnknownTokens, looked_at: bool) -> Array:
         """Return the tokens of a prompt that have a logit; all must, if penalties look at it, unless told otherwise."""
         _check.choice(unknown_tokens, "unknown_tokens", ("error", "ignore"))
         prompt = _check.integers(prompt_tokens, "prompt_tokens", -(2**63), 2**64 - 1)
@@ -241,9 +250,13 @@ class Sampler:
         self._active = self._with([*rows[:at], *rows[at + 1 :]], np.delete(position, at))
         self._histories.retire(rows[at].slot)
 
+    @typing.overload
+    def step(self, logits: NumPyLike, *, allowed: Any = None) -> NDArray[np.int64]: ...
+    @typing.overload
+    def step(self, logits: Tensor, *, allowed: Any = None) -> Tensor: ...
     @_check.public
     @_in_turn
-    def step(self, logits: ArrayLike, *, allowed: Any = None) -> Any:
+    def step(self, logits: AnyArray, *, allowed: Any = None) -> Any:
         """Draw one token for each active row.
 
         logits (rows, V), in the order of `handles` -> int64 (rows,), the same kind of array. Where a row has an error,

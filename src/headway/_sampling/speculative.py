@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from .. import _check, _native
 from .._check import shown
+from .._signatures import AnyArray, Unpack
 from .call import Call
-from .params import Options, SamplingParams, shows_options
+from .params import SamplingOptions, SamplingParams, shows_sampling_options
 from .rows import Array, broadcast, in_row
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["Verified", "verify_draft"]
 
@@ -34,16 +31,16 @@ class Verified(NamedTuple):
 
 
 @_check.public
-@shows_options
+@shows_sampling_options
 def verify_draft(
-    target_logits: ArrayLike,
-    draft_logits: ArrayLike | None,
-    draft_tokens: ArrayLike,
+    target_logits: AnyArray,
+    draft_logits: AnyArray | None,
+    draft_tokens: AnyArray,
     params: SamplingParams | None = None,
     *,
-    lengths: ArrayLike | None = None,
+    lengths: AnyArray | None = None,
     draft_params: SamplingParams | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[SamplingOptions],
 ) -> Verified:
     """Accept drafted tokens or replace them, so that what comes out is distributed as if the target drew each token.
 
@@ -151,7 +148,7 @@ def _of_draft(source: dict[str, Any], n: int) -> dict[str, Any]:
     return {name: numbers.reshape(-1, n + 1)[:, :n].reshape(-1) for name, numbers in source.items()}
 
 
-def _lengths(lengths: ArrayLike | None, lead: tuple[int, ...], n: int) -> Array:
+def _lengths(lengths: AnyArray | None, lead: tuple[int, ...], n: int) -> Array:
     """Return how many tokens of each row were drafted, in memory that nobody else writes to."""
     if lengths is None:
         return np.full(math.prod(lead), n, np.int64)
@@ -167,7 +164,7 @@ def _lengths(lengths: ArrayLike | None, lead: tuple[int, ...], n: int) -> Array:
     return own
 
 
-def _draft_tokens(tokens: ArrayLike, lengths: Array, lead: tuple[int, ...], n: int, vocabulary: int) -> Array:
+def _draft_tokens(tokens: AnyArray, lengths: Array, lead: tuple[int, ...], n: int, vocabulary: int) -> Array:
     """Return the tokens (rows, n), checked where they count, in memory that nobody else writes to."""
     try:
         given = _check.whole(tokens, "draft_tokens", "token ids")

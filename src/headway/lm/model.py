@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,15 +20,15 @@ from numpy.typing import ArrayLike, NDArray
 import headway as hw
 
 from .. import _check
-from .._sampling import CHECKS
+from .._sampling import CHECKS, SamplingOptions, shows_sampling_options
+from .._signatures import Unpack
 from .checkpoint import Config, Floats, Weights, read_checkpoint
 from .text import detokenize, tokenizer_errors, until_stop
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from typing_extensions import Unpack
-
-    from .._sampling import Options
+else:  # a name for typing.get_type_hints
+    Tokenizer = Any
 
 
 @_check.public
@@ -95,6 +95,7 @@ class Model:
         return self.session().logits(ids)
 
     @_check.public
+    @shows_sampling_options
     def generate(
         self,
         prompt: str,
@@ -102,7 +103,7 @@ class Model:
         max_tokens: int = 256,
         stop: str | Sequence[str] = (),
         params: hw.SamplingParams | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[SamplingOptions],
     ) -> str:
         """Continue a prompt, and return the new text without the prompt.
 
@@ -128,6 +129,7 @@ class Model:
         return "".join(self.stream(prompt, max_tokens=max_tokens, stop=stop, params=params, **options))
 
     @_check.public
+    @shows_sampling_options
     def stream(
         self,
         prompt: str,
@@ -135,7 +137,7 @@ class Model:
         max_tokens: int = 256,
         stop: str | Sequence[str] = (),
         params: hw.SamplingParams | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[SamplingOptions],
     ) -> TextStream:
         """Do as `generate` does, but yield the text in pieces, each as soon as it is certain.
 

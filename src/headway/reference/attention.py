@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from .._signatures import Unpack
 
 Array = NDArray[np.float64]
 
