@@ -23,7 +23,7 @@ CXX_FILES := $(shell find src/core tests -name '*.h' -o -name '*.cpp')
 # What is installed beside what pyproject.toml names. PyTorch is asked for by its version in any case: an open requirement
 # would bring gigabytes of CUDA along.
 BUILD_TOOLS := scikit-build-core nanobind cmake ninja
-CHECK_TOOLS := ruff mypy clang-format
+CHECK_TOOLS := ruff mypy pyright[nodejs] jedi clang-format
 PEERS := $(shell grep '^torch==' constraints.txt) transformers mlx[cpu] mlx-lm jax
 BENCH_PEERS := onnx onnxruntime openvino llama-cpp-python
 CONFORMANCE_PEERS := llama-cpp-python msgspec
@@ -44,6 +44,8 @@ check: $(VENV)/check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest tests/test_typing.py
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/python -m nanobind.stubgen -q -m headway._native -o $(VENV)/_native.pyi
 	diff -u src/headway/_native.pyi $(VENV)/_native.pyi

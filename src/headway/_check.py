@@ -25,7 +25,7 @@ def public(face: F) -> F:
     """Make a function or a class part of the library's face: arguments that it does not have get an error of ours."""
     if isinstance(face, type):
         face.__init__ = public(face.__init__)  # type: ignore[misc]
-        return face
+        return cast(F, face)
 
     @functools.wraps(face)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -129,7 +129,7 @@ def number(
             raise TypeError
         value = float(x)
     except OverflowError:
-        value = math.inf if x > 0 else -math.inf
+        value = math.inf if given > 0 else -math.inf
     except Exception:
         raise TypeError(f"{name}: expected {expected}, got {shown(given)}") from None
     largest, smallest = float(np.finfo(within).max), float(np.finfo(within).tiny)

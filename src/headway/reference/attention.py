@@ -136,10 +136,9 @@ def scores(
     """
     q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
     shape = (*np.broadcast_shapes(q.shape[:-3], k.shape[:-3]), *q.shape[-3:-1], k.shape[-2])
-    if scale is None:
-        scale = 1 / np.sqrt(q.shape[-1])
+    factor = 1 / np.sqrt(q.shape[-1]) if scale is None else scale
     # q . k * scale. What scale takes away is taken before: a product may be beyond all numbers where the score is not.
-    fraction, exponent = np.frexp(scale)
+    fraction, exponent = np.frexp(factor)
     shift = min(int(exponent) - 64, 0)  # 64: a term may be, where the sum is not
     q, k = np.ldexp(q, shift // 2), np.ldexp(k, shift - shift // 2)
     score = np.matmul(q, np.swapaxes(_for_every_head(k, shape), -1, -2)) * np.ldexp(fraction, int(exponent) - shift)

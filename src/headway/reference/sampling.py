@@ -528,7 +528,7 @@ def _rows(
     settings = {name: np.broadcast_to(np.asarray(value, object), lead) for name, value in settings.items()}
     rows = []
     for number, index in enumerate(np.ndindex(lead)):
-        own = {name: values[index] for name, values in settings.items()}
+        own: dict[str, Any] = {name: values[index] for name, values in settings.items()}
         own["xtc_special_tokens"] = None if special is None else sorted(special)
         row_bias = None if bias is None else bias[index]
         z = _scores(logits[index], row_bias, None if mask is None else mask[index])
