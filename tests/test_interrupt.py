@@ -136,13 +136,14 @@ def test_a42_a_handler_that_does_not_raise_lets_the_call_go_on(
         seen.append(same_bits(small(), short))
         with contextlib.suppress(RuntimeError):  # an error during a call, which holds the pool
             hw.set_num_threads(threads)
+        signal.setitimer(signal.ITIMER_REAL, 0.02)  # not before, or a slow machine would never leave the handler
 
     signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.01, 0.02)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
     deadline = time.perf_counter() + 60
     while len(seen) < 3 and time.perf_counter() < deadline:
         assert same_bits(hw.attention(x, x, x), want)
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
     assert len(seen) >= 3
     assert all(seen)
 
@@ -232,7 +233,7 @@ def test_a42_a_signal_never_leaves_a_cache_taken_or_half_changed(alarm: Callable
             cache.truncate(int(rng.integers(90, 100)))
 
     calls()
-    usual, met = max(seconds_of(calls) for _ in range(5)), 0
+    usual, met = min(seconds_of(calls) for _ in range(20)), 0
     for _ in range(SIGNALS):
         met += interrupted_within(calls, usual)
         n = len(cache)
@@ -263,7 +264,7 @@ def test_a42_a_signal_never_leaves_a_sampler_half_changed(alarm: Callable[[], No
 
     for _ in range(4):
         admit()
-    usual, met = max(seconds_of(calls) for _ in range(5)), 0
+    usual, met = min(seconds_of(calls) for _ in range(20)), 0
     for _ in range(SIGNALS):
         met += interrupted_within(calls, usual)
         active, histories = sampler._active, sampler._histories

@@ -283,7 +283,7 @@ MUTANTS = [
     Mutant(f"{CORE}/speculative.h", "share_of(random.word[2], had)", "share_of(random.word[0], had)", SERVING),
     Mutant(f"{CORE}/speculative.h", "share_of(random.word[3], total)", "share_of(random.word[0], total)", SERVING),
     Mutant(f"{CORE}/speculative.h", "visit(id, has - had)", "visit(id, has)", SERVING),
-    Mutant(f"{CORE}/speculative.h", "const bool passed = left >= mass;", "const bool passed = left > mass;", SERVING),
+    Mutant(f"{CORE}/speculative.h", "      left -= mass;\n", "", SERVING),
     # The Python layer.
     Mutant(
         f"{PYTHON}/_attention/call.py",
