@@ -22,9 +22,9 @@ import pytest
 import headway as hw
 from headway import _check, reference
 from headway._sampling import penalties
-from headway._sampling.call import Call
-from headway._sampling.checks import CHECKS as OPTION_CHECKS
+from headway._sampling.call import prepare
 from headway._sampling.checks import Integers, Reals
+from headway._sampling.settings import CHECKS as OPTION_CHECKS
 
 NAN, INF = np.nan, np.inf
 FOUR = [2.0, 1.0, -1.0, 0.0]
@@ -746,7 +746,9 @@ COPIED: dict[str, Callable[[np.ndarray], Any]] = {
     "ids of allowed": lambda x: OPTION_CHECKS["allowed"]("allowed", x, ()),
     "lengths": lambda x: penalties._lengths("lengths", x, x.shape, np.full(x.size, 9)),
     "token_ids": lambda x: penalties._histories(x, None, ())[0],
-    "tokens of logprobs": lambda x: import_module("headway._sampling.logprobs")._tokens(x, Call(np.zeros(9), None, {})),
+    "tokens of logprobs": lambda x: import_module("headway._sampling.logprobs")._tokens(
+        x, prepare(np.zeros(9), None, {})
+    ),
     "draft_tokens": lambda x: import_module("headway._sampling.speculative")._draft_tokens(x, np.array([2]), (), 2, 9),
     **{name: lambda x, name=name, check=check: check(name, x) for name, check in penalties.CHECKS.items()},
     **{

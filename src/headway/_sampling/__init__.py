@@ -1,14 +1,16 @@
 """Next-token sampling, and what a serving loop needs beside it."""
 
-from .checks import CHECKS
-from .dialects import DIALECTS, NUCLEUS, OFF, OPTIONAL, Reading, Step, rules
+from .checks import Reading
+from .dialects import DIALECTS, NUCLEUS, OPTIONAL, Step, rules
 from .explain import Explanation, explain
 from .logprobs import Logprobs, logprobs
-from .params import Options, SamplingParams
+from .params import SamplingOptions, SamplingParams
 from .penalties import penalize
 from .sample import filter_logits, probabilities, sample
 from .sampler import Sampler
+from .settings import CHECKS
 from .speculative import Verified, verify_draft
+from .stages import OFF, STAGES
 
 __all__ = [
     "CHECKS",
@@ -16,11 +18,12 @@ __all__ = [
     "NUCLEUS",
     "OFF",
     "OPTIONAL",
+    "STAGES",
     "Explanation",
     "Logprobs",
-    "Options",
     "Reading",
     "Sampler",
+    "SamplingOptions",
     "SamplingParams",
     "Step",
     "Verified",

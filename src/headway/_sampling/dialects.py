@@ -11,6 +11,9 @@ import sys
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
+from .checks import Reading
+from .stages import OFF, STAGES
+
 INF, LARGEST = math.inf, sys.float_info.max
 
 
@@ -30,23 +33,6 @@ class Step(NamedTuple):
     floor: bool = True
 
 
-class Reading(NamedTuple):
-    """Numbers from low to high mean `means`. The first reading that fits counts.
-
-    "itself": the library takes them as they are, where headway does not. None: it refuses them, and `cure` says what to
-    do.
-    """
-
-    low: float
-    high: float
-    means: float | Literal["itself"] | None
-    cure: str = ""
-
-    def of(self, number: float) -> float | None:
-        """Return what a number that fits means, None where it is refused."""
-        return number if self.means == "itself" else self.means
-
-
 class Dialect(NamedTuple):
     """The stages in order, and what numbers mean that mean something else, or nothing, in headway.
 
@@ -63,20 +49,6 @@ class Dialect(NamedTuple):
 
 
 OPTIONAL = ("dynamic_temperature_range", "min_tokens_to_keep", "xtc_special_tokens")
-
-# The numbers that switch an option off for a row.
-OFF = {
-    "temperature": 1.0,
-    "dynamic_temperature_range": 0.0,
-    "top_n_sigma": INF,
-    "top_k": INF,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "xtc_probability": 0.0,
-}
 FILTERS = {*OFF, *OPTIONAL}
 
 
@@ -88,23 +60,13 @@ def _above(bound: float, means: float) -> Reading:
     return Reading(math.nextafter(bound, INF), INF, means)
 
 
-_XTC = Step("xtc_probability", equal=True)
-_NATIVE = (
-    Step("temperature"),
-    Step("top_n_sigma"),
-    Step("top_k"),
-    Step("top_p"),
-    Step("min_p"),
-    Step("typical_p"),
-    Step("epsilon_cutoff"),
-    Step("eta_cutoff"),
-    _XTC,
-)
+_NATIVE = tuple(Step(stage.name, equal=stage.equal) for stage in STAGES.values() if stage.name != "greedy")
+_FIRST_P = {"top_k": "top_p", "top_p": "top_k"}  # the two change places
 
 # headway's own. top_k and top_p keep prefixes of one order, so measuring p over all tokens is taking top_p first.
 NUCLEUS = {
     "after_top_k": Dialect(_NATIVE, also=OPTIONAL),
-    "joint": Dialect((*_NATIVE[:2], _NATIVE[3], _NATIVE[2], *_NATIVE[4:]), also=OPTIONAL),
+    "joint": Dialect(tuple(Step(_FIRST_P.get(s.option, s.option), equal=s.equal) for s in _NATIVE), also=OPTIONAL),
 }
 
 # Its kernels check neither: a token stays if what is above it holds less than p, and if it reaches min_p.
@@ -150,7 +112,7 @@ DIALECTS = {
             Step("typical_p", equal=True),
             Step("top_p"),
             Step("min_p"),
-            _XTC,
+            Step("xtc_probability", equal=True),
             Step("temperature"),
         ),
         {

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import _arrays, _check, _native
-from .call import Call
-from .params import Options, SamplingParams, shows_options
+from .call import Call, prepare
+from .params import SamplingOptions, SamplingParams
 from .rows import Array, in_row, with_n
+from .settings import shows_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -43,7 +44,7 @@ def logprobs(
     *,
     top: int | None = None,
     processed: bool = False,
-    **options: Unpack[Options],
+    **options: Unpack[SamplingOptions],
 ) -> Logprobs:
     """Return natural logarithms of probabilities: of given tokens with their ranks, and of the best tokens.
 
@@ -72,7 +73,7 @@ def logprobs(
         raise ValueError(f"{name}: expected none for the logits as they are; processed=True applies it")
     if tokens is None and top is None:
         raise ValueError("tokens: expected token ids, or top=n for the best ones, got neither")
-    run = Call(logits, params, options)
+    run = prepare(logits, params, options)
     ids = _tokens(tokens, run) if tokens is not None else np.empty((*run.lead, 0), np.int64)
     n = 0 if top is None else _check.integer(top, "top", 1, run.vocabulary)
 

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import _arrays, _check
-from .call import Call
-from .params import Options, SamplingParams, shows_options
+from .call import prepare
+from .params import SamplingOptions, SamplingParams
+from .settings import shows_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -32,7 +33,7 @@ def sample(
     *,
     num_samples: int | None = None,
     replacement: bool = True,
-    **options: Unpack[Options],
+    **options: Unpack[SamplingOptions],
 ) -> Any:
     """Draw one token per row of logits, or several.
 
@@ -57,7 +58,7 @@ def sample(
     >>> hw.sample([1.0, 3.0, 2.0], num_samples=3, replacement=False, seed=7)
     array([2, 1, 0])
     """
-    run = Call(logits, params, options)
+    run = prepare(logits, params, options)
     replacement = _check.boolean(replacement, "replacement")
     draws = () if num_samples is None else (_check.integer(num_samples, "num_samples", 1, 2**31 - 1),)
     tokens = np.empty((*run.lead, *draws), np.int64)
@@ -67,7 +68,7 @@ def sample(
 
 @_check.public
 @shows_options
-def probabilities(logits: ArrayLike, params: SamplingParams | None = None, **options: Unpack[Options]) -> Any:
+def probabilities(logits: ArrayLike, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]) -> Any:
     """Return the distribution that `sample` draws from, exactly.
 
     logits (..., V) -> (..., V), the same kind of array: float32, or float64 for float64 logits. A removed token has
@@ -77,7 +78,7 @@ def probabilities(logits: ArrayLike, params: SamplingParams | None = None, **opt
     >>> hw.probabilities([3.0, 2.0, 1.0], temperature=0.5, top_k=2).round(4)
     array([0.8808, 0.1192, 0.    ])
     """
-    run = Call(logits, params, options)
+    run = prepare(logits, params, options)
     dtype = _arrays.compute_dtype(run.operand.dtype)
     out = np.empty(run.data.shape, dtype)
     run(probabilities=out, **run.coin())
@@ -86,7 +87,7 @@ def probabilities(logits: ArrayLike, params: SamplingParams | None = None, **opt
 
 @_check.public
 @shows_options
-def filter_logits(logits: ArrayLike, params: SamplingParams | None = None, **options: Unpack[Options]) -> Any:
+def filter_logits(logits: ArrayLike, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]) -> Any:
     """Return the logits as given, plus logit_bias, with -inf where a stage removed the token.
 
     logits (..., V) -> (..., V), the same kind of array. They are not divided by the temperature, which only has its
@@ -98,7 +99,7 @@ def filter_logits(logits: ArrayLike, params: SamplingParams | None = None, **opt
     >>> hw.filter_logits([3.0, 2.0, 1.0], temperature=0.5, top_p=0.9)
     array([  3.,   2., -inf])
     """
-    run = Call(logits, params, options)
+    run = prepare(logits, params, options)
     dtype = run.operand.dtype if run.settings["logit_bias"] is None else _arrays.compute_dtype(run.operand.dtype)
     out = np.empty(run.data.shape, _arrays.storage(dtype))
     run(filtered=out, **run.coin())

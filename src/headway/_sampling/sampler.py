@@ -14,13 +14,13 @@ from numpy.typing import ArrayLike
 from .. import _arrays, _check, _native
 from .._check import shown
 from .._turns import F, one_at_a_time
-from .call import Call
-from .checks import CHECKS, Settings
-from .dialects import OFF
+from .call import Call, prepare, ready
 from .histories import Histories
 from .params import SamplingParams
 from .penalties import DEFAULTS, Penalties, UnknownTokens, breaker_ids, checked, penalizes, with_windows
 from .rows import Array, mask_bytes, unpacked
+from .settings import CHECKS, Settings
+from .stages import OFF
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -170,7 +170,7 @@ class Sampler:
 
         Raises ValueError and TypeError that name the argument.
         """
-        alone = Call(np.zeros(self.vocabulary, np.float32), params, {} if seed is None else {"seed": seed})
+        alone = prepare(np.zeros(self.vocabulary, np.float32), params, {} if seed is None else {"seed": seed})
         if alone.settings["uniform"] is not None:
             raise ValueError("uniform: expected seed and position, which make each step differ; leave it out of params")
         for name, value in alone.settings.items():
@@ -274,10 +274,10 @@ class Sampler:
             histories.penalize(operand.data, active.slots, active.penalties)
         tokens = np.empty(rows, np.int64)
         for group in active.groups:
-            run = Call(operand._replace(data=operand.data[group.rows]), None, {})
-            run.settings = group.settings | {"position": active.position[group.rows]}
+            settings = group.settings | {"position": active.position[group.rows]}
             if mask is not None:
-                run.settings["allowed"] = self._both(group.settings["allowed"], mask[group.rows])
+                settings["allowed"] = self._both(group.settings["allowed"], mask[group.rows])
+            run = ready(operand._replace(data=operand.data[group.rows]), settings)
             own = histories.of(active.slots[group.rows]) if active.penalized else None
             status = np.zeros(rows, np.int64)
             source = run.source() | {"stream": group.settings["stream"]}
@@ -293,10 +293,9 @@ class Sampler:
         return drawn
 
     def _fail(self, run: Call, status: Array) -> None:
-        run.lead = status.shape
         row = self._active.rows[int(status.nonzero()[0][0])]
         try:
-            run.fail(status)
+            run._replace(lead=status.shape).fail(status)
         except ValueError as error:
             raise ValueError(f"{error}; the row's handle is {row.handle}") from None
 

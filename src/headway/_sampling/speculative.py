@@ -10,9 +10,10 @@ from numpy.typing import ArrayLike
 
 from .. import _check, _native
 from .._check import shown
-from .call import Call
-from .params import Options, SamplingParams, shows_options
+from .call import Call, prepare, random_source
+from .params import SamplingOptions, SamplingParams
 from .rows import Array, broadcast, in_row
+from .settings import Settings, shows_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -43,7 +44,7 @@ def verify_draft(
     *,
     lengths: ArrayLike | None = None,
     draft_params: SamplingParams | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[SamplingOptions],
 ) -> Verified:
     """Accept drafted tokens or replace them, so that what comes out is distributed as if the target drew each token.
 
@@ -75,7 +76,7 @@ def verify_draft(
     array([[ 1,  0,  2],
            [ 1,  0, -1]])
     """
-    run = Call(target_logits, params, options, "target_logits")
+    run = prepare(target_logits, params, options, "target_logits")
     if run.data.ndim < 2 or run.lead[-1] < 1:
         raise ValueError(f"target_logits: expected an array (..., n + 1, V), got shape {run.data.shape}")
     if run.settings["uniform"] is not None:
@@ -84,7 +85,7 @@ def verify_draft(
     drafted = _lengths(lengths, lead, n)
     tokens = _draft_tokens(draft_tokens, drafted, lead, n, run.vocabulary)
     rows = len(tokens)
-    source = _source(run, lead, n + 1)
+    source = _source(run.settings, lead, n + 1)
     draft, draft_rows = None, None
     if draft_logits is None:
         if draft_params is not None:
@@ -96,14 +97,14 @@ def verify_draft(
         for name in ("seed", "position", "uniform"):
             if own and getattr(draft_params, name) is not None:
                 raise ValueError(f"draft_params: expected no {name}, got one; seed and position are those of the row")
-        draft = Call(draft_logits, draft_params if own else params, {} if own else options, "draft_logits")
+        draft = prepare(draft_logits, draft_params if own else params, {} if own else options, "draft_logits")
         if draft.data.shape != (*lead, n, run.vocabulary):
             raise ValueError(
                 f"draft_logits: expected shape {(*lead, n, run.vocabulary)} beside target_logits of {run.data.shape}, "
                 f"got {draft.data.shape}"
             )
-        _per_place(draft, n)
-    _per_place(run, n + 1)
+        draft = _per_place(draft, n)
+    run = _per_place(run, n + 1)
 
     status, draft_status = np.zeros(rows * (n + 1), np.int64), np.zeros(rows * n, np.int64)
     accepted, next_token = np.empty(rows, np.int64), np.empty(rows, np.int64)
@@ -124,23 +125,24 @@ def verify_draft(
     return Verified(*(run.operand.wrap(a, "int64") for a in arrays))
 
 
-def _per_place(run: Call, places: int) -> None:
+def _per_place(run: Call, places: int) -> Call:
     """Give options of one value per row an axis for the places of the chain."""
-    for name, value in run.settings.items():
-        if name in ("allowed", "logit_bias"):
-            # One for each place of the target serves the draft too, which has one place less.
-            if isinstance(value, np.ndarray) and value.ndim > 1 and value.shape[-2] == places + 1:
-                run.settings[name] = value[..., :places, :]
-        elif isinstance(value, np.ndarray) and value.ndim:
-            run.settings[name] = value[..., None]
+
+    def spread(name: str, value: Any) -> Any:
+        if not isinstance(value, np.ndarray) or not value.ndim:
+            return value
+        if name not in ("allowed", "logit_bias"):
+            return value[..., None]
+        # One for each place of the target serves the draft too, which has one place less.
+        of_target = value.ndim > 1 and value.shape[-2] == places + 1
+        return value[..., :places, :] if of_target else value
+
+    return run._replace(settings={name: spread(name, value) for name, value in run.settings.items()})
 
 
-def _source(run: Call, lead: tuple[int, ...], places: int) -> dict[str, Any]:
+def _source(settings: Settings, lead: tuple[int, ...], places: int) -> dict[str, Any]:
     """Return the seed, the stream and the position of each place."""
-    own = Call.__new__(Call)
-    own.lead, own.settings = lead, run.settings
-    source = own.source()
-    rows = math.prod(lead)
+    source, rows = random_source(settings, lead), math.prod(lead)
     each = {name: np.broadcast_to(numbers, rows).repeat(places) for name, numbers in source.items()}
     each["position"] += np.tile(np.arange(places, dtype=np.uint64), rows)
     return each

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from typing_extensions import Unpack
 
-    from .._sampling import Options
+    from .._sampling import SamplingOptions
 
 
 @_check.public
@@ -102,7 +102,7 @@ class Model:
         max_tokens: int = 256,
         stop: str | Sequence[str] = (),
         params: hw.SamplingParams | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[SamplingOptions],
     ) -> str:
         """Continue a prompt, and return the new text without the prompt.
 
@@ -135,7 +135,7 @@ class Model:
         max_tokens: int = 256,
         stop: str | Sequence[str] = (),
         params: hw.SamplingParams | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[SamplingOptions],
     ) -> TextStream:
         """Do as `generate` does, but yield the text in pieces, each as soon as it is certain.
 
