@@ -96,6 +96,7 @@ cross:
 
 stub: $(VENV)/check
 	$(BIN)/python -m nanobind.stubgen -q -m headway._native -o src/headway/_native.pyi
+	$(BIN)/python tools/make_params.py
 
 format: $(VENV)/check
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,7 @@
 """Next-token sampling, and what a serving loop needs beside it."""
 
 from .checks import Reading
-from .dialects import DIALECTS, NUCLEUS, OPTIONAL, Step, rules
+from .dialects import DIALECTS, NUCLEUS, OPTIONAL, Step, dialects, rules
 from .explain import Explanation, explain
 from .logprobs import Logprobs, logprobs
 from .params import SamplingOptions, SamplingParams
@@ -27,6 +27,7 @@ __all__ = [
     "SamplingParams",
     "Step",
     "Verified",
+    "dialects",
     "explain",
     "filter_logits",
     "logprobs",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from .checks import Reading
@@ -163,6 +163,46 @@ DIALECTS = {
 FLASHINFER_JOINT = Dialect(
     (Step("temperature"), Step("top_p", "keep"), Step("top_k", "keep"), Step("min_p")), _FLASHINFER
 )
+
+
+class Dialects(Mapping[str, Dialect]):
+    """The dialects by name; "headway" is its own. `print` shows a table.
+
+    A dialect's steps are its stages in order, each with how it settles what is on its boundary.
+
+    >>> import headway as hw
+    >>> [step.option for step in hw.dialects["vllm"].steps]
+    ['temperature', 'min_p', 'top_k', 'top_p']
+    >>> print(hw.dialects)  # doctest: +ELLIPSIS
+    dialect     stages in order, and which of equal tokens stay where not those with the lowest ids
+    headway     temperature, top_n_sigma, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff, xtc_probability
+    hf          temperature, top_k (all), top_p (highest ids), min_p, ...
+    """
+
+    def __init__(self, dialects: Mapping[str, Dialect]) -> None:
+        self._dialects = dict(dialects)
+
+    def __getitem__(self, name: str) -> Dialect:
+        return self._dialects[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._dialects)
+
+    def __len__(self) -> int:
+        return len(self._dialects)
+
+    def __str__(self) -> str:
+        said = {"lowest_id": "", "highest_id": " (highest ids)", "keep": " (all)"}
+        head = "stages in order, and which of equal tokens stay where not those with the lowest ids"
+        rows = [("dialect", head)]
+        rows += [(name, ", ".join(s.option + said[s.ties] for s in own.steps)) for name, own in self.items()]
+        return "\n".join(f"{name:<12}{stages}" for name, stages in rows)
+
+    def __repr__(self) -> str:
+        return f"<headway.dialects: {', '.join(self)}>"
+
+
+dialects = Dialects({"headway": NUCLEUS["after_top_k"], **DIALECTS})
 
 
 def rules(dialect: str | None, nucleus: str) -> Dialect:
