@@ -2,7 +2,7 @@
 #
 #   make demo     text from the model that ships, every attention layer and every token through headway
 #   make test     the tests, against the peers that run here
-#   make check    lint, types, formatting, freshness of the generated stub
+#   make check    lint, types, formatting of code and pages, freshness of the generated stub
 #   make sanitize the tests that look for memory errors, undefined behaviour and races, under the compiler's sanitizers
 #   make mutants  break one line after another, and see the tests notice; MUTANTS='--only tree' for a part
 #   make bench    headway beside its peers, into docs/performance.md; BENCH='layers --only L=512' for a part
@@ -44,6 +44,7 @@ test: $(VENV)/test $(VENV)/peers
 check: $(VENV)/check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/wrap.py --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/python -m nanobind.stubgen -q -m headway._native -o $(VENV)/_native.pyi
@@ -104,6 +105,7 @@ stub: $(VENV)/check
 format: $(VENV)/check
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python tools/wrap.py
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
