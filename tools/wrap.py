@@ -17,6 +17,7 @@ WRITTEN_BY_TOOLS = {"api.md", "conformance.md", "performance.md"}
 
 VERBATIM = re.compile(r"\||#|<|!\[|    ")
 ITEM = re.compile(r"(- |\d+\. )")
+CODE = re.compile(r"`[^`]+`")  # is never broken
 # What would begin a list, a quotation, a heading or a table if it began a line stays on the line of the word before.
 BEGINS = re.compile(r" (?=(?:[-+*#>|=]+|\d+[.)])(?: |$))")
 
@@ -54,7 +55,8 @@ def filled(held: list[str]) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
-    return [line.replace("\0", " ") for line in anew.wrap(BEGINS.sub("\0", prose))]
+    whole = CODE.sub(lambda code: code[0].replace(" ", "\0"), BEGINS.sub("\0", prose))
+    return [line.replace("\0", " ") for line in anew.wrap(whole)]
 
 
 def main() -> None:
