@@ -21,7 +21,7 @@ import pytest
 
 import headway as hw
 from headway import _check, reference
-from headway._sampling import penalties
+from headway._sampling import penalties, rows
 from headway._sampling.call import prepare
 from headway._sampling.checks import Integers, Reals
 from headway._sampling.settings import CHECKS as OPTION_CHECKS
@@ -744,7 +744,7 @@ def test_p37_threads_take_turns() -> None:
 COPIED: dict[str, Callable[[np.ndarray], Any]] = {
     "kv_lengths, positions, breakers": lambda x: _check.integers(x, "x", 0, 9),
     "ids of allowed": lambda x: OPTION_CHECKS["allowed"]("allowed", x, ()),
-    "lengths": lambda x: penalties._lengths("lengths", x, x.shape, np.full(x.size, 9)),
+    "lengths": lambda x: rows.lengths_within("lengths", x, x.shape, np.full(x.size, 9), "token_ids"),
     "token_ids": lambda x: penalties._histories(x, None, ())[0],
     "tokens of logprobs": lambda x: import_module("headway._sampling.logprobs")._tokens(
         x, prepare(np.zeros(9), None, {})

@@ -82,9 +82,10 @@ class Call(NamedTuple):
 
     def stages(self) -> _native.Stages:
         """Return the stages that do something, in order, with their values for each row."""
-        values = [self.settings[name] for name in _NUMBERS]
-        if all(value is None or value.ndim == 0 for value in values):
-            return _stages_of_all(*self.how(), tuple(None if value is None else value.item() for value in values))
+        settings = self.settings
+        values = [settings[name] for name in _NUMBERS]
+        if not any([value is not None and value.ndim for value in values]):  # a list, which is faster here
+            return _stages_of_all(*self.how(), tuple([None if value is None else value.item() for value in values]))
         return native_stages(self.steps(), self.per_row("min_tokens_to_keep"))
 
     def steps(self) -> list[_Valued]:
@@ -189,16 +190,13 @@ def random_source(settings: Settings, lead: tuple[int, ...], *draws: int) -> dic
             f"seed: expected one integer, or one per row in an array of shape {lead}, got shape {seed.shape}; "
             "rows that share a seed in such an array would draw the same"
         )
-    position = np.zeros(1, np.uint64)
-    if settings["position"] is not None:
-        position = per_row("position", settings["position"], lead)
-    one_seed = seed.ndim == 0 and lead
-    stream = np.arange(math.prod(lead), dtype=np.uint64) if one_seed else _FIRST_STREAM
+    position = _ZERO if settings["position"] is None else per_row("position", settings["position"], lead)
+    stream = np.arange(math.prod(lead), dtype=np.uint64) if seed.ndim == 0 and lead else _ZERO
     return {"seed": seed.reshape(-1), "stream": stream, "position": position}
 
 
 _NO_IDS = np.empty(0, np.int64)
-_FIRST_STREAM = np.zeros(1, np.uint64)
+_ZERO = np.zeros(1, np.uint64)  # the first stream, or position
 # The numbers that stages take.
 _NUMBERS = (*dict.fromkeys(name for stage in STAGES.values() for name in stage.numbers), "min_tokens_to_keep")
 _Valued = tuple[Step, dict[str, Array]]  # a stage with the options that it takes, (1,) or (rows,)

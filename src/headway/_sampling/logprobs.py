@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from .. import _arrays, _check, _native
 from .call import Call, prepare
 from .params import SamplingOptions, SamplingParams
-from .rows import Array, in_row, with_n
+from .rows import Array, known_ids, with_n
 from .settings import shows_options
 
 if TYPE_CHECKING:
@@ -113,10 +113,5 @@ def _tokens(tokens: ArrayLike, run: Call) -> Array:
             f"tokens: expected one id for each row, of shape {run.lead}, or n in {with_n(run.lead)}, got shape "
             f"{ids.shape}"
         )
-    wrong = (ids < 0) | (ids >= run.vocabulary)
-    if wrong.any():
-        index = tuple(map(int, np.argwhere(wrong)[0]))
-        row = int(np.ravel_multi_index(index[: len(run.lead)], run.lead)) if run.lead else 0
-        where = in_row(row, run.lead)
-        raise ValueError(f"tokens: expected ids from 0 to {run.vocabulary - 1}, got {ids[index]}{where}")
+    known_ids("tokens", ids, run.vocabulary, len(run.lead))
     return ids.astype(np.int64, copy=False)

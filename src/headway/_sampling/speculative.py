@@ -12,7 +12,7 @@ from .. import _check, _native
 from .._check import shown
 from .call import Call, prepare, random_source
 from .params import SamplingOptions, SamplingParams
-from .rows import Array, broadcast, in_row
+from .rows import Array, in_row, known_ids, lengths_within
 from .settings import Settings, shows_options
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ def verify_draft(
     if run.settings["uniform"] is not None:
         raise ValueError("uniform: expected seed and position, which give as many words as it takes; leave it out")
     lead, n = run.lead[:-1], run.lead[-1] - 1
-    drafted = _lengths(lengths, lead, n)
+    drafted = np.full(math.prod(lead), n)
+    if lengths is not None:
+        drafted = lengths_within("lengths", lengths, lead, drafted, "draft_tokens")
     tokens = _draft_tokens(draft_tokens, drafted, lead, n, run.vocabulary)
     rows = len(tokens)
     source = _source(run.settings, lead, n + 1)
@@ -153,22 +155,6 @@ def _of_draft(source: dict[str, Any], n: int) -> dict[str, Any]:
     return {name: numbers.reshape(-1, n + 1)[:, :n].reshape(-1) for name, numbers in source.items()}
 
 
-def _lengths(lengths: ArrayLike | None, lead: tuple[int, ...], n: int) -> Array:
-    """Return how many tokens of each row were drafted, in memory that nobody else writes to."""
-    if lengths is None:
-        return np.full(math.prod(lead), n, np.int64)
-    array = broadcast("lengths", _check.integers(lengths, "lengths", -(2**63), 2**63 - 1), lead)
-    own = np.ascontiguousarray(array).reshape(-1)
-    wrong = (own < 0) | (own > n)
-    if wrong.any():
-        at = int(wrong.nonzero()[0][0])
-        raise ValueError(
-            f"lengths: expected integers from 0 to {n}, the tokens that draft_tokens has{in_row(at, lead)}, got "
-            f"{own[at]}"
-        )
-    return own
-
-
 def _draft_tokens(tokens: ArrayLike, lengths: Array, lead: tuple[int, ...], n: int, vocabulary: int) -> Array:
     """Return the tokens (rows, n), checked where they count, in memory that nobody else writes to."""
     try:
@@ -185,14 +171,9 @@ def _draft_tokens(tokens: ArrayLike, lengths: Array, lead: tuple[int, ...], n: i
             f"draft_tokens: expected shape {(*lead, n)}, one place less than target_logits has, got {given.shape}"
         )
     ids = np.array(given, order="C", copy=True).reshape(math.prod(lead), n)
-    wrong = ((ids < 0) | (ids >= vocabulary)) & (np.arange(n) < lengths[:, None])
-    if wrong.any():
-        at = int(np.flatnonzero(wrong)[0])
-        where = in_row(at, given.shape)
-        raise ValueError(
-            f"draft_tokens: expected ids from 0 to {vocabulary - 1}, got {ids.flat[at]}{where}; say how many count "
-            f"with lengths where rows are padded"
-        )
+    counts = (np.arange(n) < lengths[:, None]).reshape(given.shape)
+    cure = "; say how many count with lengths where rows are padded"
+    known_ids("draft_tokens", ids.reshape(given.shape), vocabulary, given.ndim, counts, cure)
     return ids.astype(np.int64, copy=False)
 
 
