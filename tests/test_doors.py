@@ -270,6 +270,7 @@ for name, (takes, good) in PENALTIES.items():
 door(stepped, "logits", AS_FLOATS, LOGITS, "Sampler")
 door(stepped, "allowed", ["bool"], [[0, 1, 1, 0], [1, 1, 0, 0]], "Sampler")
 door(stepped, "prompt_tokens", WHOLE, [1, 1], "Sampler", repetition=5.0)
+door(stepped, "output_tokens", WHOLE, [1, 1], "Sampler", repetition=5.0)
 
 
 # What comes back ------------------------------------------------------------------------------------------------------

@@ -387,7 +387,7 @@ def test_options_of_a_text() -> None:
         model.generate("In", topk=3)
     with pytest.raises(TypeError, match=r"^max_token: no such option; .*; did you mean 'max_tokens'\?"):
         model.generate("In", max_token=3)
-    with pytest.raises(TypeError, match=r"^repetition_penalty: no such option; .*; penalties are options of penalize"):
+    with pytest.raises(TypeError, match=r"^repetition_penalty: no such option; .*; did you mean 'repetition'\?"):
         model.generate("In", repetition_penalty=1.2)
 
 

@@ -678,6 +678,7 @@ def test_a_sampler_equals_row_by_row_sampling(data: st.DataObject) -> None:
             )
             call: dict[str, Any] = {
                 "prompt_tokens": rng.integers(0, V, int(rng.integers(0, 90))),
+                "output_tokens": rng.integers(0, V, data.draw(st.sampled_from([0, 0, 5]))),
                 "seed": int(rng.integers(99)),
                 "count_prompt": data.draw(st.booleans()),
             }
@@ -729,12 +730,12 @@ def test_a_draw_of_a_sampler_is_a_draw_of_what_penalize_made(data: st.DataObject
         )
         sampler.admit(params, prompt, seed=seed, count_prompt=counts, **own)
         rows.append((params, prompt, seed, own | {"prompt_lengths": 0 if counts else 7}))
-    for j in range(4):
+    for _ in range(4):
         tokens = sampler.step(logits)
         for z, token, (params, history, seed, own) in zip(logits, tokens.tolist(), rows, strict=True):
             new = hw.penalize(z, history, **own)
             assert new.dtype == (np.float64 if dtype == "float64" else np.float32)
-            assert token == hw.sample(new, params, seed=seed, position=j)
+            assert token == hw.sample(new, params, seed=seed, position=len(history))
             history.append(token)
 
 
@@ -832,6 +833,7 @@ BAD_ROWS = [
     ({"stream": 0.5}, TypeError, r"^stream: expected an integer"),
     ({"prompt_tokens": [[1]]}, ValueError, r"^prompt_tokens: expected a list of token ids, got shape \(1, 1\)"),
     ({"prompt_tokens": [0.5]}, TypeError, r"^prompt_tokens: expected integers"),
+    ({"output_tokens": [0, -1]}, ValueError, r"^output_tokens: expected integers from 0 to 69, got -1 at 1"),
     ({"frequency": [1.0]}, ValueError, r"^frequency: expected one value for the row"),
     ({"repetition": 0}, ValueError, r"^repetition: expected"),
     ({"presense": 1}, TypeError, r"^presense: no such penalty; expected one of"),

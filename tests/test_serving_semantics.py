@@ -6,6 +6,7 @@ Small numbers on purpose: a sentence should be checkable by eye. test_serving.py
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import pickle
 import re
@@ -254,7 +255,7 @@ def test_p41_ids_that_are_left_out() -> None:
         sampler, plain = hw.Sampler(70), hw.Sampler(70)
         own = {"frequency": 0.3, "dry_multiplier": 1, "dry_allowed_length": 1, "window": 5, "count_prompt": True}
         sampler.admit(None, [3, unknown, 5, unknown, 3], seed=1, **own, **ignore)
-        plain.admit(None, [3, 5, 3], seed=1, **own)
+        plain.admit(hw.SamplingParams(position=2), [3, 5, 3], seed=1, **own)  # their places count in positions
         for _ in range(6):
             assert sampler.step(ROWS[0, :1]).tolist() == plain.step(ROWS[0, :1]).tolist()
     mask, ids = np.array([[0, 0, 1, 1], [1, 1, 1, 1]]), np.array([[0, 0, 1, 3], [0, 1, 1, 2]])
@@ -551,8 +552,11 @@ def test_p31_a_draw_of_a_sampler() -> None:
         logits = ROWS.reshape(6, 70)[j % 6]
         (got,) = sampler.step(logits[None])
         penalized = hw.penalize(logits, history, prompt_lengths=2, **penalties)
-        assert got == hw.sample(penalized, params, position=3 + j)
+        assert got == hw.sample(penalized, params, position=3 + len(history))
         history.append(got)
+    first = hw.Sampler(70)
+    first.admit(hw.SamplingParams(seed=5, position=2**64 - 1), [4, 9])
+    assert first.step(ROWS[0, :1]) == hw.sample(ROWS[0, 0], seed=5, position=1)
 
 
 def test_p32_rows_in_the_order_of_admission() -> None:
@@ -609,6 +613,73 @@ def test_p42_what_frequency_counts() -> None:
     for about_both in ({"repetition": 5}, {"dry_multiplier": 1, "dry_base": 3, "dry_allowed_length": 1}):
         assert drawn(**about_both, count_prompt=True) == drawn(**about_both)
         assert drawn(**about_both) != drawn()
+
+
+PENALTIES: dict[str, Any] = {"repetition": 1.2, "frequency": 0.4, "dry_multiplier": 0.9, "dry_allowed_length": 1}
+
+
+@pytest.mark.parametrize("count_prompt", [False, True])
+def test_p47_a_text_stops_and_goes_on_anywhere(count_prompt: bool) -> None:
+    prompt, rows = [3, 3, 70, 5, 9], ROWS.reshape(6, 1, 70)
+    options: dict[str, Any] = {"stream": 2, "count_prompt": count_prompt, "unknown_tokens": "ignore", **PENALTIES}
+
+    def drawn(n: int, output: list[int], **other: Any) -> list[int]:
+        sampler = hw.Sampler(70)
+        sampler.admit(hw.SamplingParams(seed=5, temperature=2.0), prompt, output, **{**options, **other})
+        return [int(sampler.step(rows[i % 6])[0]) for i in range(len(output), len(output) + n)]
+
+    text = drawn(40, [])
+    for n in (0, 1, 15, 39):
+        assert drawn(40 - n, text[:n]) == text[n:]
+    assert drawn(25, text[:15], count_prompt=not count_prompt) != text[15:]
+    with pytest.raises(ValueError, match=r"^output_tokens: expected integers from 0 to 69, got 70 at 1"):
+        drawn(1, [0, 70])
+    with pytest.raises(ValueError, match=r"^output_tokens: expected a list of token ids, got shape \(1, 1\)"):
+        drawn(1, [[1]])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.1, "top_p": 1, "top_k": 40, "count_prompt": True}])
+def test_p48_one_seed_one_text(options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Five ways to the same tokens."""
+    pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    from headway import cli, lm
+
+    model, prompt, n, seed = lm.load(), "And God said unto the people,", 25, 3
+    given = {name: value for name, value in options.items() if name != "count_prompt"}
+    params = dataclasses.replace(lm.DEFAULTS, **given)
+    counted = {"count_prompt": options.get("count_prompt", False)}
+    stream = model.stream(prompt, max_tokens=n, seed=seed, **PENALTIES, **options)
+    text, tokens, ids = "".join(stream), stream.token_ids, stream.prompt_ids
+    assert len(tokens) == n
+
+    assert model.generate(prompt, max_tokens=n, seed=seed, **PENALTIES, **options) == text
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in (given | PENALTIES).items()]
+    flags += ["--count-prompt"] * counted["count_prompt"]
+    assert cli.main(["generate", prompt, "--max-tokens", str(n), "--seed", str(seed), *flags]) == 0
+    assert capsys.readouterr().out == f"{prompt}{text}\n"
+
+    sampler, session, new, by_hand = hw.Sampler(model.config.vocab_size), model.session(), list(ids), list(ids)
+    sampler.admit(params, ids, seed=seed, **PENALTIES, **counted)
+    for position in range(len(ids), len(ids) + n):
+        logits = session.next_logits(new)
+        new = sampler.step(logits[None]).tolist()
+        prompt_lengths = 0 if counted["count_prompt"] else len(ids)
+        penalized = hw.penalize(logits, by_hand, prompt_lengths=prompt_lengths, **PENALTIES)
+        by_hand.append(hw.sample(penalized, params, seed=seed, position=position))
+        assert new == by_hand[-1:]
+    assert by_hand == [*ids, *tokens]
+
+    dots, drawn_so_far = {model.tokenizer.token_to_id("."), model.tokenizer.token_to_id(",")}, []
+
+    def grammar(tokens: list[int]) -> Any:
+        drawn_so_far.append(tokens)
+        return dots if len(tokens) % 2 else None
+
+    stream = model.stream(ids, max_tokens=4, seed=seed, params=params, allowed=grammar)
+    list(stream)
+    assert dots.issuperset(stream.token_ids[1::2])
+    assert not dots.intersection(stream.token_ids[::2])
+    assert drawn_so_far == [stream.token_ids[:i] for i in range(4)]
 
 
 def test_p43_streams() -> None:

@@ -370,7 +370,11 @@ MUTANTS = [
     Mutant(f"{PYTHON}/_sampling/sampler.py", "return own & mask", "return own | mask", SERVING),
     Mutant(f"{PYTHON}/lm/text.py", "_, end = min(found)", "_, end = max(found)", LM),
     Mutant(f"{PYTHON}/lm/text.py", "for n in range(len(stop)) if", "for n in range(len(stop) - 1) if", LM),
-    Mutant(f"{PYTHON}/lm/model.py", "position=len(session)))", "position=len(self.token_ids)))", LM),
+    Mutant(f"{PYTHON}/_sampling/sampler.py", "np.uint64(before + output.size)", "np.uint64(output.size)", SERVING),
+    Mutant(f"{PYTHON}/_sampling/sampler.py", "np.uint64(before + output.size)", "np.uint64(before)", SERVING),
+    Mutant(f"{PYTHON}/_sampling/sampler.py", "np.concatenate([prompt, output])", "prompt", SERVING),
+    Mutant(f"{PYTHON}/lm/model.py", "[grammar(list(self.token_ids))]", "[grammar(self.token_ids)]", SERVING),
+    Mutant(f"{PYTHON}/lm/model.py", "DEFAULTS if params is None else params", "params or hw.SamplingParams()", SERVING),
     Mutant(f"{PYTHON}/lm/model.py", "np.arange(start, end)", "np.arange(len(tokens))", LM),
     Mutant(f"{PYTHON}/lm/model.py", "                cache.truncate(start)\n", "                pass\n", LM),
     Mutant(

@@ -5,7 +5,7 @@ from .dialects import DIALECTS, NUCLEUS, OFF, OPTIONAL, Reading, Step, rules
 from .explain import Explanation, explain
 from .logprobs import Logprobs, logprobs
 from .params import Options, SamplingParams
-from .penalties import penalize
+from .penalties import Penalties, penalize
 from .sample import filter_logits, probabilities, sample
 from .sampler import Sampler
 from .speculative import Verified, verify_draft
@@ -19,6 +19,7 @@ __all__ = [
     "Explanation",
     "Logprobs",
     "Options",
+    "Penalties",
     "Reading",
     "Sampler",
     "SamplingParams",

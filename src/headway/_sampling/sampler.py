@@ -90,20 +90,21 @@ class Sampler:
     """What a serving loop keeps for each request beside its logits: parameters, seed, position and history.
 
     vocabulary is the number of tokens, V. A row's tokens are a function of its own logits, params, penalties, seed,
-    stream and prompt, and of nothing else. Its draw j has the bits of
+    stream and prompt, and of nothing else. Each has the bits of
 
         sample(penalize(logits, history, prompt_lengths=len(prompt), **penalties),
-               params, seed=seed, position=params.position + j)
+               params, seed=seed, position=len(history))
 
-    where history is its prompt and what it has drawn so far; in stream k, of row k of a batch with that seed. Calls
-    from several threads take turns.
+    where history is the row's prompt and its output so far; in stream k, of row k of a batch with that seed. So a text
+    may stop anywhere: a row that is admitted with the output so far goes on as if it had never stopped. Calls from
+    several threads take turns.
 
     >>> import headway as hw
     >>> sampler = hw.Sampler(4)
     >>> a = sampler.admit(hw.SamplingParams(temperature=0.8), [3, 3], seed=7, repetition=1.3)
     >>> b = sampler.admit(hw.SamplingParams(temperature=0))
     >>> sampler.step([[0.0, 1.0, 2.0, 3.0], [0.0, 5.0, 2.0, 3.0]])  # a row for each of sampler.handles
-    array([3, 1])
+    array([1, 1])
     >>> sampler.retire(a)
     >>> sampler.step([[0.0, 5.0, 2.0, 6.0]])
     array([3])
@@ -144,6 +145,7 @@ class Sampler:
         self,
         params: SamplingParams | None = None,
         prompt_tokens: ArrayLike = (),
+        output_tokens: ArrayLike = (),
         *,
         seed: int | None = None,
         stream: int | None = None,
@@ -154,19 +156,22 @@ class Sampler:
         """Add a row behind the others and return its handle.
 
         params hold as long as the row is active: single numbers, and allowed and logit_bias of one row. Their seed is
-        the row's unless `seed` is given; where there is none it is fresh entropy. Their position is that of the first
-        draw.
+        the row's unless `seed` is given; where there is none it is fresh entropy. Their position, 0 unless given, is
+        that of the first token of the prompt: it is added to the index of each draw in the row's sequence.
 
+        prompt_tokens, output_tokens: (n,), the ids of the sequence so far: what was given, and what was drawn, if the
+            row goes on with a text that another has begun. The first draw comes behind both.
         stream: which of the seed's streams the row draws from, a whole number below 2^64. Unless given, a row with the
             seed of its params takes the lowest that no active row with that seed has: rows with the same params
             differ, as the rows of a batch do. All others take stream 0, so that `admit(seed=5)` always draws the same,
             which is what requests that bring seeds of their own want.
 
-        The penalties are those of `penalize`, over the prompt and what the row draws.
+        The penalties are those of `penalize`, over the prompt and the output.
 
         count_prompt: whether frequency and presence count the prompt too; repetition and DRY always do.
         unknown_tokens: what to do with ids of the prompt outside 0 to V - 1, such as placeholders for images, where
-            a penalty looks at the prompt: "error", or "ignore", which leaves them out of the history.
+            a penalty looks at the prompt: "error", or "ignore", which leaves them out of the history. Each has its
+            place in the sequence all the same.
 
         Raises ValueError and TypeError that name the argument.
         """
@@ -186,24 +191,29 @@ class Sampler:
         breakers = breaker_ids(penalties.get("dry_breakers", ()), self.vocabulary)
         count_prompt = _check.boolean(count_prompt, "count_prompt")
         of_all, of_output = penalizes(own)
-        prompt = self._prompt(prompt_tokens, unknown_tokens, bool(of_all | (of_output & count_prompt)))
+        prompt, before = self._prompt(prompt_tokens, unknown_tokens, bool(of_all | (of_output & count_prompt)))
+        output = _check.integers(output_tokens, "output_tokens", 0, self.vocabulary - 1)
+        if output.ndim != 1:
+            raise ValueError(f"output_tokens: expected a list of token ids, got shape {output.shape}")
         if stream is not None:
             stream = _check.integer(stream, "stream", 0, 2**64 - 1)
 
         alone.spared()  # so that an id outside of the vocabulary is an error here
         source, bias = alone.source(), alone.bias()
+        position = source["position"] + np.uint64(before + output.size)
         allowed, packed = alone.allowed()
         if allowed is not None:
             allowed = unpacked(allowed, self.vocabulary) if packed else allowed.view(np.bool_)
-        settings = alone.settings | {"seed": source["seed"][0], "position": source["position"][0]}
+        settings = alone.settings | {"seed": source["seed"][0], "position": position[0]}
         settings |= {"allowed": allowed, "logit_bias": bias}
         if stream is None:
             of_params = seed is None and alone.settings["seed"] is not None
             stream = self._free_stream(settings["seed"]) if of_params else 0
         settings["stream"] = np.uint64(stream)
-        slot = self._histories.admit(prompt, np.isin(prompt, breakers), 0 if count_prompt else prompt.size)
+        history = np.concatenate([prompt, output])
+        slot = self._histories.admit(history, np.isin(history, breakers), 0 if count_prompt else prompt.size)
         row = _Row(self._admitted, slot, settings, with_windows(own), frozenset(breakers.tolist()))
-        active = self._with([*self._active.rows, row], np.append(self._active.position, source["position"]))
+        active = self._with([*self._active.rows, row], np.append(self._active.position, position))
         # No function is called between the two, so that no signal's handler runs there.
         self._active = active
         self._admitted += 1
@@ -214,8 +224,11 @@ class Sampler:
         taken = {int(row.settings["stream"]) for row in self._active.rows if row.settings["seed"] == seed}
         return next(stream for stream in count() if stream not in taken)
 
-    def _prompt(self, prompt_tokens: ArrayLike, unknown_tokens: UnknownTokens, looked_at: bool) -> Array:
-        """Return the tokens of a prompt that have a logit; all must, if penalties look at it, unless told otherwise."""
+    def _prompt(self, prompt_tokens: ArrayLike, unknown_tokens: UnknownTokens, looked_at: bool) -> tuple[Array, int]:
+        """Return the tokens of a prompt that have a logit, and how many tokens there are.
+
+        All must have one where penalties look at the prompt, unless told otherwise.
+        """
         _check.choice(unknown_tokens, "unknown_tokens", ("error", "ignore"))
         prompt = _check.integers(prompt_tokens, "prompt_tokens", -(2**63), 2**64 - 1)
         if prompt.ndim != 1:
@@ -227,7 +240,7 @@ class Sampler:
                 f"prompt_tokens: expected ids from 0 to {self.vocabulary - 1}, got {prompt[at]} at {at}; leave such "
                 f'ids out of what penalties count with unknown_tokens="ignore"'
             )
-        return prompt[known]
+        return prompt[known], prompt.size
 
     @_check.public
     @_in_turn

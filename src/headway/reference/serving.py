@@ -335,13 +335,14 @@ class Sampler:
         self,
         params: Any = None,
         prompt_tokens: Any = (),
+        output_tokens: Any = (),
         *,
         seed: Any = None,
         stream: int | None = None,
         count_prompt: bool = False,
         **penalties: Any,
     ) -> int:
-        """Add a row behind the others."""
+        """Add a row behind the others, whose next token comes behind prompt and output."""
         of_params = getattr(params, "seed", None) if seed is None else None
         if of_params is not None:
             seed = of_params
@@ -350,12 +351,12 @@ class Sampler:
         else:
             free = 0
         self.rows[self.admitted] = {
-            "history": [int(token) for token in prompt_tokens],
+            "history": [int(token) for part in (prompt_tokens, output_tokens) for token in part],
             "params": params,
             "penalties": {"prompt_lengths": 0 if count_prompt else len(prompt_tokens), **penalties},
             "seed": secrets.randbits(64) if seed is None else seed,
             "stream": free if stream is None else stream,
-            "position": int(getattr(params, "position", None) or 0),
+            "start": int(getattr(params, "position", None) or 0),  # the position of the history's first token
         }
         self.admitted += 1
         return self.admitted - 1
@@ -369,12 +370,12 @@ class Sampler:
             if mask is not None:
                 penalized[~mask] = -np.inf
             # As row number `stream` of a batch with this seed.
-            block = philox(int(row["seed"]), int(row["stream"]), row["position"])
+            position = (row["start"] + len(row["history"])) % 2**64
+            block = philox(int(row["seed"]), int(row["stream"]), position)
             (drawn,) = _rows(penalized, row["params"], {}, [block])
             tokens.append(_draw(drawn.final_weights(), block[0]))
         for token, row in zip(tokens, self.rows.values()):
             row["history"].append(token)
-            row["position"] = (row["position"] + 1) % 2**64
         return np.array(tokens, np.int64)
 
     def retire(self, handle: int) -> None:
