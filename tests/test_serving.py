@@ -705,9 +705,18 @@ def test_a_sampler_equals_row_by_row_sampling(data: st.DataObject) -> None:
             kinds = [None, np.arange(V) != 3, np.full(-(-V // 32), -6, np.int32), [0, 2, 3]]
             kinds += [mask[None] for mask in kinds[1:3]]
             masks = [data.draw(st.sampled_from(kinds)) for _ in alone]
-            tokens = sampler.step(logits, allowed=masks)
-            assert same_bits(tokens, other.step(logits, allowed=masks))
-            for token, row, mask, one in zip(tokens, logits, masks, alone.values(), strict=True):
+            n = data.draw(st.sampled_from([None, 0, 3]))
+            drawn, want = (each.step(logits, allowed=masks, logprobs=n) for each in (sampler, other))
+            if n is None:
+                assert same_bits(drawn, want)
+            else:
+                for got, expected in zip((*drawn.raw, *drawn.processed), (*want.raw, *want.processed), strict=True):
+                    assert (got is None) == (expected is None)
+                    if got is not None:
+                        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+                drawn, want = drawn.tokens, want.tokens
+                assert same_bits(drawn, want)
+            for token, row, mask, one in zip(drawn, logits, masks, alone.values(), strict=True):
                 assert one.step(row[None], allowed=[mask])[0] == token
 
 

@@ -682,6 +682,43 @@ def test_p48_one_seed_one_text(options: dict[str, Any], capsys: pytest.CaptureFi
     assert drawn_so_far == [stream.token_ids[:i] for i in range(4)]
 
 
+@pytest.mark.parametrize("n", [0, 1, 5, 70])
+def test_p49_log_probabilities_of_a_step(n: int) -> None:
+    """Of rows with and without xtc's coin, penalties and masks, in several groups."""
+    each = [
+        hw.SamplingParams(top_k=9, temperature=0.7),
+        hw.SamplingParams(xtc_probability=0.5, xtc_threshold=0.01, seed=4, dialect="llama.cpp"),
+        hw.SamplingParams(ties="keep", top_k=30, logit_bias={3: 2.0}),
+        hw.SamplingParams(temperature=0),
+    ]
+    rows, masks = ROWS.reshape(6, 70)[:4].astype(np.float64), [None, None, np.arange(70) % 3 > 0, [5, 6, 7]]
+    sampler, plain, histories = hw.Sampler(70), hw.Sampler(70), [[1, 2, 1] for _ in each]
+    for i, params in enumerate(each):
+        for one in (sampler, plain):
+            one.admit(params, [1, 2, 1], seed=i, count_prompt=True, **PENALTIES)
+    for _ in range(5):
+        drawn = sampler.step(rows, allowed=masks, logprobs=n)
+        assert drawn.tokens.tolist() == plain.step(rows, allowed=masks).tolist()
+        raw = hw.logprobs(rows, drawn.tokens, top=n or None)
+        assert raw.logprobs.tolist() == drawn.raw.logprobs.tolist()
+        assert raw.ranks.tolist() == drawn.raw.ranks.tolist()
+        for i, (params, history, token) in enumerate(zip(each, histories, drawn.tokens.tolist(), strict=True)):
+            z = hw.penalize(rows[i], history, **PENALTIES)
+            if masks[i] is not None:
+                z = hw.filter_logits(z, allowed=masks[i])
+            call = {"params": params, "seed": i, "position": len(history), "processed": True, "top": n or None}
+            want, got = hw.logprobs(z, token, **call), drawn.processed
+            assert (got.logprobs[i], got.ranks[i]) == (want.logprobs, want.ranks)
+            assert np.exp(want.logprobs) > 0
+            if n:
+                assert got.top_tokens[i].tolist() == want.top_tokens.tolist()
+                assert got.top_logprobs[i].tolist() == want.top_logprobs.tolist()
+                assert drawn.raw.top_tokens[i].tolist() == raw.top_tokens[i].tolist()
+                assert drawn.raw.top_logprobs[i].tolist() == raw.top_logprobs[i].tolist()
+            history.append(token)
+        assert n or drawn.raw.top_tokens is drawn.processed.top_logprobs is None
+
+
 def test_p43_streams() -> None:
     """Rows with a seed from params take streams that no active one has; what `admit` gives decides for its own row."""
     params, rows = hw.SamplingParams(seed=5, position=2), np.zeros((4, 70), np.float32)

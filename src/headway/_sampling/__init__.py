@@ -7,7 +7,7 @@ from .logprobs import Logprobs, logprobs
 from .params import Options, SamplingParams
 from .penalties import Penalties, penalize
 from .sample import filter_logits, probabilities, sample
-from .sampler import Sampler
+from .sampler import Drawn, Sampler
 from .speculative import Verified, verify_draft
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "NUCLEUS",
     "OFF",
     "OPTIONAL",
+    "Drawn",
     "Explanation",
     "Logprobs",
     "Options",

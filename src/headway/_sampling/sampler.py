@@ -6,7 +6,7 @@ import copy
 import functools
 import threading
 from itertools import count, groupby
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,6 +18,7 @@ from .call import Call
 from .checks import CHECKS, Settings
 from .dialects import OFF
 from .histories import Histories
+from .logprobs import Logprobs, Ranked
 from .params import SamplingParams
 from .penalties import DEFAULTS, Penalties, UnknownTokens, breaker_ids, checked, penalizes, with_windows
 from .rows import Array, mask_bytes, unpacked
@@ -25,10 +26,23 @@ from .rows import Array, mask_bytes, unpacked
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Sampler"]
+__all__ = ["Drawn", "Sampler"]
 
 _WORDS = ("ties", "nucleus", "dialect", "xtc_special_tokens")  # the settings that cannot be one per row
 _ROWS_PER_CALL = 4  # at least, on average: calls of fewer leave threads idle, which costs more than masks and biases do
+
+
+class Drawn(NamedTuple):
+    """What `Sampler.step` drew, with log-probabilities.
+
+    tokens: (rows,).
+    raw: of each token under the logits as they were given, as `logprobs` finds them.
+    processed: the same under the distribution that it was drawn from.
+    """
+
+    tokens: Any
+    raw: Logprobs
+    processed: Logprobs
 
 
 class _Row(NamedTuple):
@@ -254,9 +268,15 @@ class Sampler:
         self._active = self._with([*rows[:at], *rows[at + 1 :]], np.delete(position, at))
         self._histories.retire(rows[at].slot)
 
+    @overload
+    def step(self, logits: ArrayLike, *, allowed: Any = None, logprobs: None = None) -> Any: ...
+
+    @overload
+    def step(self, logits: ArrayLike, *, allowed: Any = None, logprobs: int) -> Drawn: ...
+
     @_check.public
     @_in_turn
-    def step(self, logits: ArrayLike, *, allowed: Any = None) -> Any:
+    def step(self, logits: ArrayLike, *, allowed: Any = None, logprobs: int | None = None) -> Any:
         """Draw one token for each active row.
 
         logits (rows, V), in the order of `handles` -> int64 (rows,), the same kind of array. Where a row has an error,
@@ -268,12 +288,19 @@ class Sampler:
         the first word, as grammar libraries fill it; or a list with, for each row, such a mask, (W,) or (1, W), ids, or
         None.
 
+        logprobs=n, from 0 to V, asks for log-probabilities too: the result is then `Drawn(tokens, raw, processed)`,
+        the last two `Logprobs` of the drawn tokens, (rows,), and of the n best, (rows, n), None for n = 0.
+
         >>> import headway as hw
         >>> sampler = hw.Sampler(4)
         >>> handles = [sampler.admit(hw.SamplingParams(temperature=0)) for _ in range(2)]
         >>> sampler.step([[0.0, 1.0, 2.0, 3.0], [0.0, 5.0, 2.0, 3.0]], allowed=[[0, 2], None])
         array([2, 1])
+        >>> drawn = sampler.step([[0.0, 1.0, 2.0, 3.0], [0.0, 5.0, 2.0, 3.0]], allowed=[[0, 2], None], logprobs=1)
+        >>> drawn.tokens, drawn.raw.logprobs.round(3), drawn.processed.logprobs, drawn.raw.top_tokens.tolist()
+        (array([2, 1]), array([-1.44 , -0.176]), array([0., 0.]), [[3], [1]])
         """
+        n = None if logprobs is None else _check.integer(logprobs, "logprobs", 0, self.vocabulary)
         operand = _arrays.unwrap(logits, "logits")
         active = self._active
         rows = len(active.rows)
@@ -285,7 +312,8 @@ class Sampler:
         histories = self._histories
         if active.penalized:
             histories.penalize(operand.data, active.slots, active.penalties)
-        tokens = np.empty(rows, np.int64)
+        tokens = np.empty((rows, 1), np.int64)
+        processed = None if n is None else Ranked.empty(tokens, n)
         for group in active.groups:
             run = Call(operand._replace(data=operand.data[group.rows]), None, {})
             run.settings = group.settings | {"position": active.position[group.rows]}
@@ -294,16 +322,24 @@ class Sampler:
             own = histories.of(active.slots[group.rows]) if active.penalized else None
             status = np.zeros(rows, np.int64)
             source = run.source() | {"stream": group.settings["stream"]}
-            native = run.native(status[group.rows], own, **source)
-            if not _native.sample(native, 1, True, tokens[group.rows], None, None):
+            native, drawn = run.native(status[group.rows], own, **source), tokens[group.rows]
+            if not _native.sample(native, 1, True, drawn, None, None):
                 self._fail(run, status)
-        breaks = [token in row.breakers for token, row in zip(tokens.tolist(), active.rows)]
-        histories.write(active.slots, tokens, np.array(breaks, np.bool_))
-        drawn = operand.wrap(tokens, "int64")
+            if processed is not None and not processed.of(group.rows).fill(native, drawn, True):
+                self._fail(run, status)
+        result = operand.wrap(tokens[:, 0], "int64")
+        if processed is not None:
+            run, status, raw = Call(operand, None, {}), np.zeros(rows, np.int64), Ranked.empty(tokens, n or 0)
+            if rows and not raw.fill(run.native(status), tokens, False):
+                self._fail(run, status)
+            top = (rows, n) if n else None
+            result = Drawn(result, *(found.wrapped(operand, (rows,), top) for found in (raw, processed)))
+        breaks = [token in row.breakers for token, row in zip(tokens[:, 0].tolist(), active.rows)]
+        histories.write(active.slots, tokens[:, 0], np.array(breaks, np.bool_))
         # No function is called between the two, so that no signal's handler runs there: both happen, or neither.
         histories.length[active.slots] += 1
         active.position[...] += _ONE
-        return drawn
+        return result
 
     def _fail(self, run: Call, status: Array) -> None:
         run.lead = status.shape

@@ -148,11 +148,15 @@ def logprobs(
     (-1.4076, 2, array([1, 2]))
     """
     array = _floats(logits)
-    lead, _V = array.shape[:-1], array.shape[-1]
     if options.get("seed", getattr(params, "seed", None)) is None:
         options["seed"] = secrets.randbits(64)  # one coin of xtc for both of these
     z = filter_logits(_float32(array), params, **options)
-    w = weights(array, params, **options)
+    return _logprobs(array.dtype, z, weights(array, params, **options), tokens, top, processed)
+
+
+def _logprobs(dtype: Any, z: AnyArray, w: AnyArray, tokens: Any, top: int | None, processed: bool) -> Logprobs:
+    """Of logits z (..., V), -inf where a token was removed, of this type when they were given, with masses w."""
+    lead = z.shape[:-1]
     total = w.sum(-1, keepdims=True)
     with np.errstate(divide="ignore"):
         if processed:
@@ -161,7 +165,7 @@ def logprobs(
             wide = z.astype(np.float64)
             ln_p = wide - wide.max(-1, keepdims=True) - np.log(total / w.max(-1, keepdims=True))
     with np.errstate(over="ignore"):
-        ln_p = ln_p.astype(np.float64 if array.dtype == np.float64 else np.float32)
+        ln_p = ln_p.astype(np.float64 if dtype == np.float64 else np.float32)
     order = np.argsort(-z, axis=-1, kind="stable")
     place = np.argsort(order, axis=-1) + 1
     of_tokens: Any = None
@@ -318,6 +322,14 @@ class _Places(Sequence[AnyArray]):
 # A sampler for serving loops --------------------------------------------------------------------------------------
 
 
+class Drawn(NamedTuple):
+    """Tokens (rows,), and where they stand among the logits as given, and in the distribution they were drawn from."""
+
+    tokens: AnyArray
+    raw: Logprobs
+    processed: Logprobs
+
+
 class Sampler:
     """Rows that come and go: each is penalized and sampled on its own.
 
@@ -361,9 +373,12 @@ class Sampler:
         self.admitted += 1
         return self.admitted - 1
 
-    def step(self, logits: Any, *, allowed: Any = None) -> AnyArray:
-        """One token for each row of logits (rows, V); allowed holds a mask for each, or None."""
-        tokens = []
+    def step(self, logits: Any, *, allowed: Any = None, logprobs: int | None = None) -> Any:
+        """One token for each row of logits (rows, V); allowed holds a mask for each, or None.
+
+        logprobs=n: also the logarithms of their probabilities, and of the best n.
+        """
+        tokens, filtered, masses = [], np.full(np.shape(logits), -np.inf), np.zeros(np.shape(logits), np.int64)
         for i, (z, row) in enumerate(zip(_floats(logits), self.rows.values(), strict=True)):
             penalized = penalize(z, row["history"], **row["penalties"])
             mask = None if allowed is None else _mask(allowed[i], z.shape)
@@ -373,10 +388,16 @@ class Sampler:
             position = (row["start"] + len(row["history"])) % 2**64
             block = philox(int(row["seed"]), int(row["stream"]), position)
             (drawn,) = _rows(penalized, row["params"], {}, [block])
-            tokens.append(_draw(drawn.final_weights(), block[0]))
+            filtered[i, drawn.ids], masses[i] = drawn.z, drawn.final_weights()
+            tokens.append(_draw(masses[i], block[0]))
         for token, row in zip(tokens, self.rows.values()):
             row["history"].append(token)
-        return np.array(tokens, np.int64)
+        drawn_tokens = np.array(tokens, np.int64)
+        if logprobs is None:
+            return drawn_tokens
+        z, top = _floats(logits), logprobs or None
+        raw = _logprobs(z.dtype, _float32(z), weights(z), drawn_tokens, top, False)
+        return Drawn(drawn_tokens, raw, _logprobs(z.dtype, filtered, masses, drawn_tokens, top, True))
 
     def retire(self, handle: int) -> None:
         """Remove a row."""
