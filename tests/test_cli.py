@@ -119,6 +119,21 @@ def test_generate_passes_every_penalty_on(run: Any, tmp_path: Path, monkeypatch:
     assert admitted == penalties | {"dry_breakers": [5, 7], "count_prompt": True}
 
 
+def test_generate_shows_log_probabilities(run: Any) -> None:
+    model, prompt = headway.lm.load(), "And God said"
+    for n in (0, 2):
+        out = run("generate", prompt, "--max-tokens", 5, "--seed", 7, "--logprobs", n)[1]
+        stream = model.stream(prompt, max_tokens=5, seed=7, logprobs=n)
+        text = "".join(stream)
+        assert out.startswith(f"{prompt}{text}\n")
+        lines = [json.loads(line) for line in out[len(prompt + text) + 1 :].splitlines()]
+        assert "".join(line["text"] for line in lines) == text
+        for line, token, drawn in zip(lines, stream.token_ids, stream.logprobs, strict=True):
+            assert (line["id"], line["rank"], line["logprob"]) == (token, drawn.raw.ranks, drawn.raw.logprobs)
+            assert line["processed_logprob"] == drawn.processed.logprobs != line["logprob"]
+            assert [best["id"] for best in line.get("top", ())] == ([] if n == 0 else drawn.raw.top_tokens.tolist())
+
+
 def test_the_defaults_of_text_are_those_of_the_library(run: Any) -> None:
     page = " ".join(run("generate", "--help")[1].split())
     assert f"likeliest token (default: {headway.lm.DEFAULTS.temperature})" in page
@@ -685,7 +700,7 @@ BAD_VALUES = {
     "--num-kv-heads": "0", "--scale": "nan", "--softcap": "-1", "--decimals": "-1", "--window": "-1",
     "--repetition": "0", "--frequency": "nan", "--presence": "nan", "--dry-multiplier": "-1", "--dry-base": "0",
     "--dry-allowed-length": "0", "--dry-breakers": "-1", "--repetition-window": "0", "--frequency-window": "0",
-    "--dry-window": "0",
+    "--dry-window": "0", "--logprobs": "-1",
 }  # fmt: skip
 
 

@@ -424,6 +424,7 @@ def test_bad_ids(tiny: headway.lm.Model, ids: list[Any], message: str) -> None:
         ({"uniform": 0.5}, "uniform: expected seed and position"),
         ({"repetition": 0}, "repetition: expected a finite number > 0"),
         ({"count_prompt": 1}, "count_prompt: expected True or False"),
+        ({"logprobs": 261}, "logprobs: expected an integer from 0 to 260, got 261"),
     ],
 )
 def test_bad_arguments_are_told_at_the_call(tiny: headway.lm.Model, arguments: dict[str, Any], message: str) -> None:
@@ -443,6 +444,28 @@ def test_unknown_options_and_prompts_that_are_no_text(tiny: headway.lm.Model) ->
     }.items():
         with pytest.raises((TypeError, ValueError), match=f"^prompt: expected {expected}"):
             tiny.stream(prompt)  # type: ignore[arg-type]
+
+
+def test_log_probabilities_of_a_text(tiny: headway.lm.Model) -> None:
+    options: dict[str, Any] = {"seed": 1, "max_tokens": 6, "frequency": 0.5, "logit_bias": {EOS: -np.inf}}
+    stream = tiny.stream("abc", logprobs=3, **options)
+    assert "".join(stream) == tiny.generate("abc", **options)
+    ids = list(stream.prompt_ids)
+    for token, drawn in zip(stream.token_ids, stream.logprobs, strict=True):
+        logits = tiny.logits(ids)[-1]
+        want = hw.logprobs(logits, token, top=3)
+        assert drawn.tokens == token
+        assert (drawn.raw.logprobs, drawn.raw.ranks) == (want.logprobs, want.ranks)
+        assert drawn.raw.top_tokens.tolist() == want.top_tokens.tolist()
+        penalized = hw.penalize(logits, ids, prompt_lengths=3, frequency=0.5)
+        want = hw.logprobs(penalized, token, headway.lm.DEFAULTS, top=3, processed=True, logit_bias={EOS: -np.inf})
+        assert drawn.processed.logprobs == want.logprobs
+        assert drawn.processed.top_logprobs.tolist() == want.top_logprobs.tolist()
+        ids.append(token)
+    assert len(stream.logprobs) == 6
+    plain = tiny.stream("abc", **options)
+    assert list(plain)
+    assert plain.logprobs == []
 
 
 def test_token_ids_are_a_prompt(tiny: headway.lm.Model) -> None:

@@ -55,16 +55,35 @@ def _generate(arguments: argparse.Namespace) -> None:
     seed = _seed(arguments)
     with _language_model(arguments) as model:
         start = time.perf_counter()
-        options = _given(arguments, (*_SAMPLING_OPTIONS, *_PENALTIES, "count_prompt"))
+        options = _given(arguments, (*_SAMPLING_OPTIONS, *_PENALTIES, "count_prompt", "logprobs"))
         stream = model.stream(prompt, max_tokens=arguments.max_tokens, seed=seed, **options)
         _show(prompt, end="")
         for piece in stream:
             _show(piece, end="")
         seconds = time.perf_counter() - start
-        _show("")
+        _show("".join(["\n", *_logprob_lines(model, stream)]), end="")
     count, reason = len(stream.token_ids), stream.finish_reason
     speed = f"{count} tokens, {count / seconds:.1f} tokens/s"
     _note(f"headway: {speed}, ended by {reason}, --seed {seed}")
+
+
+def _logprob_lines(model: Any, stream: Any) -> Iterator[str]:
+    """Yield a line of JSON for each token whose log-probabilities were asked for."""
+    for i, drawn in enumerate(stream.logprobs):
+        context = (*stream.prompt_ids, *stream.token_ids[:i])
+        line = {"id": drawn.tokens, "text": _word(model, context, drawn.tokens), "rank": drawn.raw.ranks}
+        line |= {"logprob": drawn.raw.logprobs, "processed_logprob": drawn.processed.logprobs}
+        if drawn.raw.top_tokens is not None:
+            best = zip(drawn.raw.top_tokens.tolist(), drawn.raw.top_logprobs.tolist(), strict=True)
+            line["top"] = [{"id": token, "text": _word(model, context, token), "logprob": p} for token, p in best]
+        yield json.dumps(line) + "\n"
+
+
+def _word(model: Any, context: Sequence[int], token: int) -> str:
+    """Return the text of a token after the context, or the name of one that has none."""
+    from headway.lm.text import detokenize
+
+    return "".join(detokenize(model.tokenizer, context[-8:], [token])) or model.tokenizer.id_to_token(token) or ""
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -112,15 +131,8 @@ def _explained(arguments: argparse.Namespace, logits: Any, position: int, words:
 
 def _next_token(model: Any, prompt: str) -> tuple[Any, int, Callable[[int], str]]:
     """Score what follows the prompt: logits, the position that `generate` draws at, and the words of tokens there."""
-    from headway.lm.text import detokenize
-
     ids = model.stream(prompt, max_tokens=0).prompt_ids
-
-    def word(token: int) -> str:
-        """Its text after the prompt, or the name of one that has none."""
-        return "".join(detokenize(model.tokenizer, ids[-8:], [token])) or model.tokenizer.id_to_token(token) or ""
-
-    return model.session().next_logits(ids), len(ids), word
+    return model.session().next_logits(ids), len(ids), lambda token: _word(model, ids, token)
 
 
 @contextlib.contextmanager
@@ -531,6 +543,12 @@ def _parser() -> _Parser:
     generate.add_argument(
         "--count-prompt", action="store_true", help="let frequency and presence count the prompt too (default: off)"
     )
+    generate.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="after the text, a line of JSON for each token: its log-probabilities, and the N best (default: off)",
+    )
 
     sample = command(_sample, "draw a token id from logits", _SAMPLE)
     sample.add_argument("file", metavar="FILE", help=".npy or JSON (-Infinity bans a token); - for standard input")
@@ -673,6 +691,7 @@ examples:
   headway generate "In the beginning" --temperature 0 --max-tokens 40
   echo "Blessed is the man" | headway generate - --top-k 40 --top-p 1
   headway generate "Once upon a time" --model path/to/checkpoint
+  headway generate "And God said" --max-tokens 5 --logprobs 3
 
 The same seed gives the same text, on every machine.
 """

@@ -148,27 +148,35 @@ class Model:
         stop: str | Sequence[str] = (),
         params: hw.SamplingParams | None = None,
         count_prompt: bool = False,
+        logprobs: int | None = None,
         **options: Unpack[TextOptions],
     ) -> TextStream:
         """Do as `generate` does, but yield the text in pieces, each as soon as it is certain.
 
         A piece is never half a character, and never the beginning of a stop string; together the pieces are the
-        text of `generate`. Bad arguments raise here, before the first piece is asked for.
+        text of `generate`. Bad arguments raise here, before the first piece is asked for. logprobs=n, from 0 to V,
+        also collects log-probabilities of each token and of the n best, in `TextStream.logprobs`.
 
         >>> from headway.lm import load
         >>> model = load()
         >>> pieces = list(model.stream("And God said", max_tokens=8, seed=1))
         >>> "".join(pieces) == model.generate("And God said", max_tokens=8, seed=1)
         True
+        >>> prompt = "In the beginning God created the heaven and the"
+        >>> stream = model.stream(prompt, max_tokens=1, temperature=0, logprobs=2)
+        >>> "".join(stream), [model.tokenizer.decode([token]) for token in stream.logprobs[0].raw.top_tokens]
+        (' earth', [' earth', ' end'])
         """
         for name, value in options.items():
             if name not in TextOptions.__annotations__:
-                known = ("max_tokens", "stop", "params", "count_prompt", *TextOptions.__annotations__)
+                known = ("max_tokens", "stop", "params", "count_prompt", "logprobs", *TextOptions.__annotations__)
                 raise TypeError(_check.no_such(name, value, "option", known))
         max_tokens = _check.integer(max_tokens, "max_tokens", 0)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(text, str) and text for text in stops):
             raise ValueError(f"stop: expected strings of at least one character, got {stop!r}")
+        if logprobs is not None:
+            logprobs = _check.integer(logprobs, "logprobs", 0, self.config.vocab_size)
         prompt_ids = self._encode(prompt) if isinstance(prompt, str) else self._ids(prompt)
         if not prompt_ids:
             if self.config.bos_token_id is None:
@@ -183,7 +191,7 @@ class Model:
         chosen = dataclasses.replace(DEFAULTS if params is None else params, **drawing)
         sampler = hw.Sampler(self.config.vocab_size)
         sampler.admit(chosen, prompt_ids, count_prompt=count_prompt, **penalties)
-        return TextStream(self, prompt_ids, max_tokens, stops, sampler, grammar)
+        return TextStream(self, prompt_ids, max_tokens, stops, sampler, grammar, logprobs)
 
     def _encode(self, prompt: str) -> list[int]:
         try:
@@ -210,6 +218,7 @@ class TextStream(Iterator[str]):
     Attributes:
         prompt_ids: the tokens of the prompt.
         token_ids: the tokens drawn so far, without one that ends the text.
+        logprobs: for each of these, where they were asked for, what `headway.Sampler.step` says of the one row.
         finish_reason: None while the text goes on, then "eos" (the model ended it), "stop" (a stop string),
             "max_tokens", or "context" (no room for another token).
 
@@ -228,11 +237,13 @@ class TextStream(Iterator[str]):
         stops: Sequence[str],
         sampler: hw.Sampler,
         grammar: Callable[[list[int]], Any] | None,
+        logprobs: int | None,
     ) -> None:
         self.prompt_ids = tuple(prompt_ids)
         self.token_ids: list[int] = []
+        self.logprobs: list[hw.Drawn] = []
         self.finish_reason: Literal["eos", "stop", "max_tokens", "context"] | None = None
-        tokens = self._draw(model, max_tokens, sampler, grammar)
+        tokens = self._draw(model, max_tokens, sampler, grammar, logprobs)
         self._pieces = self._write(detokenize(model.tokenizer, self.prompt_ids, tokens), stops)
 
     def __next__(self) -> str:
@@ -244,7 +255,12 @@ class TextStream(Iterator[str]):
             self.finish_reason = "stop"
 
     def _draw(
-        self, model: Model, max_tokens: int, sampler: hw.Sampler, grammar: Callable[[list[int]], Any] | None
+        self,
+        model: Model,
+        max_tokens: int,
+        sampler: hw.Sampler,
+        grammar: Callable[[list[int]], Any] | None,
+        logprobs: int | None,
     ) -> Iterator[int]:
         """Draw the tokens of the one row of the sampler."""
         session = model.session()
@@ -255,14 +271,26 @@ class TextStream(Iterator[str]):
                 return
             logits = session.next_logits(new)
             allowed = None if grammar is None else [grammar(list(self.token_ids))]
-            token = int(sampler.step(logits[None], allowed=allowed)[0])
+            if logprobs is None:
+                token = int(sampler.step(logits[None], allowed=allowed)[0])
+            else:
+                drawn = sampler.step(logits[None], allowed=allowed, logprobs=logprobs)
+                token = int(drawn.tokens[0])
             if token in model.config.eos_token_ids:
                 self.finish_reason = "eos"
                 return
             self.token_ids.append(token)
+            if logprobs is not None:
+                self.logprobs.append(hw.Drawn(token, _of_one_row(drawn.raw), _of_one_row(drawn.processed)))
             yield token
             new = (token,)
         self.finish_reason = "max_tokens"
+
+
+def _of_one_row(found: hw.Logprobs) -> hw.Logprobs:
+    """Return the log-probabilities of one token as `headway.logprobs` gives those of a lone row."""
+    best = (None if values is None else values[0] for values in (found.top_tokens, found.top_logprobs))
+    return hw.Logprobs(float(found.logprobs[0]), int(found.ranks[0]), *best)
 
 
 class Session:
