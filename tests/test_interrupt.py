@@ -256,6 +256,8 @@ def test_a42_a_signal_never_leaves_a_sampler_half_changed(alarm: Callable[[], No
     def calls() -> None:
         for _ in range(3):
             sampler.step(logits[: len(sampler.handles)])
+        sampler.force(sampler.handles[0], 5)
+        sampler.truncate(sampler.handles[-1], len(alone[sampler.handles[-1]][1]))
         if len(sampler.handles) > 5:
             sampler.retire(sampler.handles[int(rng.integers(len(sampler.handles)))])
         if len(sampler.handles) < 8:

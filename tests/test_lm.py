@@ -466,6 +466,8 @@ def test_log_probabilities_of_a_text(tiny: headway.lm.Model) -> None:
     plain = tiny.stream("abc", **options)
     assert list(plain)
     assert plain.logprobs == []
+    with pytest.raises(TypeError, match=r"^logprobs: expected none, .*; give it to stream"):
+        tiny.generate("abc", logprobs=3)  # type: ignore[call-arg]
 
 
 def test_token_ids_are_a_prompt(tiny: headway.lm.Model) -> None:

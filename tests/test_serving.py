@@ -656,8 +656,9 @@ def test_a_sampler_equals_row_by_row_sampling(data: st.DataObject) -> None:
     V = data.draw(st.sampled_from([4, 70]))
     sampler, other = hw.Sampler(V), reference.Sampler(V)
     alone: dict[int, hw.Sampler] = {}
+    prompts: dict[int, int] = {}
     for _ in range(data.draw(st.integers(1, 25))):
-        action = data.draw(st.sampled_from(["admit", "step", "step", "retire"]))
+        action = data.draw(st.sampled_from(["admit", "step", "step", "retire", "force", "truncate"]))
         if action == "admit":
             dialect = data.draw(st.sampled_from([None, None, "hf", "llama.cpp", "mlx"]))
             filters = {name: data.draw(st.sampled_from(values)) for name, values in FILTERS.items()}
@@ -692,6 +693,7 @@ def test_a_sampler_equals_row_by_row_sampling(data: st.DataObject) -> None:
             if data.draw(st.booleans()):
                 call |= {"dry_multiplier": 0.8, "dry_allowed_length": 1, "dry_breakers": [0]}
             handle = sampler.admit(params, **call)
+            prompts[handle] = len(call["prompt_tokens"])
             assert other.admit(params, **call) == handle
             alone[handle] = hw.Sampler(V)
             alone[handle].admit(params, **call)
@@ -700,6 +702,13 @@ def test_a_sampler_equals_row_by_row_sampling(data: st.DataObject) -> None:
             sampler.retire(handle)
             other.retire(handle)
             del alone[handle]
+        elif action in ("force", "truncate") and alone:
+            at = data.draw(st.integers(0, len(alone) - 1))
+            handle, one = list(alone.items())[at]
+            length = len(other.history(handle))
+            number = data.draw(st.integers(0, V - 1) if action == "force" else st.integers(prompts[handle], length))
+            for each, row in ((sampler, handle), (other, handle), (one, 0)):
+                getattr(each, action)(row, number)
         elif action == "step":
             logits = (rng.standard_normal((len(alone), V)) * 2).astype(DTYPES[data.draw(st.sampled_from(list(DTYPES)))])
             kinds = [None, np.arange(V) != 3, np.full(-(-V // 32), -6, np.int32), [0, 2, 3]]

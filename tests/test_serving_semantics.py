@@ -719,6 +719,50 @@ def test_p49_log_probabilities_of_a_step(n: int) -> None:
         assert n or drawn.raw.top_tokens is drawn.processed.top_logprobs is None
 
 
+def test_p50_tokens_that_are_pushed_and_taken_back() -> None:
+    """Beside rows that stand still; with a prompt of which one id is left out, and across the places of a history."""
+    rows, prompt = ROWS.reshape(6, 70)[:2], [3, 70, 3, 5]
+    params = hw.SamplingParams(seed=5, temperature=2.0, position=2**64 - 20)
+    options: dict[str, Any] = {"count_prompt": True, "unknown_tokens": "ignore", "dry_breakers": [8], **PENALTIES}
+
+    def fresh(*output: int) -> hw.Sampler:
+        sampler = hw.Sampler(70)
+        sampler.admit(params, prompt, output, seed=1, **options)
+        sampler.admit(params, [1], seed=2, **options)
+        return sampler
+
+    sampler, output = fresh(), np.random.default_rng(1).integers(0, 70, 90).tolist()
+    output[3:6] = [8, 3, 5]
+    for i, token in enumerate(output):
+        sampler.force(0, token)
+        if i % 7 == 0:
+            assert pickle.loads(pickle.dumps(sampler)).step(rows)[0] == fresh(*output[: i + 1]).step(rows)[0]
+    assert sampler.history(0).tolist() == [3, 3, 5, *output]
+    assert sampler.history(1).tolist() == [1]
+    for n in (90, 70, 69, 7, 2, 0):
+        drawn = [int(sampler.step(rows)[0]) for _ in range(3)]
+        assert sampler.history(0).tolist()[-3:] == drawn
+        sampler.truncate(0, 4 + n)
+        assert sampler.history(0).tolist() == [3, 3, 5, *output[:n]]
+        other, going_on = fresh(*output[:n]), pickle.loads(pickle.dumps(sampler))
+        assert [going_on.step(rows)[0] for _ in range(5)] == [other.step(rows)[0] for _ in range(5)]
+    assert len(sampler.history(1)) == 19
+    sampler.history(0)[:] = 9
+    assert sampler.history(0).tolist() == [3, 3, 5]
+    empty = hw.Sampler(4)
+    empty.admit(hw.SamplingParams(temperature=0), presence=9)
+    assert [int(empty.step([FOUR])[0]) for _ in range(2)] == [0, 1]
+    empty.truncate(0, 0)
+    assert empty.step([FOUR]) == 0
+    with pytest.raises(ValueError, match=r"^length: expected an integer from 4 to 4, got 3"):
+        sampler.truncate(0, 3)
+    with pytest.raises(ValueError, match=r"^token: expected an integer from 0 to 69, got 70"):
+        sampler.force(0, 70)
+    for call in (sampler.history, lambda row: sampler.force(row, 1), lambda row: sampler.truncate(row, 4)):
+        with pytest.raises(ValueError, match=r"^handle: expected one of the active rows, \[0, 1\], got 2"):
+            call(2)
+
+
 def test_p43_streams() -> None:
     """Rows with a seed from params take streams that no active one has; what `admit` gives decides for its own row."""
     params, rows = hw.SamplingParams(seed=5, position=2), np.zeros((4, 70), np.float32)

@@ -370,6 +370,7 @@ MUTANTS = [
     Mutant(f"{PYTHON}/_sampling/sampler.py", "return own & mask", "return own | mask", SERVING),
     Mutant(f"{PYTHON}/lm/text.py", "_, end = min(found)", "_, end = max(found)", LM),
     Mutant(f"{PYTHON}/lm/text.py", "for n in range(len(stop)) if", "for n in range(len(stop) - 1) if", LM),
+    Mutant(f"{PYTHON}/_sampling/sampler.py", "        active.position[this] -= back\n", "", SERVING),
     Mutant(f"{PYTHON}/_sampling/sampler.py", "np.uint64(before + output.size)", "np.uint64(output.size)", SERVING),
     Mutant(f"{PYTHON}/_sampling/sampler.py", "np.uint64(before + output.size)", "np.uint64(before)", SERVING),
     Mutant(f"{PYTHON}/_sampling/sampler.py", "np.concatenate([prompt, output])", "prompt", SERVING),

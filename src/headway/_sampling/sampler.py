@@ -50,7 +50,9 @@ class _Row(NamedTuple):
 
     handle: int
     slot: int  # of its history
-    settings: Settings  # each a single number or a word, the stream too; allowed and logit_bias (V,) or None
+    # Each a single number or a word, the stream too; allowed and logit_bias (V,) or None; the position of index 0.
+    settings: Settings
+    prompt: int  # how many tokens of its sequence
     penalties: dict[str, Array]
     breakers: frozenset[int]
 
@@ -218,7 +220,7 @@ class Sampler:
         allowed, packed = alone.allowed()
         if allowed is not None:
             allowed = unpacked(allowed, self.vocabulary) if packed else allowed.view(np.bool_)
-        settings = alone.settings | {"seed": source["seed"][0], "position": position[0]}
+        settings = alone.settings | {"seed": source["seed"][0], "position": source["position"][0]}
         settings |= {"allowed": allowed, "logit_bias": bias}
         if stream is None:
             of_params = seed is None and alone.settings["seed"] is not None
@@ -226,7 +228,7 @@ class Sampler:
         settings["stream"] = np.uint64(stream)
         history = np.concatenate([prompt, output])
         slot = self._histories.admit(history, np.isin(history, breakers), 0 if count_prompt else prompt.size)
-        row = _Row(self._admitted, slot, settings, with_windows(own), frozenset(breakers.tolist()))
+        row = _Row(self._admitted, slot, settings, before, with_windows(own), frozenset(breakers.tolist()))
         active = self._with([*self._active.rows, row], np.append(self._active.position, position))
         # No function is called between the two, so that no signal's handler runs there.
         self._active = active
@@ -260,13 +262,102 @@ class Sampler:
     @_in_turn
     def retire(self, handle: int) -> None:
         """Remove a row: those after it move up by one."""
-        whole = isinstance(handle, (int, np.integer)) and not isinstance(handle, bool)
-        if not whole or handle not in self.handles:
-            raise ValueError(f"handle: expected one of the active rows, {self.handles}, got {shown(handle)}")
-        at = self.handles.index(handle)
+        at = self._place(handle)
         rows, position = self._active.rows, self._active.position
         self._active = self._with([*rows[:at], *rows[at + 1 :]], np.delete(position, at))
         self._histories.retire(rows[at].slot)
+
+    def _place(self, handle: int) -> int:
+        """Return where in `handles` a row stands."""
+        whole = isinstance(handle, (int, np.integer)) and not isinstance(handle, bool)
+        if not whole or handle not in self.handles:
+            raise ValueError(f"handle: expected one of the active rows, {self.handles}, got {shown(handle)}")
+        return self.handles.index(handle)
+
+    @_check.public
+    @_in_turn
+    def history(self, handle: int) -> Array:
+        """Return the tokens of a row that penalties know: those of its prompt that have a logit, and its output.
+
+        Args:
+            handle: an active row.
+
+        Returns:
+            int64 (n,), the oldest first: a copy.
+
+        Raises:
+            ValueError: a handle of no active row.
+
+        >>> import headway as hw
+        >>> sampler = hw.Sampler(4)
+        >>> row = sampler.admit(hw.SamplingParams(temperature=0), [3, 3])
+        >>> sampler.step([[0.0, 1.0, 0.0, 0.0]])
+        array([1])
+        >>> sampler.history(row)
+        array([3, 3, 1])
+        """
+        return self._histories.tokens_of(self._active.rows[self._place(handle)].slot)
+
+    @_check.public
+    @_in_turn
+    def force(self, handle: int, token: int) -> None:
+        """Put a token behind those of a row, as if the row had drawn it: penalties count it, and the position goes on.
+
+        Args:
+            handle: an active row.
+            token: an id from 0 to V - 1, such as one that a grammar or an agent prescribes.
+
+        Raises:
+            TypeError: a token that is no integer.
+            ValueError: a handle of no active row, or a token outside the vocabulary.
+
+        >>> import headway as hw
+        >>> sampler = hw.Sampler(4)
+        >>> row = sampler.admit(hw.SamplingParams(temperature=0), [3, 3])
+        >>> sampler.force(row, 2)
+        >>> sampler.history(row)
+        array([3, 3, 2])
+        """
+        at = self._place(handle)
+        token = _check.integer(token, "token", 0, self.vocabulary - 1)
+        active, histories, row = self._active, self._histories, self._active.rows[at]
+        this, slots = slice(at, at + 1), active.slots[at : at + 1]
+        histories.write(slots, np.array([token]), np.array([token in row.breakers]))
+        # No function is called between the two, so that no signal's handler runs there: both happen, or neither.
+        histories.length[slots] += 1
+        active.position[this] += _ONE
+
+    @_check.public
+    @_in_turn
+    def truncate(self, handle: int, length: int) -> None:
+        """Take the last tokens of a row's output back, so that its sequence has this length; the row forgets them.
+
+        Args:
+            handle: an active row.
+            length: of the sequence, prompt included, as of a `KVCache`: from the prompt's length to the present one.
+
+        Raises:
+            TypeError: a length that is no integer.
+            ValueError: a handle of no active row, or a length out of range.
+
+        >>> import headway as hw
+        >>> sampler = hw.Sampler(4)
+        >>> row = sampler.admit(None, [3, 3], [1, 2, 0])
+        >>> sampler.truncate(row, 3)
+        >>> sampler.history(row)
+        array([3, 3, 1])
+        """
+        at = self._place(handle)
+        active, histories, row = self._active, self._histories, self._active.rows[at]
+        start, this, slots = row.settings["position"], slice(at, at + 1), active.slots[at : at + 1]
+        present = int((active.position[this] - start)[0])
+        length = _check.integer(length, "length", row.prompt, present)
+        less = present - length
+        back = np.uint64(less)
+        # No function is called from here on, so that no signal's handler runs there: all of it happens, or nothing.
+        histories.length[slots] -= less
+        histories.counted[slots] = 0  # what is left is counted anew
+        active.position[this] -= back
 
     @overload
     def step(self, logits: ArrayLike, *, allowed: Any = None, logprobs: None = None) -> Any: ...

@@ -136,6 +136,8 @@ class Model:
         >>> load().generate("In the beginning God created the heaven and the", max_tokens=1, temperature=0)
         ' earth'
         """
+        if "logprobs" in options:
+            raise TypeError("logprobs: expected none, since the text is all that comes back; give it to stream")
         more: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, "params": params, "count_prompt": count_prompt}
         return "".join(self.stream(prompt, **more, **options))
 

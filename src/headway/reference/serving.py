@@ -402,3 +402,15 @@ class Sampler:
     def retire(self, handle: int) -> None:
         """Remove a row."""
         del self.rows[handle]
+
+    def history(self, handle: int) -> AnyArray:
+        """The tokens of its prompt and its output."""
+        return np.array(self.rows[handle]["history"], np.int64)
+
+    def force(self, handle: int, token: int) -> None:
+        """Put a token behind its output."""
+        self.rows[handle]["history"].append(token)
+
+    def truncate(self, handle: int, length: int) -> None:
+        """Keep so many of its tokens, prompt included."""
+        del self.rows[handle]["history"][length:]
