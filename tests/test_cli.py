@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mutations import mutated
-from tiny_llama import write_checkpoint
+from tiny_llama import EOS, write_checkpoint
 
 import headway as hw
 import headway.lm
@@ -103,7 +103,7 @@ def test_generate_passes_every_sampling_option_on(run: Any, tmp_path: Path) -> N
     assert out == f"abc{text}\n"
 
 
-def test_generate_passes_every_penalty_on(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_passes_every_penalty_and_ban_on(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path)
     admit, admitted = hw.Sampler.admit, {}
 
@@ -112,11 +112,12 @@ def test_generate_passes_every_penalty_on(run: Any, tmp_path: Path, monkeypatch:
         return admit(self, *arguments, **options)
 
     monkeypatch.setattr(hw.Sampler, "admit", noted)
-    penalties: dict[str, Any] = {name: 3 for name in Penalties.__annotations__ if name != "dry_breakers"}
-    flags = [part for name, value in penalties.items() for part in (f"--{name.replace('_', '-')}", value)]
+    options = {name: 3 for name in (*Penalties.__annotations__, "no_repeat_ngram", "min_tokens")}
+    del options["dry_breakers"]
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
     flags += ["--dry-breakers", 5, "--dry-breakers", 7, "--count-prompt"]
     assert run("generate", "abc", "--model", tmp_path, "--max-tokens", 2, *flags)[0] == 0
-    assert admitted == penalties | {"dry_breakers": [5, 7], "count_prompt": True}
+    assert admitted == {**options, "dry_breakers": [5, 7], "count_prompt": True, "stop_tokens": (EOS,)}
 
 
 def test_generate_shows_log_probabilities(run: Any) -> None:
@@ -700,7 +701,8 @@ BAD_VALUES = {
     "--num-kv-heads": "0", "--scale": "nan", "--softcap": "-1", "--decimals": "-1", "--window": "-1",
     "--repetition": "0", "--frequency": "nan", "--presence": "nan", "--dry-multiplier": "-1", "--dry-base": "0",
     "--dry-allowed-length": "0", "--dry-breakers": "-1", "--repetition-window": "0", "--frequency-window": "0",
-    "--dry-window": "0", "--logprobs": "-1",
+    "--dry-window": "0", "--logprobs": "-1", "--no-repeat-ngram": "0",
+    "--min-tokens": "-1",
 }  # fmt: skip
 
 

@@ -271,6 +271,7 @@ door(stepped, "logits", AS_FLOATS, LOGITS, "Sampler")
 door(stepped, "allowed", ["bool"], [[0, 1, 1, 0], [1, 1, 0, 0]], "Sampler")
 door(stepped, "prompt_tokens", WHOLE, [1, 1], "Sampler", repetition=5.0)
 door(stepped, "output_tokens", WHOLE, [1, 1], "Sampler", repetition=5.0)
+door(stepped, "stop_tokens", WHOLE, [1, 2], "Sampler", min_tokens=1)
 
 
 # What comes back ------------------------------------------------------------------------------------------------------
@@ -320,6 +321,7 @@ ALONE = {
     "num_kv_heads", "decimals", "base", "eps", "params", "num_samples", "replacement", "top", "processed", "ties",
     "nucleus", "dialect", "draft_params", "n", "vocabulary", "handle", "head_dim", "value_dim", "batch_shape", "dtype",
     "capacity", "length", "unknown_tokens", "count_prompt", "stream", "self", "logprobs", "token",
+    "min_tokens", "no_repeat_ngram", "banned_sequences",
 }  # fmt: skip
 
 

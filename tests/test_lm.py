@@ -365,6 +365,10 @@ def test_why_a_text_ends(tiny: headway.lm.Model) -> None:
     assert list(stream) == []
     assert (stream.finish_reason, stream.token_ids) == ("eos", [])
 
+    stream = tiny.stream("abc", seed=3, logit_bias={EOS: 1e6}, min_tokens=2)
+    list(stream)
+    assert (stream.finish_reason, len(stream.token_ids)) == ("eos", 2)
+
     whole = tiny.generate("abc", max_tokens=9, **banned)
     stream = tiny.stream("abc", max_tokens=9, stop=whole[4:6], **banned)
     assert "".join(stream) == whole[: whole.index(whole[4:6])]

@@ -18,6 +18,7 @@ from test_sampling_statistics import chi_square, power
 
 import headway as hw
 from headway import reference
+from headway._sampling import bans
 from headway._sampling.dialects import rules
 from headway._sampling.histories import Histories
 from headway._sampling.penalties import checked, with_windows
@@ -692,6 +693,8 @@ def test_a_sampler_equals_row_by_row_sampling(data: st.DataObject) -> None:
                 call |= {"dry_window": data.draw(st.sampled_from([None, 9])), "frequency_window": 7}
             if data.draw(st.booleans()):
                 call |= {"dry_multiplier": 0.8, "dry_allowed_length": 1, "dry_breakers": [0]}
+            if data.draw(st.booleans()):  # which leave at least one token
+                call |= {"stop_tokens": [1], "min_tokens": 4, "banned_sequences": [[1, 0], [2, 2, 2]]}
             handle = sampler.admit(params, **call)
             prompts[handle] = len(call["prompt_tokens"])
             assert other.admit(params, **call) == handle
@@ -727,6 +730,22 @@ def test_a_sampler_equals_row_by_row_sampling(data: st.DataObject) -> None:
                 assert same_bits(drawn, want)
             for token, row, mask, one in zip(drawn, logits, masks, alone.values(), strict=True):
                 assert one.step(row[None], allowed=[mask])[0] == token
+
+
+@given(st.lists(st.integers(0, 3), max_size=12), st.data())
+@settings(max_examples=200)
+def test_bans_equal_the_reference(history: list[int], data: st.DataObject) -> None:
+    drawn = data.draw(st.integers(0, len(history)))
+    own: dict[str, Any] = {
+        "stop_tokens": data.draw(st.lists(st.integers(0, 3), max_size=2)),
+        "min_tokens": data.draw(st.integers(0, 4)),
+        "banned_sequences": data.draw(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), max_size=3)),
+        "no_repeat_ngram": data.draw(st.sampled_from([None, 1, 2, 3, 4])),
+    }
+    ours = bans.checked(**own, vocabulary=4).next(np.array(history, np.int64), drawn)
+    sampler = reference.Sampler(4)
+    row = sampler.admit(None, history[: len(history) - drawn], history[len(history) - drawn :], **own)
+    assert sorted(set(ours.tolist())) == sampler.banned(row)
 
 
 @given(st.data(), st.sampled_from(list(DTYPES)))

@@ -763,6 +763,47 @@ def test_p50_tokens_that_are_pushed_and_taken_back() -> None:
             call(2)
 
 
+def test_p51_bans() -> None:
+    """Alone and together, with masks of both kinds; beside rows without bans."""
+
+    def drawn(n: int, prompt: Any = (), output: Any = (), mask: Any = None, **bans: Any) -> list[int]:
+        sampler = hw.Sampler(4)
+        for options in ({}, bans):
+            sampler.admit(hw.SamplingParams(temperature=0), prompt, output, **options)
+        masks = None if mask is None else np.array([mask] * 2)
+        both = [sampler.step([FOUR] * 2, allowed=masks).tolist() for _ in range(n)]
+        assert {plain for plain, _ in both} <= ({0} if mask is None else {1})
+        return [token for _, token in both]
+
+    assert drawn(4) == [0, 0, 0, 0]
+    assert drawn(4, stop_tokens=[0, 1], min_tokens=3) == [3, 3, 3, 0]
+    assert drawn(4, [2, 2], [2], stop_tokens=[0, 1], min_tokens=3) == [3, 3, 0, 0]
+    assert drawn(2, stop_tokens=[0]) == drawn(2, min_tokens=9) == [0, 0]
+    assert drawn(2, banned_sequences=[0, [1]]) == [3, 3]
+    assert drawn(4, banned_sequences=[[0, 0, 0]]) == [0, 0, 1, 0]
+    assert drawn(2, [0], [0], banned_sequences=[[0, 0, 0], [1, 0]]) == [1, 1]
+    assert drawn(4, no_repeat_ngram=1) == [0, 1, 3, 2]
+    assert drawn(1, [0, 2], [1], no_repeat_ngram=1) == [3]
+    assert drawn(7, no_repeat_ngram=2) == [0, 0, 1, 0, 3, 0, 2]
+    assert drawn(4, [1, 0, 0], no_repeat_ngram=3) == [0, 1, 0, 1]
+    assert drawn(1, [0, 0], no_repeat_ngram=4) == [0]
+    for mask in (np.array([False, True, True, True]), np.array([14], np.int32), np.array([14], np.uint32)):
+        assert drawn(3, mask=mask, no_repeat_ngram=1, banned_sequences=[[1, 3]]) == [1, 2, 3]
+        assert mask.tolist() in ([False, True, True, True], [14])  # the caller's own stays
+    with pytest.raises(ValueError, match=r"^allowed: expected at least one token .* in row 1, got none"):
+        drawn(5, no_repeat_ngram=1)
+    for bad, message in {
+        "stop_tokens": ([4], "stop_tokens: expected integers from 0 to 3, got 4"),
+        "min_tokens": (-1, "min_tokens: expected an integer >= 0, got -1"),
+        "banned_sequences": ([[1], []], r"banned_sequences\[1\]: expected a token id, or a list of at least one"),
+        "no_repeat_ngram": (0, "no_repeat_ngram: expected an integer >= 1, got 0"),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{message[1]}"):
+            drawn(0, **{bad: message[0]})
+    with pytest.raises(TypeError, match=r"^banned_sequences: expected a list of lists of token ids, got 3"):
+        drawn(0, banned_sequences=3)
+
+
 def test_p43_streams() -> None:
     """Rows with a seed from params take streams that no active one has; what `admit` gives decides for its own row."""
     params, rows = hw.SamplingParams(seed=5, position=2), np.zeros((4, 70), np.float32)

@@ -55,7 +55,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     seed = _seed(arguments)
     with _language_model(arguments) as model:
         start = time.perf_counter()
-        options = _given(arguments, (*_SAMPLING_OPTIONS, *_PENALTIES, "count_prompt", "logprobs"))
+        options = _given(arguments, (*_SAMPLING_OPTIONS, *_TEXT_OPTIONS, "count_prompt", "logprobs"))
         stream = model.stream(prompt, max_tokens=arguments.max_tokens, seed=seed, **options)
         _show(prompt, end="")
         for piece in stream:
@@ -230,7 +230,7 @@ _SAMPLING_NUMBERS = {  # and what they are: the help of each
 }
 _SAMPLING_DEFAULTS = {"dynamic_temperature_exponent": "1", "xtc_threshold": "0.1", "min_tokens_to_keep": "1"}
 _SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "ties", "nucleus", "dialect", *_SAMPLING_NUMBERS)
-_PENALTIES: dict[str, tuple[type, str, str]] = {  # of what type each is, its help, and what it is unless given
+_TEXT_OPTIONS: dict[str, tuple[type, str, str]] = {  # of what type each is, its help, and what it is unless given
     "repetition": (float, "divide positive logits of tokens that occurred by this, multiply others", "1, off"),
     "frequency": (float, "subtract this from the logit of a token for each time it was drawn", "0, off"),
     "presence": (float, "subtract this from the logit of a token that was drawn", "0, off"),
@@ -242,6 +242,8 @@ _PENALTIES: dict[str, tuple[type, str, str]] = {  # of what type each is, its he
     "repetition_window": (int, "the same for the repetition penalty alone", "the window"),
     "frequency_window": (int, "the same for frequency and presence alone", "the window"),
     "dry_window": (int, "the same for DRY alone", "the window"),
+    "no_repeat_ngram": (int, "let no N tokens come twice", "off"),
+    "min_tokens": (int, "let the text not end before N tokens", "0"),
 }
 
 
@@ -532,7 +534,7 @@ def _parser() -> _Parser:
         help="draw at most N tokens (default: %(default)s)",
     )
     _add_sampling(generate, temperature="0.8", top_p="0.95")
-    for name, (kind, text, default) in _PENALTIES.items():
+    for name, (kind, text, default) in _TEXT_OPTIONS.items():
         generate.add_argument(
             f"--{name.replace('_', '-')}",
             type=kind,

@@ -1,5 +1,6 @@
 """Next-token sampling, and what a serving loop needs beside it."""
 
+from .bans import Bans
 from .checks import CHECKS
 from .dialects import DIALECTS, NUCLEUS, OFF, OPTIONAL, Reading, Step, rules
 from .explain import Explanation, explain
@@ -16,6 +17,7 @@ __all__ = [
     "NUCLEUS",
     "OFF",
     "OPTIONAL",
+    "Bans",
     "Drawn",
     "Explanation",
     "Logprobs",

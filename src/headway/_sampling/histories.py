@@ -68,9 +68,9 @@ class Histories:
         self.tokens[at], self.breaks[at] = tokens, breaks
 
     def tokens_of(self, slot: int) -> Array:
-        """Return a copy of a row's tokens."""
+        """Return a row's tokens where they lie."""
         first = self.first[slot]
-        return self.tokens[first : first + self.length[slot]].copy()
+        return self.tokens[first : first + self.length[slot]]
 
     def penalize(self, data: Array, slots: Array, settings: Mapping[str, Array]) -> _native.Histories:
         """Find the logits that penalties change in data (rows, V), the settings (rows,)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+from collections.abc import Sequence
 from itertools import count, groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
@@ -14,6 +15,7 @@ from numpy.typing import ArrayLike
 from .. import _arrays, _check, _native
 from .._check import shown
 from .._turns import F, one_at_a_time
+from . import bans
 from .call import Call
 from .checks import CHECKS, Settings
 from .dialects import OFF
@@ -55,6 +57,7 @@ class _Row(NamedTuple):
     prompt: int  # how many tokens of its sequence
     penalties: dict[str, Array]
     breakers: frozenset[int]
+    bans: bans.RowBans
 
     def words(self) -> tuple[Any, ...]:
         """Return what rows must share to be sampled by one call."""
@@ -83,6 +86,7 @@ class _Active(NamedTuple):
     position: Array
     penalties: dict[str, Array]
     penalized: bool  # whether any row has penalties
+    banning: tuple[int, ...]  # which rows have bans
 
 
 _ONE = np.uint64(1)
@@ -139,7 +143,7 @@ class Sampler:
         self._admitted = 0
         none = np.zeros(0, np.int64)
         self._histories = Histories(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.bool_), none, none)
-        self._active = _Active((), (), none, np.zeros(0, np.uint64), {}, False)
+        self._active = _Active((), (), none, np.zeros(0, np.uint64), {}, False, ())
         self._lock = threading.RLock()  # kernels run without the GIL, and all of the above belongs together
 
     def __getstate__(self) -> dict[str, Any]:
@@ -167,6 +171,10 @@ class Sampler:
         stream: int | None = None,
         count_prompt: bool = False,
         unknown_tokens: UnknownTokens = "error",
+        stop_tokens: ArrayLike = (),
+        min_tokens: int = 0,
+        banned_sequences: Sequence[int | ArrayLike] = (),
+        no_repeat_ngram: int | None = None,
         **penalties: Unpack[Penalties],
     ) -> int:
         """Add a row behind the others and return its handle.
@@ -188,6 +196,12 @@ class Sampler:
         unknown_tokens: what to do with ids of the prompt outside 0 to V - 1, such as placeholders for images, where
             a penalty looks at the prompt: "error", or "ignore", which leaves them out of the history. Each has its
             place in the sequence all the same.
+        stop_tokens, min_tokens: the ids after which the loop ends a row, which are banned until its output has so many
+            tokens. That is all they do: the loop sees itself what a row draws.
+        banned_sequences: ids and lists of ids that are never drawn: the last id of each is banned where the history
+            ends with those before it (`bad_words_ids` in transformers).
+        no_repeat_ngram: n, at least 1: no n tokens come twice in prompt and output (Paulus et al., 2017,
+            arXiv:1705.04304). Looking takes time linear in the history.
 
         Raises ValueError and TypeError that name the argument.
         """
@@ -204,6 +218,7 @@ class Sampler:
         for name, value in own.items():
             if value.ndim:
                 raise ValueError(f"{name}: expected one value for the row, got shape {value.shape}")
+        own_bans = bans.checked(stop_tokens, min_tokens, banned_sequences, no_repeat_ngram, self.vocabulary)
         breakers = breaker_ids(penalties.get("dry_breakers", ()), self.vocabulary)
         count_prompt = _check.boolean(count_prompt, "count_prompt")
         of_all, of_output = penalizes(own)
@@ -228,7 +243,8 @@ class Sampler:
         settings["stream"] = np.uint64(stream)
         history = np.concatenate([prompt, output])
         slot = self._histories.admit(history, np.isin(history, breakers), 0 if count_prompt else prompt.size)
-        row = _Row(self._admitted, slot, settings, before, with_windows(own), frozenset(breakers.tolist()))
+        ids = frozenset(breakers.tolist())
+        row = _Row(self._admitted, slot, settings, before, with_windows(own), ids, own_bans)
         active = self._with([*self._active.rows, row], np.append(self._active.position, position))
         # No function is called between the two, so that no signal's handler runs there.
         self._active = active
@@ -296,7 +312,7 @@ class Sampler:
         >>> sampler.history(row)
         array([3, 3, 1])
         """
-        return self._histories.tokens_of(self._active.rows[self._place(handle)].slot)
+        return self._histories.tokens_of(self._active.rows[self._place(handle)].slot).copy()
 
     @_check.public
     @_in_turn
@@ -399,7 +415,7 @@ class Sampler:
             raise ValueError(
                 f"logits: expected shape {(rows, self.vocabulary)}, a row for each active one, got {operand.data.shape}"
             )
-        mask = self._mask(allowed)
+        mask = self._without_banned(self._mask(allowed))
         histories = self._histories
         if active.penalized:
             histories.penalize(operand.data, active.slots, active.penalties)
@@ -466,12 +482,31 @@ class Sampler:
             )
         return own
 
-    def _both(self, own: Array | None, mask: Array) -> Array:
-        if own is None:
+    def _without_banned(self, mask: Array | None) -> Array | None:
+        """Return a step's masks, without what rows have banned after their histories."""
+        active = self._active
+        banned = {}
+        for at in active.banning:
+            row = active.rows[at]
+            length = int((active.position[at : at + 1] - row.settings["position"])[0])
+            ids = row.bans.next(self._histories.tokens_of(row.slot), length - row.prompt)
+            if ids.size:
+                banned[at] = ids
+        if not banned:
             return mask
+        rows = len(active.rows)
+        masks = np.ones((rows, self.vocabulary), np.bool_) if mask is None else self._bools(mask).copy()
+        for at, ids in banned.items():
+            masks[at, ids] = False
+        return masks
+
+    def _both(self, own: Array | None, mask: Array) -> Array:
+        return mask if own is None else own & self._bools(mask)
+
+    def _bools(self, mask: Array) -> Array:
         if mask.dtype == np.uint32:
-            mask = unpacked(np.ascontiguousarray(mask).view(np.uint8), self.vocabulary)
-        return own & mask
+            return unpacked(np.ascontiguousarray(mask).view(np.uint8), self.vocabulary)
+        return mask
 
     def _with(self, rows: list[_Row], position: Array) -> _Active:
         """Batch the settings of these rows, so that a step has nothing to do with them."""
@@ -488,7 +523,8 @@ class Sampler:
             groups.append(_Group(handles, slice(start, end), settings))
         slots = np.array([row.slot for row in rows], np.int64)
         penalized = any(on.any() for on in penalizes(penalties))
-        return _Active(tuple(rows), tuple(groups), slots, position, penalties, penalized)
+        banning = tuple(at for at, row in enumerate(rows) if row.bans.any())
+        return _Active(tuple(rows), tuple(groups), slots, position, penalties, penalized, banning)
 
     def _batched(self, members: list[_Row]) -> Settings:
         off: Settings = OFF | {

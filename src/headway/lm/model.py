@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 import headway as hw
 
 from .. import _check
-from .._sampling import Options, Penalties
+from .._sampling import Bans, Options, Penalties
 from .checkpoint import Config, Floats, Weights, read_checkpoint
 from .text import detokenize, tokenizer_errors, until_stop
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 DEFAULTS = hw.SamplingParams(temperature=0.8, top_p=0.95)
 
 
-class TextOptions(Options, Penalties, total=False):
-    """The options of text: those of `headway.sample` and those of `headway.penalize`."""
+class TextOptions(Options, Penalties, Bans, total=False):
+    """The options of text: those of `headway.sample` and `headway.penalize`, and the bans of `Sampler.admit`."""
 
 
 @_check.public
@@ -123,10 +123,11 @@ class Model:
             params: as in `headway.sample`; `headway.lm.DEFAULTS`, temperature 0.8 and top_p 0.95, unless given.
             count_prompt: as in `headway.Sampler.admit`: whether frequency and presence count the prompt too.
             **options: as in `headway.sample`, but for uniform, and as in `headway.penalize`; they replace what params
-                say. `allowed` may also be a function, which is called before each draw with the list of the tokens
-                drawn so far and returns what may come next in a form of `allowed`, or None: a grammar. The text is
-                that of a row of a `headway.Sampler`: one seed gives one text, wherever it stops and goes on; without a
-                seed each is another.
+                say. min_tokens, banned_sequences and no_repeat_ngram as in `headway.Sampler.admit`, whose stop_tokens
+                are the model's end-of-text tokens. `allowed` may also be a function, which is called before each draw
+                with the list of the tokens drawn so far and returns what may come next in a form of `allowed`, or
+                None: a grammar. The text is that of a row of a `headway.Sampler`: one seed gives one text, wherever it
+                stops and goes on; without a seed each is another.
 
         Raises:
             ValueError: a prompt that leaves no room in the context or is no UTF-8, or a bad option.
@@ -188,11 +189,12 @@ class Model:
         if len(prompt_ids) >= context:
             raise ValueError(f"prompt: expected less than {context} tokens, the model's context, got {len(prompt_ids)}")
         grammar = options.pop("allowed") if callable(options.get("allowed")) else None
-        penalties: Any = {name: value for name, value in options.items() if name in Penalties.__annotations__}
-        drawing: Any = {name: value for name, value in options.items() if name not in penalties}
+        drawing: Any = {name: value for name, value in options.items() if name in Options.__annotations__}
+        of_row: Any = {name: value for name, value in options.items() if name not in drawing}
+        of_row |= {"count_prompt": count_prompt, "stop_tokens": self.config.eos_token_ids}
         chosen = dataclasses.replace(DEFAULTS if params is None else params, **drawing)
         sampler = hw.Sampler(self.config.vocab_size)
-        sampler.admit(chosen, prompt_ids, count_prompt=count_prompt, **penalties)
+        sampler.admit(chosen, prompt_ids, **of_row)
         return TextStream(self, prompt_ids, max_tokens, stops, sampler, grammar, logprobs)
 
     def _encode(self, prompt: str) -> list[int]:

@@ -340,6 +340,7 @@ class Sampler:
     """
 
     def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
         self.admitted = 0
         self.rows: dict[int, dict[str, Any]] = {}
 
@@ -352,6 +353,10 @@ class Sampler:
         seed: Any = None,
         stream: int | None = None,
         count_prompt: bool = False,
+        stop_tokens: Any = (),
+        min_tokens: int = 0,
+        banned_sequences: Any = (),
+        no_repeat_ngram: int | None = None,
         **penalties: Any,
     ) -> int:
         """Add a row behind the others, whose next token comes behind prompt and output."""
@@ -368,6 +373,13 @@ class Sampler:
             "penalties": {"prompt_lengths": 0 if count_prompt else len(prompt_tokens), **penalties},
             "seed": secrets.randbits(64) if seed is None else seed,
             "stream": free if stream is None else stream,
+            "prompt": len(prompt_tokens),
+            "bans": (
+                set(stop_tokens),
+                min_tokens,
+                [np.atleast_1d(x).tolist() for x in banned_sequences],
+                no_repeat_ngram,
+            ),
             "start": int(getattr(params, "position", None) or 0),  # the position of the history's first token
         }
         self.admitted += 1
@@ -379,11 +391,12 @@ class Sampler:
         logprobs=n: also the logarithms of their probabilities, and of the best n.
         """
         tokens, filtered, masses = [], np.full(np.shape(logits), -np.inf), np.zeros(np.shape(logits), np.int64)
-        for i, (z, row) in enumerate(zip(_floats(logits), self.rows.values(), strict=True)):
+        for i, (z, (handle, row)) in enumerate(zip(_floats(logits), self.rows.items(), strict=True)):
             penalized = penalize(z, row["history"], **row["penalties"])
             mask = None if allowed is None else _mask(allowed[i], z.shape)
             if mask is not None:
                 penalized[~mask] = -np.inf
+            penalized[self.banned(handle)] = -np.inf
             # As row number `stream` of a batch with this seed.
             position = (row["start"] + len(row["history"])) % 2**64
             block = philox(int(row["seed"]), int(row["stream"]), position)
@@ -402,6 +415,18 @@ class Sampler:
     def retire(self, handle: int) -> None:
         """Remove a row."""
         del self.rows[handle]
+
+    def banned(self, handle: int) -> list[int]:
+        """The tokens that a row may not draw next."""
+        row = self.rows[handle]
+        stop_tokens, min_tokens, sequences, n = row["bans"]
+        history = [token for token in row["history"] if 0 <= token < self.vocabulary]
+        found = {token for token in stop_tokens if len(row["history"]) - row["prompt"] < min_tokens}
+        found |= {last for *before, last in sequences if history[len(history) - len(before) :] == before}
+        if n is not None:
+            runs = [history[i : i + n] for i in range(len(history) - n + 1)]
+            found |= {last for *before, last in runs if history[len(history) - n + 1 :] == before}
+        return sorted(found)
 
     def history(self, handle: int) -> AnyArray:
         """The tokens of its prompt and its output."""
