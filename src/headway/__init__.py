@@ -16,6 +16,7 @@ from ._attention import (
     swiglu,
 )
 from ._sampling import (
+    Drawn,
     Explanation,
     Logprobs,
     Sampler,
@@ -34,6 +35,7 @@ from .runtime import Info, get_num_threads, info, set_num_threads
 
 __all__ = [
     "AttentionState",
+    "Drawn",
     "Explanation",
     "Info",
     "KVCache",

@@ -1,13 +1,14 @@
 """Next-token sampling, and what a serving loop needs beside it."""
 
+from .bans import Bans
 from .checks import Reading
 from .dialects import DIALECTS, NUCLEUS, OPTIONAL, Step, dialects, rules
 from .explain import Explanation, explain
 from .logprobs import Logprobs, logprobs
 from .params import SamplingOptions, SamplingParams
-from .penalties import penalize
+from .penalties import Penalties, penalize
 from .sample import filter_logits, probabilities, sample
-from .sampler import Sampler
+from .sampler import Drawn, Sampler
 from .settings import CHECKS
 from .speculative import Verified, verify_draft
 from .stages import OFF, STAGES
@@ -19,8 +20,11 @@ __all__ = [
     "OFF",
     "OPTIONAL",
     "STAGES",
+    "Bans",
+    "Drawn",
     "Explanation",
     "Logprobs",
+    "Penalties",
     "Reading",
     "Sampler",
     "SamplingOptions",
