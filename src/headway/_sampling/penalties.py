@@ -1,7 +1,8 @@
 """Penalties: lower logits for tokens that occurred before, and for those that would repeat what was said.
 
-The kernel in `src/core/penalties.h` finds the new logits of the tokens of a history, for which it counts them once and
-then on; `penalize` writes the logits into a copy, `Sampler` keeps the counts and hands the logits on to the draw.
+The kernel in `src/core/sampling/penalties.h` finds the new logits of the tokens of a history, for which it counts
+them once and then on; `penalize` writes the logits into a copy, `Sampler` keeps the counts and hands the logits on to
+the draw.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Every function takes logits of shape (..., V), V the vocabulary, and the same options. Biases and bans come first, then
 the stages in the order of `dialects.py`; then the draw. `docs/semantics.md` says what each means to the last bit,
-`headway.reference` says it in NumPy, and the kernels in `src/core/sampling.h` give those same bits.
+`headway.reference` says it in NumPy, and the kernels in `src/core/sampling/sampling.h` give those same bits.
 """
 
 from __future__ import annotations
