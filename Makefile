@@ -2,10 +2,11 @@
 #
 #   make demo     text from the model that ships, every attention layer and every token through headway
 #   make test     the tests, against the peers that run here
-#   make check    lint, types, formatting, freshness of the generated stub
+#   make check    lint, types, formatting of code and pages, freshness of the generated stub
 #   make sanitize the tests that look for memory errors, undefined behaviour and races, under the compiler's sanitizers
 #   make mutants  break one line after another, and see the tests notice; MUTANTS='--only tree' for a part
 #   make bench    headway beside its peers, into docs/performance.md; BENCH='layers --only L=512' for a part
+#   make docs     docs/api.md, from the signatures and docstrings
 #   make vectors  the conformance vectors, from the reference; make conformance: who passes them, into docs/conformance.md
 #   make versions build and test on every Python here from 3.10 on, with the newest of everything
 #   make constraints  choose the newest of everything anew, into constraints.txt
@@ -29,7 +30,7 @@ BENCH_PEERS := onnx onnxruntime openvino llama-cpp-python
 CONFORMANCE_PEERS := llama-cpp-python msgspec
 LONE_PEERS := sglang # installed without what they need
 
-.PHONY: demo test check sanitize mutants bench vectors conformance versions constraints cross stub format clean
+.PHONY: demo test check sanitize mutants bench docs vectors conformance versions constraints cross stub format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -43,6 +44,7 @@ test: $(VENV)/test $(VENV)/peers
 check: $(VENV)/check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/wrap.py --check
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest tests/test_typing.py
@@ -75,6 +77,9 @@ build/sanitize/hammer: tests/pool/hammer.cpp src/core/threads.cpp src/core/threa
 	mkdir -p $(@D)
 	$(CXX) -std=c++20 -O1 -g -Wall -Wextra -fsanitize=thread $(filter %.cpp,$^) -pthread -o $@
 
+docs: $(VENV)/test
+	$(BIN)/python tools/make_api.py
+
 vectors: $(VENV)/test
 	$(BIN)/python tools/make_vectors.py
 
@@ -98,10 +103,12 @@ cross:
 
 stub: $(VENV)/check
 	$(BIN)/python -m nanobind.stubgen -q -m headway._native -o src/headway/_native.pyi
+	$(BIN)/python tools/make_params.py
 
 format: $(VENV)/check
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python tools/wrap.py
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:

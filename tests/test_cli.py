@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 from mutations import mutated
-from tiny_llama import write_checkpoint
+from tiny_llama import EOS, write_checkpoint
 
 import headway as hw
 import headway.lm
+from headway._sampling import Penalties
 from headway.cli import main
 
 Output = tuple[int, str, str]
@@ -72,7 +73,7 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
 def test_generate_prints_prompt_and_text_and_repeats(run: Any) -> None:
     status, out, err = run("generate", "And God said", "--max-tokens", 12, "--seed", 7)
     assert status == 0
-    text = headway.lm.load().generate("And God said", max_tokens=12, seed=7, temperature=0.8, top_p=0.9)
+    text = headway.lm.load().generate("And God said", max_tokens=12, seed=7)
     assert out == f"And God said{text}\n"
     assert re.fullmatch(r"headway: 12 tokens, [0-9.]+ tokens/s, ended by max_tokens, --seed 7\n", err)
     assert run("generate", "And God said", "--max-tokens", 12, "--seed", 7)[1] == out
@@ -100,6 +101,44 @@ def test_generate_passes_every_sampling_option_on(run: Any, tmp_path: Path) -> N
     _, out, _ = run("generate", "abc", "--model", tmp_path, "--max-tokens", 20, "--seed", 1, *flags)
     text = headway.lm.load(tmp_path).generate("abc", max_tokens=20, params=hw.SamplingParams(seed=1, **options))
     assert out == f"abc{text}\n"
+
+
+def test_generate_passes_every_penalty_and_ban_on(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path)
+    admit, admitted = hw.Sampler.admit, {}
+
+    def noted(self: hw.Sampler, *arguments: Any, **options: Any) -> int:
+        admitted.update(options)
+        return admit(self, *arguments, **options)
+
+    monkeypatch.setattr(hw.Sampler, "admit", noted)
+    options = {name: 3 for name in (*Penalties.__annotations__, "no_repeat_ngram", "min_tokens")}
+    del options["dry_breakers"]
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    flags += ["--dry-breakers", 5, "--dry-breakers", 7, "--count-prompt"]
+    assert run("generate", "abc", "--model", tmp_path, "--max-tokens", 2, *flags)[0] == 0
+    assert admitted == {**options, "dry_breakers": [5, 7], "count_prompt": True, "stop_tokens": (EOS,)}
+
+
+def test_generate_shows_log_probabilities(run: Any) -> None:
+    model, prompt = headway.lm.load(), "And God said"
+    for n in (0, 2):
+        out = run("generate", prompt, "--max-tokens", 5, "--seed", 7, "--logprobs", n)[1]
+        stream = model.stream(prompt, max_tokens=5, seed=7, logprobs=n)
+        text = "".join(stream)
+        assert out.startswith(f"{prompt}{text}\n")
+        lines = [json.loads(line) for line in out[len(prompt + text) + 1 :].splitlines()]
+        assert "".join(line["text"] for line in lines) == text
+        for line, token, drawn in zip(lines, stream.token_ids, stream.logprobs, strict=True):
+            assert (line["id"], line["rank"], line["logprob"]) == (token, drawn.raw.ranks, drawn.raw.logprobs)
+            assert line["processed_logprob"] == drawn.processed.logprobs != line["logprob"]
+            assert [best["id"] for best in line.get("top", ())] == ([] if n == 0 else drawn.raw.top_tokens.tolist())
+
+
+def test_the_defaults_of_text_are_those_of_the_library(run: Any) -> None:
+    page = " ".join(run("generate", "--help")[1].split())
+    assert f"likeliest token (default: {headway.lm.DEFAULTS.temperature})" in page
+    assert f"1 is off (default: {headway.lm.DEFAULTS.top_p})" in page
 
 
 @pytest.mark.parametrize("arguments", [["-"], []])
@@ -133,7 +172,7 @@ def test_every_piece_is_shown_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path:
     write_checkpoint(tmp_path)
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     assert main(["generate", "abc", "--model", str(tmp_path), "--max-tokens", "9", "--seed", "1"]) == 0
-    pieces = list(headway.lm.load(tmp_path).stream("abc", max_tokens=9, seed=1, temperature=0.8, top_p=0.9))
+    pieces = list(headway.lm.load(tmp_path).stream("abc", max_tokens=9, seed=1))
     for count in range(len(pieces) + 1):
         assert "abc" + "".join(pieces[:count]) in terminal.shown
 
@@ -660,6 +699,10 @@ BAD_VALUES = {
     "--dynamic-temperature-range": "-1", "--dynamic-temperature-exponent": "-1", "--min-tokens-to-keep": "0",
     "--seed": "-1", "--position": "-1", "--max-tokens": "-1", "--top": "-1", "--why": "-1", "--num-heads": "0",
     "--num-kv-heads": "0", "--scale": "nan", "--softcap": "-1", "--decimals": "-1", "--window": "-1",
+    "--repetition": "0", "--frequency": "nan", "--presence": "nan", "--dry-multiplier": "-1", "--dry-base": "0",
+    "--dry-allowed-length": "0", "--dry-breakers": "-1", "--repetition-window": "0", "--frequency-window": "0",
+    "--dry-window": "0", "--logprobs": "-1", "--no-repeat-ngram": "0",
+    "--min-tokens": "-1",
 }  # fmt: skip
 
 
@@ -670,7 +713,7 @@ def test_advice_can_be_typed(run: Any, qkv: Path) -> None:
         for flag in re.findall(r"^  (--[a-z-]+) [A-Z]", run(command[0], "--help")[1], re.MULTILINE):
             if flag not in BAD_VALUES:
                 continue
-            values = (BAD_VALUES[flag], "0") if flag == "--window" else (BAD_VALUES[flag],)
+            values = (BAD_VALUES[flag], "0") if (command[0], flag) == ("attend", "--window") else (BAD_VALUES[flag],)
             result = run(*command, flag, *values, stdin=b"[1, 2]")
             refused(result, f"{flag}: expected")
             assert not re.search(r"None|np\.|[a-z]_[a-z]", result[2]), result[2]

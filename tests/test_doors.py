@@ -270,6 +270,8 @@ for name, (takes, good) in PENALTIES.items():
 door(stepped, "logits", AS_FLOATS, LOGITS, "Sampler")
 door(stepped, "allowed", ["bool"], [[0, 1, 1, 0], [1, 1, 0, 0]], "Sampler")
 door(stepped, "prompt_tokens", WHOLE, [1, 1], "Sampler", repetition=5.0)
+door(stepped, "output_tokens", WHOLE, [1, 1], "Sampler", repetition=5.0)
+door(stepped, "stop_tokens", WHOLE, [1, 2], "Sampler", min_tokens=1)
 
 
 # What comes back ------------------------------------------------------------------------------------------------------
@@ -318,7 +320,8 @@ ALONE = {
     "causal", "window", "scale", "softcap", "precision", "return_lse", "key_offset", "states", "num_heads",
     "num_kv_heads", "decimals", "base", "eps", "params", "num_samples", "replacement", "top", "processed", "ties",
     "nucleus", "dialect", "draft_params", "n", "vocabulary", "handle", "head_dim", "value_dim", "batch_shape", "dtype",
-    "capacity", "length", "unknown_tokens", "count_prompt", "stream", "self",
+    "capacity", "length", "unknown_tokens", "count_prompt", "stream", "self", "logprobs", "token",
+    "min_tokens", "no_repeat_ngram", "banned_sequences",
 }  # fmt: skip
 
 
@@ -328,7 +331,7 @@ def test_no_door_is_forgotten() -> None:
     for kind in (hw.KVCache, hw.Sampler, hw.AttentionState):
         functions += [f for n, f in vars(kind).items() if inspect.isfunction(f) and not n.startswith("_")]
     functions.append(hw.AttentionState.from_lse)
-    results = (hw.AttentionState, hw.Explanation, hw.Info, hw.Logprobs, hw.Verified)
+    results = (hw.AttentionState, hw.Drawn, hw.Explanation, hw.Info, hw.Logprobs, hw.Verified)
     for function in functions:
         if function in results:
             continue

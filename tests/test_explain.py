@@ -15,7 +15,7 @@ from test_sampling import KINDS, make_logits, make_options
 import headway as hw
 from headway import _native, reference
 from headway._sampling.dialects import DIALECTS, rules
-from headway._sampling.explain import _number
+from headway._sampling.stages import number
 
 
 @given(st.data())
@@ -123,7 +123,7 @@ def check_definition(logits: np.ndarray, options: dict[str, Any], rng: np.random
                 candidate = getattr(stage, name)
                 assert (candidate and (candidate.token, candidate.probability)) == getattr(one, name), (stage, one)
             elif name == "found":
-                shown = "" if one.found is None else f"{one.found:.4f}" if "coin" in stage.note else _number(one.found)
+                shown = "" if one.found is None else f"{one.found:.4f}" if "coin" in stage.note else number(one.found)
                 assert shown in stage.note, (stage, one)
                 assert bool(shown) == bool(stage.note)
             else:

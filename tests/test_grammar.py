@@ -82,6 +82,9 @@ CALLS: dict[str, Call] = {
     "Sampler.admit": Call(lambda **call: hw.Sampler(V).admit(**call), {}),
     "Sampler.step": Call(lambda **call: sampler().step(**call), {"logits": LOGITS[:1]}),
     "Sampler.retire": Call(lambda **call: sampler().retire(**call), {"handle": 0}),
+    "Sampler.history": Call(lambda **call: sampler().history(**call), {"handle": 0}),
+    "Sampler.force": Call(lambda **call: sampler().force(**call), {"handle": 0, "token": 1}),
+    "Sampler.truncate": Call(lambda **call: sampler().truncate(**call), {"handle": 0, "length": 0}),
     "attention_map": Call(lambda **call: drawing().attention_map(**call), {"weights": np.abs(X)}),
     "filter_stages": Call(lambda **call: drawing().filter_stages(**call), {"explanation": hw.explain(LOGITS[0])}),
     "set_num_threads": Call(hw.set_num_threads, {"n": hw.get_num_threads()}),
@@ -97,6 +100,9 @@ METHODS = {
     "Sampler.admit": hw.Sampler.admit,
     "Sampler.step": hw.Sampler.step,
     "Sampler.retire": hw.Sampler.retire,
+    "Sampler.history": hw.Sampler.history,
+    "Sampler.force": hw.Sampler.force,
+    "Sampler.truncate": hw.Sampler.truncate,
 }
 
 
@@ -387,7 +393,7 @@ def test_options_of_a_text() -> None:
         model.generate("In", topk=3)
     with pytest.raises(TypeError, match=r"^max_token: no such option; .*; did you mean 'max_tokens'\?"):
         model.generate("In", max_token=3)
-    with pytest.raises(TypeError, match=r"^repetition_penalty: no such option; .*; penalties are options of penalize"):
+    with pytest.raises(TypeError, match=r"^repetition_penalty: no such option; .*; did you mean 'repetition'\?"):
         model.generate("In", repetition_penalty=1.2)
 
 

@@ -136,13 +136,14 @@ def test_a42_a_handler_that_does_not_raise_lets_the_call_go_on(
         seen.append(same_bits(small(), short))
         with contextlib.suppress(RuntimeError):  # an error during a call, which holds the pool
             hw.set_num_threads(threads)
+        signal.setitimer(signal.ITIMER_REAL, 0.02)  # not before, or a slow machine would never leave the handler
 
     signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.01, 0.02)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
     deadline = time.perf_counter() + 60
     while len(seen) < 3 and time.perf_counter() < deadline:
         assert same_bits(hw.attention(x, x, x), want)
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
     assert len(seen) >= 3
     assert all(seen)
 
@@ -232,7 +233,7 @@ def test_a42_a_signal_never_leaves_a_cache_taken_or_half_changed(alarm: Callable
             cache.truncate(int(rng.integers(90, 100)))
 
     calls()
-    usual, met = max(seconds_of(calls) for _ in range(5)), 0
+    usual, met = min(seconds_of(calls) for _ in range(20)), 0
     for _ in range(SIGNALS):
         met += interrupted_within(calls, usual)
         n = len(cache)
@@ -256,6 +257,8 @@ def test_a42_a_signal_never_leaves_a_sampler_half_changed(alarm: Callable[[], No
     def calls() -> None:
         for _ in range(3):
             sampler.step(logits[: len(sampler.handles)])
+        sampler.force(sampler.handles[0], 5)
+        sampler.truncate(sampler.handles[-1], len(alone[sampler.handles[-1]][1]))
         if len(sampler.handles) > 5:
             sampler.retire(sampler.handles[int(rng.integers(len(sampler.handles)))])
         if len(sampler.handles) < 8:
@@ -263,13 +266,13 @@ def test_a42_a_signal_never_leaves_a_sampler_half_changed(alarm: Callable[[], No
 
     for _ in range(4):
         admit()
-    usual, met = max(seconds_of(calls) for _ in range(5)), 0
+    usual, met = min(seconds_of(calls) for _ in range(20)), 0
     for _ in range(SIGNALS):
         met += interrupted_within(calls, usual)
         active, histories = sampler._active, sampler._histories
         for handle, slot, position in zip(sampler.handles, active.slots, active.position.tolist(), strict=True):
             if handle in alone:  # admitted, and the signal came after
-                assert histories.length[slot] == position + len(alone[handle][1])
+                assert histories.length[slot] == position >= len(alone[handle][1])
         for handle in set(sampler.handles) - set(alone):
             sampler.retire(handle)
         if len(sampler.handles) < 4:
@@ -281,7 +284,7 @@ def test_a42_a_signal_never_leaves_a_sampler_half_changed(alarm: Callable[[], No
         history = histories.tokens[histories.first[slot] :][: histories.length[slot]]
         assert history[: len(prompt)].tolist() == prompt.tolist()
         penalized = hw.penalize(row, history, prompt_lengths=len(prompt), **options)
-        want.append(hw.sample(penalized, temperature=2.0, seed=seed, position=len(history) - len(prompt)))
+        want.append(hw.sample(penalized, temperature=2.0, seed=seed, position=len(history)))
     assert sampler.step(logits[: len(want)]).tolist() == want
 
 

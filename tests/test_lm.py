@@ -314,7 +314,7 @@ def test_each_token_is_one_draw_at_its_place(tiny: headway.lm.Model) -> None:
     ids = tiny.tokenizer.encode(prompt).ids
     for position in range(len(ids), 20):
         logits = tiny.logits(ids)[-1]
-        ids.append(hw.sample(logits, temperature=0.7, top_k=30, seed=seed, position=position))
+        ids.append(hw.sample(logits, temperature=0.7, top_k=30, top_p=0.95, seed=seed, position=position))
     stream = tiny.stream(prompt, max_tokens=17, temperature=0.7, top_k=30, seed=seed)
     text = "".join(stream)
     assert [*stream.prompt_ids, *stream.token_ids] == ids
@@ -334,7 +334,7 @@ def test_without_a_seed_each_text_is_another(tiny: headway.lm.Model) -> None:
 
 def test_params_and_keywords(tiny: headway.lm.Model) -> None:
     params = hw.SamplingParams(temperature=0.5, top_k=3)
-    as_keywords = tiny.generate("abc", max_tokens=9, seed=1, temperature=0.5, top_k=3)
+    as_keywords = tiny.generate("abc", max_tokens=9, seed=1, temperature=0.5, top_k=3, top_p=1)
     assert tiny.generate("abc", max_tokens=9, seed=1, params=params) == as_keywords
     greedy = tiny.generate("abc", max_tokens=9, temperature=0)
     assert tiny.generate("abc", max_tokens=9, seed=1, params=params, temperature=0) == greedy
@@ -364,6 +364,10 @@ def test_why_a_text_ends(tiny: headway.lm.Model) -> None:
     stream = tiny.stream("abc", seed=3, logit_bias={EOS: 1e6})
     assert list(stream) == []
     assert (stream.finish_reason, stream.token_ids) == ("eos", [])
+
+    stream = tiny.stream("abc", seed=3, logit_bias={EOS: 1e6}, min_tokens=2)
+    list(stream)
+    assert (stream.finish_reason, len(stream.token_ids)) == ("eos", 2)
 
     whole = tiny.generate("abc", max_tokens=9, **banned)
     stream = tiny.stream("abc", max_tokens=9, stop=whole[4:6], **banned)
@@ -419,8 +423,12 @@ def test_bad_ids(tiny: headway.lm.Model, ids: list[Any], message: str) -> None:
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"seed": -1}, "seed"),
-        ({"position": 3}, "position: expected None, since each token of a text is drawn at its own position"),
-        ({"uniform": 0.5}, "uniform: expected None"),
+        ({"seed": [1, 2]}, "seed: expected one value for the row"),
+        ({"temperature": [1.0, 2.0]}, "temperature: expected one value for the row"),
+        ({"uniform": 0.5}, "uniform: expected seed and position"),
+        ({"repetition": 0}, "repetition: expected a finite number > 0"),
+        ({"count_prompt": 1}, "count_prompt: expected True or False"),
+        ({"logprobs": 261}, "logprobs: expected an integer from 0 to 260, got 261"),
     ],
 )
 def test_bad_arguments_are_told_at_the_call(tiny: headway.lm.Model, arguments: dict[str, Any], message: str) -> None:
@@ -431,8 +439,51 @@ def test_bad_arguments_are_told_at_the_call(tiny: headway.lm.Model, arguments: d
 def test_unknown_options_and_prompts_that_are_no_text(tiny: headway.lm.Model) -> None:
     with pytest.raises(TypeError, match="temprature"):
         tiny.stream("abc", temprature=1.0)
-    with pytest.raises(TypeError, match="prompt: expected a string, got list"):
-        tiny.stream([1, 2])  # type: ignore[arg-type]
+    for prompt, expected in {
+        b"abc": "text or token ids, got",
+        None: "text or token ids, got",
+        (0.5,): "text or token ids, got float64",
+        (260,): "integers from 0 to 259, got 260",
+        ((1,),): r"text or token ids \(n,\), got shape \(1, 1\)",
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=f"^prompt: expected {expected}"):
+            tiny.stream(prompt)  # type: ignore[arg-type]
+
+
+def test_log_probabilities_of_a_text(tiny: headway.lm.Model) -> None:
+    options: dict[str, Any] = {"seed": 1, "max_tokens": 6, "frequency": 0.5, "logit_bias": {EOS: -np.inf}}
+    stream = tiny.stream("abc", logprobs=3, **options)
+    assert "".join(stream) == tiny.generate("abc", **options)
+    ids = list(stream.prompt_ids)
+    for token, drawn in zip(stream.token_ids, stream.logprobs, strict=True):
+        logits = tiny.logits(ids)[-1]
+        want = hw.logprobs(logits, token, top=3)
+        assert drawn.tokens == token
+        assert (drawn.raw.logprobs, drawn.raw.ranks) == (want.logprobs, want.ranks)
+        assert drawn.raw.top_tokens.tolist() == want.top_tokens.tolist()
+        penalized = hw.penalize(logits, ids, prompt_lengths=3, frequency=0.5)
+        want = hw.logprobs(penalized, token, headway.lm.DEFAULTS, top=3, processed=True, logit_bias={EOS: -np.inf})
+        assert drawn.processed.logprobs == want.logprobs
+        assert drawn.processed.top_logprobs.tolist() == want.top_logprobs.tolist()
+        ids.append(token)
+    assert len(stream.logprobs) == 6
+    plain = tiny.stream("abc", **options)
+    assert list(plain)
+    assert plain.logprobs == []
+    with pytest.raises(TypeError, match=r"^logprobs: expected none, .*; give it to stream"):
+        tiny.generate("abc", logprobs=3)  # type: ignore[call-arg]
+
+
+def test_token_ids_are_a_prompt(tiny: headway.lm.Model) -> None:
+    """So a text goes on from any token, half a character or not."""
+    whole = tiny.stream("né", max_tokens=40, seed=1, repetition=1.3, logit_bias={EOS: -np.inf})
+    text = "".join(whole)
+    for n in (0, 15, 39):
+        ids = [*whole.prompt_ids, *whole.token_ids[:n]]
+        rest = tiny.stream(np.array(ids), max_tokens=40 - n, seed=1, repetition=1.3, logit_bias={EOS: -np.inf})
+        assert text.endswith("".join(rest)[1:])
+        assert rest.token_ids == whole.token_ids[n:]
+    assert tiny.stream([]).prompt_ids == (BOS,)
 
 
 # -------------------------------------------------------------------------------------- characters and stops

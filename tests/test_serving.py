@@ -18,6 +18,7 @@ from test_sampling_statistics import chi_square, power
 
 import headway as hw
 from headway import reference
+from headway._sampling import bans
 from headway._sampling.dialects import rules
 from headway._sampling.histories import Histories
 from headway._sampling.penalties import checked, with_windows
@@ -656,8 +657,9 @@ def test_a_sampler_equals_row_by_row_sampling(data: st.DataObject) -> None:
     V = data.draw(st.sampled_from([4, 70]))
     sampler, other = hw.Sampler(V), reference.Sampler(V)
     alone: dict[int, hw.Sampler] = {}
+    prompts: dict[int, int] = {}
     for _ in range(data.draw(st.integers(1, 25))):
-        action = data.draw(st.sampled_from(["admit", "step", "step", "retire"]))
+        action = data.draw(st.sampled_from(["admit", "step", "step", "retire", "force", "truncate"]))
         if action == "admit":
             dialect = data.draw(st.sampled_from([None, None, "hf", "llama.cpp", "mlx"]))
             filters = {name: data.draw(st.sampled_from(values)) for name, values in FILTERS.items()}
@@ -678,6 +680,7 @@ def test_a_sampler_equals_row_by_row_sampling(data: st.DataObject) -> None:
             )
             call: dict[str, Any] = {
                 "prompt_tokens": rng.integers(0, V, int(rng.integers(0, 90))),
+                "output_tokens": rng.integers(0, V, data.draw(st.sampled_from([0, 0, 5]))),
                 "seed": int(rng.integers(99)),
                 "count_prompt": data.draw(st.booleans()),
             }
@@ -690,7 +693,10 @@ def test_a_sampler_equals_row_by_row_sampling(data: st.DataObject) -> None:
                 call |= {"dry_window": data.draw(st.sampled_from([None, 9])), "frequency_window": 7}
             if data.draw(st.booleans()):
                 call |= {"dry_multiplier": 0.8, "dry_allowed_length": 1, "dry_breakers": [0]}
+            if data.draw(st.booleans()):  # which leave at least one token
+                call |= {"stop_tokens": [1], "min_tokens": 4, "banned_sequences": [[1, 0], [2, 2, 2]]}
             handle = sampler.admit(params, **call)
+            prompts[handle] = len(call["prompt_tokens"])
             assert other.admit(params, **call) == handle
             alone[handle] = hw.Sampler(V)
             alone[handle].admit(params, **call)
@@ -699,15 +705,47 @@ def test_a_sampler_equals_row_by_row_sampling(data: st.DataObject) -> None:
             sampler.retire(handle)
             other.retire(handle)
             del alone[handle]
+        elif action in ("force", "truncate") and alone:
+            at = data.draw(st.integers(0, len(alone) - 1))
+            handle, one = list(alone.items())[at]
+            length = len(other.history(handle))
+            number = data.draw(st.integers(0, V - 1) if action == "force" else st.integers(prompts[handle], length))
+            for each, row in ((sampler, handle), (other, handle), (one, 0)):
+                getattr(each, action)(row, number)
         elif action == "step":
             logits = (rng.standard_normal((len(alone), V)) * 2).astype(DTYPES[data.draw(st.sampled_from(list(DTYPES)))])
             kinds = [None, np.arange(V) != 3, np.full(-(-V // 32), -6, np.int32), [0, 2, 3]]
             kinds += [mask[None] for mask in kinds[1:3]]
             masks = [data.draw(st.sampled_from(kinds)) for _ in alone]
-            tokens = sampler.step(logits, allowed=masks)
-            assert same_bits(tokens, other.step(logits, allowed=masks))
-            for token, row, mask, one in zip(tokens, logits, masks, alone.values(), strict=True):
+            n = data.draw(st.sampled_from([None, 0, 3]))
+            drawn, want = (each.step(logits, allowed=masks, logprobs=n) for each in (sampler, other))
+            if n is None:
+                assert same_bits(drawn, want)
+            else:
+                for got, expected in zip((*drawn.raw, *drawn.processed), (*want.raw, *want.processed), strict=True):
+                    assert (got is None) == (expected is None)
+                    if got is not None:
+                        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+                drawn, want = drawn.tokens, want.tokens
+                assert same_bits(drawn, want)
+            for token, row, mask, one in zip(drawn, logits, masks, alone.values(), strict=True):
                 assert one.step(row[None], allowed=[mask])[0] == token
+
+
+@given(st.lists(st.integers(0, 3), max_size=12), st.data())
+@settings(max_examples=200)
+def test_bans_equal_the_reference(history: list[int], data: st.DataObject) -> None:
+    drawn = data.draw(st.integers(0, len(history)))
+    own: dict[str, Any] = {
+        "stop_tokens": data.draw(st.lists(st.integers(0, 3), max_size=2)),
+        "min_tokens": data.draw(st.integers(0, 4)),
+        "banned_sequences": data.draw(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), max_size=3)),
+        "no_repeat_ngram": data.draw(st.sampled_from([None, 1, 2, 3, 4])),
+    }
+    ours = bans.checked(**own, vocabulary=4).next(np.array(history, np.int64), drawn)
+    sampler = reference.Sampler(4)
+    row = sampler.admit(None, history[: len(history) - drawn], history[len(history) - drawn :], **own)
+    assert sorted(set(ours.tolist())) == sampler.banned(row)
 
 
 @given(st.data(), st.sampled_from(list(DTYPES)))
@@ -729,12 +767,12 @@ def test_a_draw_of_a_sampler_is_a_draw_of_what_penalize_made(data: st.DataObject
         )
         sampler.admit(params, prompt, seed=seed, count_prompt=counts, **own)
         rows.append((params, prompt, seed, own | {"prompt_lengths": 0 if counts else 7}))
-    for j in range(4):
+    for _ in range(4):
         tokens = sampler.step(logits)
         for z, token, (params, history, seed, own) in zip(logits, tokens.tolist(), rows, strict=True):
             new = hw.penalize(z, history, **own)
             assert new.dtype == (np.float64 if dtype == "float64" else np.float32)
-            assert token == hw.sample(new, params, seed=seed, position=j)
+            assert token == hw.sample(new, params, seed=seed, position=len(history))
             history.append(token)
 
 
@@ -832,6 +870,7 @@ BAD_ROWS = [
     ({"stream": 0.5}, TypeError, r"^stream: expected an integer"),
     ({"prompt_tokens": [[1]]}, ValueError, r"^prompt_tokens: expected a list of token ids, got shape \(1, 1\)"),
     ({"prompt_tokens": [0.5]}, TypeError, r"^prompt_tokens: expected integers"),
+    ({"output_tokens": [0, -1]}, ValueError, r"^output_tokens: expected integers from 0 to 69, got -1 at 1"),
     ({"frequency": [1.0]}, ValueError, r"^frequency: expected one value for the row"),
     ({"repetition": 0}, ValueError, r"^repetition: expected"),
     ({"presense": 1}, TypeError, r"^presense: no such penalty; expected one of"),

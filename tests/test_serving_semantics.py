@@ -6,6 +6,7 @@ Small numbers on purpose: a sentence should be checkable by eye. test_serving.py
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import pickle
 import re
@@ -21,10 +22,10 @@ import pytest
 
 import headway as hw
 from headway import _check, reference
-from headway._sampling import penalties
-from headway._sampling.call import Call
-from headway._sampling.checks import CHECKS as OPTION_CHECKS
+from headway._sampling import penalties, rows
+from headway._sampling.call import prepare
 from headway._sampling.checks import Integers, Reals
+from headway._sampling.settings import CHECKS as OPTION_CHECKS
 
 NAN, INF = np.nan, np.inf
 FOUR = [2.0, 1.0, -1.0, 0.0]
@@ -254,7 +255,7 @@ def test_p41_ids_that_are_left_out() -> None:
         sampler, plain = hw.Sampler(70), hw.Sampler(70)
         own = {"frequency": 0.3, "dry_multiplier": 1, "dry_allowed_length": 1, "window": 5, "count_prompt": True}
         sampler.admit(None, [3, unknown, 5, unknown, 3], seed=1, **own, **ignore)
-        plain.admit(None, [3, 5, 3], seed=1, **own)
+        plain.admit(hw.SamplingParams(position=2), [3, 5, 3], seed=1, **own)  # their places count in positions
         for _ in range(6):
             assert sampler.step(ROWS[0, :1]).tolist() == plain.step(ROWS[0, :1]).tolist()
     mask, ids = np.array([[0, 0, 1, 1], [1, 1, 1, 1]]), np.array([[0, 0, 1, 3], [0, 1, 1, 2]])
@@ -551,8 +552,11 @@ def test_p31_a_draw_of_a_sampler() -> None:
         logits = ROWS.reshape(6, 70)[j % 6]
         (got,) = sampler.step(logits[None])
         penalized = hw.penalize(logits, history, prompt_lengths=2, **penalties)
-        assert got == hw.sample(penalized, params, position=3 + j)
+        assert got == hw.sample(penalized, params, position=3 + len(history))
         history.append(got)
+    first = hw.Sampler(70)
+    first.admit(hw.SamplingParams(seed=5, position=2**64 - 1), [4, 9])
+    assert first.step(ROWS[0, :1]) == hw.sample(ROWS[0, 0], seed=5, position=1)
 
 
 def test_p32_rows_in_the_order_of_admission() -> None:
@@ -609,6 +613,195 @@ def test_p42_what_frequency_counts() -> None:
     for about_both in ({"repetition": 5}, {"dry_multiplier": 1, "dry_base": 3, "dry_allowed_length": 1}):
         assert drawn(**about_both, count_prompt=True) == drawn(**about_both)
         assert drawn(**about_both) != drawn()
+
+
+PENALTIES: dict[str, Any] = {"repetition": 1.2, "frequency": 0.4, "dry_multiplier": 0.9, "dry_allowed_length": 1}
+
+
+@pytest.mark.parametrize("count_prompt", [False, True])
+def test_p47_a_text_stops_and_goes_on_anywhere(count_prompt: bool) -> None:
+    prompt, rows = [3, 3, 70, 5, 9], ROWS.reshape(6, 1, 70)
+    options: dict[str, Any] = {"stream": 2, "count_prompt": count_prompt, "unknown_tokens": "ignore", **PENALTIES}
+
+    def drawn(n: int, output: list[int], **other: Any) -> list[int]:
+        sampler = hw.Sampler(70)
+        sampler.admit(hw.SamplingParams(seed=5, temperature=2.0), prompt, output, **{**options, **other})
+        return [int(sampler.step(rows[i % 6])[0]) for i in range(len(output), len(output) + n)]
+
+    text = drawn(40, [])
+    for n in (0, 1, 15, 39):
+        assert drawn(40 - n, text[:n]) == text[n:]
+    assert drawn(25, text[:15], count_prompt=not count_prompt) != text[15:]
+    with pytest.raises(ValueError, match=r"^output_tokens: expected integers from 0 to 69, got 70 at 1"):
+        drawn(1, [0, 70])
+    with pytest.raises(ValueError, match=r"^output_tokens: expected a list of token ids, got shape \(1, 1\)"):
+        drawn(1, [[1]])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.1, "top_p": 1, "top_k": 40, "count_prompt": True}])
+def test_p48_one_seed_one_text(options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Five ways to the same tokens."""
+    pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    from headway import cli, lm
+
+    model, prompt, n, seed = lm.load(), "And God said unto the people,", 25, 3
+    given = {name: value for name, value in options.items() if name != "count_prompt"}
+    params = dataclasses.replace(lm.DEFAULTS, **given)
+    counted = {"count_prompt": options.get("count_prompt", False)}
+    stream = model.stream(prompt, max_tokens=n, seed=seed, **PENALTIES, **options)
+    text, tokens, ids = "".join(stream), stream.token_ids, stream.prompt_ids
+    assert len(tokens) == n
+
+    assert model.generate(prompt, max_tokens=n, seed=seed, **PENALTIES, **options) == text
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in (given | PENALTIES).items()]
+    flags += ["--count-prompt"] * counted["count_prompt"]
+    assert cli.main(["generate", prompt, "--max-tokens", str(n), "--seed", str(seed), *flags]) == 0
+    assert capsys.readouterr().out == f"{prompt}{text}\n"
+
+    sampler, session, new, by_hand = hw.Sampler(model.config.vocab_size), model.session(), list(ids), list(ids)
+    sampler.admit(params, ids, seed=seed, **PENALTIES, **counted)
+    for position in range(len(ids), len(ids) + n):
+        logits = session.next_logits(new)
+        new = sampler.step(logits[None]).tolist()
+        prompt_lengths = 0 if counted["count_prompt"] else len(ids)
+        penalized = hw.penalize(logits, by_hand, prompt_lengths=prompt_lengths, **PENALTIES)
+        by_hand.append(hw.sample(penalized, params, seed=seed, position=position))
+        assert new == by_hand[-1:]
+    assert by_hand == [*ids, *tokens]
+
+    dots, drawn_so_far = {model.tokenizer.token_to_id("."), model.tokenizer.token_to_id(",")}, []
+
+    def grammar(tokens: list[int]) -> Any:
+        drawn_so_far.append(tokens)
+        return dots if len(tokens) % 2 else None
+
+    stream = model.stream(ids, max_tokens=4, seed=seed, params=params, allowed=grammar)
+    list(stream)
+    assert dots.issuperset(stream.token_ids[1::2])
+    assert not dots.intersection(stream.token_ids[::2])
+    assert drawn_so_far == [stream.token_ids[:i] for i in range(4)]
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 70])
+def test_p49_log_probabilities_of_a_step(n: int) -> None:
+    """Of rows with and without xtc's coin, penalties and masks, in several groups."""
+    each = [
+        hw.SamplingParams(top_k=9, temperature=0.7),
+        hw.SamplingParams(xtc_probability=0.5, xtc_threshold=0.01, seed=4, dialect="llama.cpp"),
+        hw.SamplingParams(ties="keep", top_k=30, logit_bias={3: 2.0}),
+        hw.SamplingParams(temperature=0),
+    ]
+    rows, masks = ROWS.reshape(6, 70)[:4].astype(np.float64), [None, None, np.arange(70) % 3 > 0, [5, 6, 7]]
+    sampler, plain, histories = hw.Sampler(70), hw.Sampler(70), [[1, 2, 1] for _ in each]
+    for i, params in enumerate(each):
+        for one in (sampler, plain):
+            one.admit(params, [1, 2, 1], seed=i, count_prompt=True, **PENALTIES)
+    for _ in range(5):
+        drawn = sampler.step(rows, allowed=masks, logprobs=n)
+        assert drawn.tokens.tolist() == plain.step(rows, allowed=masks).tolist()
+        raw = hw.logprobs(rows, drawn.tokens, top=n or None)
+        assert raw.logprobs.tolist() == drawn.raw.logprobs.tolist()
+        assert raw.ranks.tolist() == drawn.raw.ranks.tolist()
+        for i, (params, history, token) in enumerate(zip(each, histories, drawn.tokens.tolist(), strict=True)):
+            z = hw.penalize(rows[i], history, **PENALTIES)
+            if masks[i] is not None:
+                z = hw.filter_logits(z, allowed=masks[i])
+            call = {"params": params, "seed": i, "position": len(history), "processed": True, "top": n or None}
+            want, got = hw.logprobs(z, token, **call), drawn.processed
+            assert (got.logprobs[i], got.ranks[i]) == (want.logprobs, want.ranks)
+            assert np.exp(want.logprobs) > 0
+            if n:
+                assert got.top_tokens[i].tolist() == want.top_tokens.tolist()
+                assert got.top_logprobs[i].tolist() == want.top_logprobs.tolist()
+                assert drawn.raw.top_tokens[i].tolist() == raw.top_tokens[i].tolist()
+                assert drawn.raw.top_logprobs[i].tolist() == raw.top_logprobs[i].tolist()
+            history.append(token)
+        assert n or drawn.raw.top_tokens is drawn.processed.top_logprobs is None
+
+
+def test_p50_tokens_that_are_pushed_and_taken_back() -> None:
+    """Beside rows that stand still; with a prompt of which one id is left out, and across the places of a history."""
+    rows, prompt = ROWS.reshape(6, 70)[:2], [3, 70, 3, 5]
+    params = hw.SamplingParams(seed=5, temperature=2.0, position=2**64 - 20)
+    options: dict[str, Any] = {"count_prompt": True, "unknown_tokens": "ignore", "dry_breakers": [8], **PENALTIES}
+
+    def fresh(*output: int) -> hw.Sampler:
+        sampler = hw.Sampler(70)
+        sampler.admit(params, prompt, output, seed=1, **options)
+        sampler.admit(params, [1], seed=2, **options)
+        return sampler
+
+    sampler, output = fresh(), np.random.default_rng(1).integers(0, 70, 90).tolist()
+    output[3:6] = [8, 3, 5]
+    for i, token in enumerate(output):
+        sampler.force(0, token)
+        if i % 7 == 0:
+            assert pickle.loads(pickle.dumps(sampler)).step(rows)[0] == fresh(*output[: i + 1]).step(rows)[0]
+    assert sampler.history(0).tolist() == [3, 3, 5, *output]
+    assert sampler.history(1).tolist() == [1]
+    for n in (90, 70, 69, 7, 2, 0):
+        drawn = [int(sampler.step(rows)[0]) for _ in range(3)]
+        assert sampler.history(0).tolist()[-3:] == drawn
+        sampler.truncate(0, 4 + n)
+        assert sampler.history(0).tolist() == [3, 3, 5, *output[:n]]
+        other, going_on = fresh(*output[:n]), pickle.loads(pickle.dumps(sampler))
+        assert [going_on.step(rows)[0] for _ in range(5)] == [other.step(rows)[0] for _ in range(5)]
+    assert len(sampler.history(1)) == 19
+    sampler.history(0)[:] = 9
+    assert sampler.history(0).tolist() == [3, 3, 5]
+    empty = hw.Sampler(4)
+    empty.admit(hw.SamplingParams(temperature=0), presence=9)
+    assert [int(empty.step([FOUR])[0]) for _ in range(2)] == [0, 1]
+    empty.truncate(0, 0)
+    assert empty.step([FOUR]) == 0
+    with pytest.raises(ValueError, match=r"^length: expected an integer from 4 to 4, got 3"):
+        sampler.truncate(0, 3)
+    with pytest.raises(ValueError, match=r"^token: expected an integer from 0 to 69, got 70"):
+        sampler.force(0, 70)
+    for call in (sampler.history, lambda row: sampler.force(row, 1), lambda row: sampler.truncate(row, 4)):
+        with pytest.raises(ValueError, match=r"^handle: expected one of the active rows, \[0, 1\], got 2"):
+            call(2)
+
+
+def test_p51_bans() -> None:
+    """Alone and together, with masks of both kinds; beside rows without bans."""
+
+    def drawn(n: int, prompt: Any = (), output: Any = (), mask: Any = None, **bans: Any) -> list[int]:
+        sampler = hw.Sampler(4)
+        for options in ({}, bans):
+            sampler.admit(hw.SamplingParams(temperature=0), prompt, output, **options)
+        masks = None if mask is None else np.array([mask] * 2)
+        both = [sampler.step([FOUR] * 2, allowed=masks).tolist() for _ in range(n)]
+        assert {plain for plain, _ in both} <= ({0} if mask is None else {1})
+        return [token for _, token in both]
+
+    assert drawn(4) == [0, 0, 0, 0]
+    assert drawn(4, stop_tokens=[0, 1], min_tokens=3) == [3, 3, 3, 0]
+    assert drawn(4, [2, 2], [2], stop_tokens=[0, 1], min_tokens=3) == [3, 3, 0, 0]
+    assert drawn(2, stop_tokens=[0]) == drawn(2, min_tokens=9) == [0, 0]
+    assert drawn(2, banned_sequences=[0, [1]]) == [3, 3]
+    assert drawn(4, banned_sequences=[[0, 0, 0]]) == [0, 0, 1, 0]
+    assert drawn(2, [0], [0], banned_sequences=[[0, 0, 0], [1, 0]]) == [1, 1]
+    assert drawn(4, no_repeat_ngram=1) == [0, 1, 3, 2]
+    assert drawn(1, [0, 2], [1], no_repeat_ngram=1) == [3]
+    assert drawn(7, no_repeat_ngram=2) == [0, 0, 1, 0, 3, 0, 2]
+    assert drawn(4, [1, 0, 0], no_repeat_ngram=3) == [0, 1, 0, 1]
+    assert drawn(1, [0, 0], no_repeat_ngram=4) == [0]
+    for mask in (np.array([False, True, True, True]), np.array([14], np.int32), np.array([14], np.uint32)):
+        assert drawn(3, mask=mask, no_repeat_ngram=1, banned_sequences=[[1, 3]]) == [1, 2, 3]
+        assert mask.tolist() in ([False, True, True, True], [14])  # the caller's own stays
+    with pytest.raises(ValueError, match=r"^allowed: expected at least one token .* in row 1, got none"):
+        drawn(5, no_repeat_ngram=1)
+    for bad, message in {
+        "stop_tokens": ([4], "stop_tokens: expected integers from 0 to 3, got 4"),
+        "min_tokens": (-1, "min_tokens: expected an integer >= 0, got -1"),
+        "banned_sequences": ([[1], []], r"banned_sequences\[1\]: expected a token id, or a list of at least one"),
+        "no_repeat_ngram": (0, "no_repeat_ngram: expected an integer >= 1, got 0"),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{message[1]}"):
+            drawn(0, **{bad: message[0]})
+    with pytest.raises(TypeError, match=r"^banned_sequences: expected a list of lists of token ids, got 3"):
+        drawn(0, banned_sequences=3)
 
 
 def test_p43_streams() -> None:
@@ -744,9 +937,11 @@ def test_p37_threads_take_turns() -> None:
 COPIED: dict[str, Callable[[np.ndarray], Any]] = {
     "kv_lengths, positions, breakers": lambda x: _check.integers(x, "x", 0, 9),
     "ids of allowed": lambda x: OPTION_CHECKS["allowed"]("allowed", x, ()),
-    "lengths": lambda x: penalties._lengths("lengths", x, x.shape, np.full(x.size, 9)),
+    "lengths": lambda x: rows.lengths_within("lengths", x, x.shape, np.full(x.size, 9), "token_ids"),
     "token_ids": lambda x: penalties._histories(x, None, ())[0],
-    "tokens of logprobs": lambda x: import_module("headway._sampling.logprobs")._tokens(x, Call(np.zeros(9), None, {})),
+    "tokens of logprobs": lambda x: import_module("headway._sampling.logprobs")._tokens(
+        x, prepare(np.zeros(9), None, {})
+    ),
     "draft_tokens": lambda x: import_module("headway._sampling.speculative")._draft_tokens(x, np.array([2]), (), 2, 9),
     **{name: lambda x, name=name, check=check: check(name, x) for name, check in penalties.CHECKS.items()},
     **{

@@ -1,4 +1,4 @@
-"""Make the polynomial coefficients of src/core/exp.h: near-minimax (Chebyshev) fits at 60 digits.
+"""Make the polynomial coefficients of src/core/ground/exp.h: near-minimax (Chebyshev) fits at 60 digits.
 
 Run ``python tools/polynomials.py`` (needs mpmath). Each line gives the coefficients from the highest power
 down, ready for Horner's rule, and the largest relative error of the whole function they serve.

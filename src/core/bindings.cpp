@@ -1,5 +1,5 @@
 // The only file that knows Python. Arrays arrive checked and broadcast by the Python layer; here they become plain
-// structs, and the GIL is dropped. uint16 carries the bits of bfloat16, uint8 a mask.
+// structs, and the GIL is released. uint16 carries the bits of bfloat16, uint8 a mask.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -16,8 +16,8 @@
 #include <tuple>
 #include <vector>
 
+#include "ground/rows.h"
 #include "threads.h"
-#include "tree.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -77,7 +77,7 @@ Batch batch_of(const In& a, size_t core_axes) {
 
 DType computing_type(bool wide) { return wide ? DType::f64 : DType::f32; }
 
-// Signals reach Python's main thread alone: no other looks for them. A child that is forked has a main thread of its
+// Signals reach Python's main thread alone: no other polls for them. A child that is forked has a main thread of its
 // own.
 unsigned long main_thread;
 
@@ -88,11 +88,11 @@ bool interrupted() {
 }
 
 template <class Task> void run(const Kernel<Task>& kernel, const Task& task) {
-  const Interrupted look = PyThread_get_thread_ident() == main_thread ? interrupted : nullptr;
+  const Interrupted poll = PyThread_get_thread_ident() == main_thread ? interrupted : nullptr;
   bool finished;
   {
     const nb::gil_scoped_release released;
-    finished = execute(kernel, task, look);
+    finished = execute(kernel, task, poll);
   }
   if (!finished) throw nb::python_error();
 }
@@ -378,10 +378,10 @@ struct Rows {
     t.packed = packed;
     list.clear();
     for (const auto& [stage, ties, equal, floor, values] : stages.steps) {
-      if (stage < 0 || stage >= int(Stage::count) || ties < 0 || ties >= int(Ties::count) || values.empty() ||
+      if (!kernels().sampling->stage_name(stage) || ties < 0 || ties >= int(Ties::count) || values.empty() ||
           values.size() > size_t(kStepValues))
         throw std::invalid_argument("steps: no such stage");
-      Step step{Stage(stage), Ties(ties), equal, floor, {}};
+      Step step{stage, Ties(ties), equal, floor, {}};
       for (size_t i = 0; i < values.size(); ++i) step.value[i] = per_row<double>(values[i], "steps", rows);
       list.push_back(step);
     }
@@ -545,6 +545,14 @@ void round_rows(const In& x, int64_t decimals, const Out& y) {
   }
 }
 
+// The same in every table of kernels: the choice of one can wait for the first call.
+std::vector<std::string> stage_names() {
+  const SamplingKernels& sampling = *supported_kernels().table[0]->sampling;
+  std::vector<std::string> names;
+  while (const char* name = sampling.stage_name(int64_t(names.size()))) names.emplace_back(name);
+  return names;
+}
+
 std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (int i = 0; i < supported_kernels().size; ++i) names.emplace_back(supported_kernels().table[i]->name);
@@ -571,9 +579,8 @@ NB_MODULE(_native, m) {
   m.attr("CHUNK") = kChunk;
   m.attr("LANES") = kLanes;
   m.attr("SAMPLING_FAULTS") = kSamplingFaults;
-  // In the order of kernels.h, where a number stands for a name.
-  m.attr("SAMPLING_STAGES") = nb::make_tuple("greedy", "temperature", "top_n_sigma", "top_k", "top_p", "min_p",
-                                             "typical_p", "epsilon_cutoff", "eta_cutoff", "xtc_probability");
+  // Names, each at the place that stands for it in a step.
+  m.attr("SAMPLING_STAGES") = nb::tuple(nb::cast(stage_names()));
   m.attr("SAMPLING_TIES") = nb::make_tuple("lowest_id", "highest_id", "keep");
   m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "mask"_a.none(), "bias"_a.none(), "sinks"_a.none(),
         "kv_lengths"_a.none(), "rows"_a.none(), "options"_a, "out"_a, "lse"_a.none());

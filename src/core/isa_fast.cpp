@@ -1,11 +1,11 @@
 // Attention for precision="fast". Apart from the tables, because it is not under the contract of bits and needs
 // instructions that few processors have. The build compiles this file once for each of them, with HEADWAY_FAST naming
 // the set.
-#include "attention.h"
-#include "pairs.h"
+#include "attention/attention.h"
+#include "attention/pairs.h"
 
-#define HEADWAY_JOIN_(a, b) a##b
-#define HEADWAY_JOIN(a, b) HEADWAY_JOIN_(a, b)
+#define HEADWAY_CONCAT_(a, b) a##b
+#define HEADWAY_CONCAT(a, b) HEADWAY_CONCAT_(a, b)
 
 namespace headway {
 namespace {
@@ -26,7 +26,7 @@ void run_fast(const Attention& task, const Plan& plan, int64_t unit, const Memor
 
 } // namespace
 
-extern const Kernel<Attention> HEADWAY_JOIN(attention_, HEADWAY_FAST);
-const Kernel<Attention> HEADWAY_JOIN(attention_, HEADWAY_FAST) = {plan_fast, run_fast};
+extern const Kernel<Attention> HEADWAY_CONCAT(attention_, HEADWAY_FAST);
+const Kernel<Attention> HEADWAY_CONCAT(attention_, HEADWAY_FAST) = {plan_fast, run_fast};
 
 } // namespace headway

@@ -1,17 +1,18 @@
 // The sampling kernels, once per instruction set, in an object of their own: a test disassembles it and finds no fused
 // multiply-add, which isa.cpp's objects are full of.
-#include "logprobs.h"
-#include "penalties.h"
-#include "sampling.h"
-#include "speculative.h"
+#include "sampling/logprobs.h"
+#include "sampling/penalties.h"
+#include "sampling/sampling.h"
+#include "sampling/speculative.h"
 
-#define HEADWAY_JOIN_(a, b) a##b
-#define HEADWAY_JOIN(a, b) HEADWAY_JOIN_(a, b)
+#define HEADWAY_CONCAT_(a, b) a##b
+#define HEADWAY_CONCAT(a, b) HEADWAY_CONCAT_(a, b)
 
 namespace headway {
 
-extern const SamplingKernels HEADWAY_JOIN(sampling_kernels_, HEADWAY_ISA);
-const SamplingKernels HEADWAY_JOIN(sampling_kernels_, HEADWAY_ISA) = {
+extern const SamplingKernels HEADWAY_CONCAT(sampling_kernels_, HEADWAY_ISA);
+const SamplingKernels HEADWAY_CONCAT(sampling_kernels_, HEADWAY_ISA) = {
+    stage_name,
     {plan_sampling, run_sampling},
     {plan_penalties, run_penalties},
     {plan_ranking, run_ranking},

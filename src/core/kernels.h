@@ -95,25 +95,12 @@ template <class T> struct PerRow {
 enum class SamplingFault : int64_t { none, nan, infinite, overflow, empty, few, undrawn };
 constexpr int64_t kSamplingFaults = 8;
 
-// One stage of sampling with its values for each row. What the stages do, and what ties, equal and floor settle, is
-// said in _dialects.py and in stages.h.
-enum class Stage : int32_t {
-  greedy,
-  temperature,
-  top_n_sigma,
-  top_k,
-  top_p,
-  min_p,
-  typical_p,
-  epsilon_cutoff,
-  eta_cutoff,
-  xtc,
-  count
-};
+// One stage of sampling with its values for each row. What the stages do is said in sampling/stages.h, and what ties,
+// equal and floor settle in dialects.py.
 enum class Ties : int32_t { lowest_id, highest_id, keep, count };
 constexpr int kStepValues = 3;
 struct Step {
-  Stage stage;
+  int32_t stage; // its place in the table of stages: SamplingKernels::stage_name
   Ties ties;
   bool equal, floor;
   PerRow<double> value[kStepValues]; // temperature: and range, exponent; xtc: probability, threshold
@@ -158,7 +145,7 @@ struct Sampling {
   bool packed;
   const Step* steps; // in their order
   int64_t step_count;
-  PerRow<int64_t> min_tokens; // what a stage that heeds it leaves at least
+  PerRow<int64_t> min_tokens; // how many tokens a stage with `floor` leaves at least
   const int64_t* spared;      // tokens, from 0 to V - 1, that xtc leaves in
   int64_t spared_count;
   PerRow<uint64_t> seed, stream, position;
@@ -213,10 +200,10 @@ struct Verification {
 struct Plan {
   int64_t units;
   int64_t workspace;          // bytes per thread, 64-byte aligned
-  int64_t work;               // of all units, in multiply-adds or so: whether waking a thread pays
+  int64_t work;               // of all units, in multiply-adds, roughly: whether waking a thread pays
   int64_t shared = 0;         // bytes that all units see, 64-byte aligned, zero at the start
   bool team = false;          // the units run one after another, each shared among the threads
-  int64_t rows = 0, span = 0; // the kernel's own: what a unit is made of
+  int64_t rows = 0, span = 0; // for the kernel alone: the size of a unit
 };
 // Waking a thread takes some 10 microseconds, in which the caller alone does about as much work as this.
 constexpr int64_t kWorkPerThread = 1 << 18;
@@ -227,16 +214,16 @@ struct Team {
   void (*run)(void* threads, int64_t parts, void (*part)(const void* work, int64_t i), const void* work) = nullptr;
   void* threads = nullptr;
 };
-// What a unit that takes long asks now and then: whether the call is to end at once. It then returns, and whatever it
-// leaves behind is thrown away.
-constexpr int64_t kWorkPerLook = 1 << 20; // between two questions: some 50 microseconds
+// A unit that takes long polls it: whether the call is to end at once. The unit then returns, and its results so far
+// are thrown away.
+constexpr int64_t kWorkPerPoll = 1 << 20; // between two polls: some 50 microseconds
 struct Stop {
-  bool (*asked)(void* by) = nullptr; // absent: never
-  void* by = nullptr;
+  bool (*requested)(void* context) = nullptr; // absent: never
+  void* context = nullptr;
   int64_t work = 0;
   bool now = false;
-  bool after(int64_t more) { // multiply-adds or so
-    if ((work += more) >= kWorkPerLook && asked) work = 0, now = asked(by);
+  bool after(int64_t more) { // multiply-adds, roughly
+    if ((work += more) >= kWorkPerPoll && requested) work = 0, now = requested(context);
     return now;
   }
 };
@@ -251,8 +238,9 @@ template <class Task> struct Kernel {
   void (*run)(const Task&, const Plan&, int64_t unit, const Memory&);
 };
 
-// Apart, because nothing may fuse in them: isa_sampling.cpp.
+// A table of their own, because no multiplication and addition may fuse in them: isa_sampling.cpp.
 struct SamplingKernels {
+  const char* (*stage_name)(int64_t stage); // the name at this place of the table of stages; nullptr where it ends
   Kernel<Sampling> sample;
   Kernel<Penalties> penalize;
   Kernel<Ranking> rank;

@@ -46,7 +46,7 @@ struct Free {
 };
 class Workspace {
 public:
-  char* at_least(int64_t bytes) {
+  char* reserve(int64_t bytes) {
     if (bytes > size_) {
       memory_.reset();
       size_ = 0;
@@ -56,7 +56,7 @@ public:
     }
     return memory_.get();
   }
-  void keep_at_most(int64_t bytes) {
+  void release_above(int64_t bytes) {
     if (size_ > bytes) memory_.reset(), size_ = 0;
   }
 
@@ -66,7 +66,7 @@ private:
 };
 
 using Clock = std::chrono::steady_clock;
-constexpr std::chrono::milliseconds kLook{50}; // between two questions whether to end: Python's lock may have to be had
+constexpr std::chrono::milliseconds kPollInterval{50}; // between two polls of signals, which may wait for Python's lock
 
 struct Job {
   const Call& call;
@@ -76,7 +76,7 @@ struct Job {
   Interrupted interrupted = nullptr;
   std::atomic<int64_t> next{0};
   std::atomic<bool> stopped{false};
-  Clock::time_point next_look{};
+  Clock::time_point next_poll{};
 
   // Where all of it lies in one workspace: the shared part first, then a piece for each participant.
   int64_t shared_bytes() const { return (plan.shared + 63) / 64 * 64; }
@@ -88,10 +88,10 @@ struct Job {
   }
 
   // Participant 0 is the thread that made the call.
-  void take_part(int64_t participant) {
+  void run_units(int64_t participant) {
     const StandardFloats floats;
     Stop stop{};
-    if (interrupted) stop = {participant ? has_stopped : asks, this};
+    if (interrupted) stop = {participant ? has_stopped : poll, this};
     const Memory mine{static_cast<char*>(memory.own) + participant * own_bytes(), memory.shared, memory.team, &stop};
     const int64_t work = plan.work / plan.units;
     for (int64_t unit; !stop.now && (unit = next.fetch_add(1, std::memory_order_relaxed)) < plan.units;) {
@@ -100,14 +100,14 @@ struct Job {
     }
   }
   static bool has_stopped(void* job) { return static_cast<Job*>(job)->stopped.load(std::memory_order_relaxed); }
-  static bool asks(void* of) {
-    Job& job = *static_cast<Job*>(of);
-    if (has_stopped(of)) return true;
+  static bool poll(void* context) {
+    Job& job = *static_cast<Job*>(context);
+    if (has_stopped(context)) return true;
     const Clock::time_point now = Clock::now();
-    if (now < job.next_look) return false;
+    if (now < job.next_poll) return false;
     if (job.interrupted()) job.stopped = true;
-    job.next_look = Clock::now() + kLook;
-    return has_stopped(of);
+    job.next_poll = Clock::now() + kPollInterval;
+    return has_stopped(context);
   }
 };
 
@@ -130,12 +130,12 @@ int default_threads() {
 
 constexpr int64_t kKeptWorkspace = 16 << 20; // bytes kept between calls, so that short calls do not fault pages in
 
-// How long a thread that waits looks on before it sleeps. Waking it costs 10 to 50 microseconds, more on a virtual
+// How long a waiting thread spins before it sleeps. Waking it costs 10 to 50 microseconds, more on a virtual
 // machine, as much as a short call takes; a program that calls again within that time finds the workers awake.
-constexpr std::chrono::microseconds kPatience{100};
+constexpr std::chrono::microseconds kSpinTime{100};
 
-template <class Condition> void look_on(Condition met) {
-  const auto end = Clock::now() + kPatience;
+template <class Condition> void spin_until(Condition met) {
+  const auto end = Clock::now() + kSpinTime;
   do {
     for (int i = 0; i < 32; ++i) {
       if (met()) return;
@@ -155,7 +155,7 @@ public:
   int threads() const { return threads_; }
 
   void resize(int threads) {
-    if (inside_) throw std::runtime_error("n: a signal's handler cannot change the number of threads during a call");
+    if (in_call_) throw std::runtime_error("n: a signal's handler cannot change the number of threads during a call");
     const std::lock_guard<std::mutex> alone(busy_);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -170,49 +170,48 @@ public:
 
   bool run(const Call& call, Interrupted interrupted) {
     std::unique_lock<std::mutex> mine(busy_, std::defer_lock);
-    if (!inside_) mine.try_lock();
+    if (!in_call_) mine.try_lock();
     int64_t threads = mine ? threads_.load() : 1;
     Job job{call, call.plan(call.call, threads), 1, {}, interrupted};
     if (job.plan.units == 0) return true;
-    job.next_look = Clock::now() + kLook;
+    job.next_poll = Clock::now() + kPollInterval;
     threads = std::min(threads, 1 + job.plan.work / kWorkPerThread);
     const bool team = job.plan.team && threads > 1;
     if (!team) threads = std::min(threads, job.plan.units);
     job.participants = team ? 1 : threads;
     if (threads == 1 && mine) mine.unlock();
-    // What a call within this one, from a signal's handler, must leave alone.
-    const Inside inside;
+    const InCall in_call; // a call within this one, from a signal's handler, must use none of the memory below
     static thread_local Workspace kept;
     Workspace own;
     if (!mine) std::swap(own, kept);
     Workspace& workspace = mine ? workspace_ : own;
-    job.place(workspace.at_least(job.bytes()));
+    job.place(workspace.reserve(job.bytes()));
     if (threads > 1) threads = std::min(threads, int64_t(1 + workers(int(threads - 1))));
     if (team && threads > 1) {
       job.memory.team = {[](void* pool, int64_t parts, Part part, const void* work) {
                            static_cast<Pool*>(pool)->run_parts(parts, part, work);
                          },
                          this};
-      job.take_part(0);
+      job.run_units(0);
     } else {
       job.participants = threads;
       run(job);
     }
-    workspace.keep_at_most(kKeptWorkspace);
+    workspace.release_above(kKeptWorkspace);
     if (&workspace == &own) std::swap(own, kept);
     return !job.stopped;
   }
 
 private:
-  struct Inside { // whether this thread is in a call
-    const bool before = std::exchange(inside_, true);
-    ~Inside() { inside_ = before; }
+  struct InCall { // whether this thread is in a call
+    const bool before = std::exchange(in_call_, true);
+    ~InCall() { in_call_ = before; }
   };
-  static inline thread_local bool inside_ = false;
+  static inline thread_local bool in_call_ = false;
 
   void run(Job& job) {
     if (job.participants > 1) share(&job);
-    job.take_part(0);
+    job.run_units(0);
     if (job.participants > 1) finish(job);
   }
   // On behalf of a unit that runs alone, while its caller holds busy_.
@@ -225,7 +224,7 @@ private:
                       part(work, i);
                     },
                     &both};
-    Job job{call, Plan{parts, 0, 0}, threads_, {}}; // it is ended by nobody: a row that is half looked at is no row
+    Job job{call, Plan{parts, 0, 0}, threads_, {}}; // it cannot be stopped: the unit needs the results of all parts
     run(job);
   }
 
@@ -242,11 +241,11 @@ private:
       const std::lock_guard<std::mutex> lock(mutex_);
       job_ = nullptr; // a worker that wakes only now finds nothing to do
     }
-    look_on([this] { return active_ == 0; });
+    spin_until([this] { return active_ == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
-    while (!done_.wait_for(lock, kLook, [this] { return active_ == 0; })) {
+    while (!done_.wait_for(lock, kPollInterval, [this] { return active_ == 0; })) {
       lock.unlock();
-      if (job.interrupted) Job::asks(&job);
+      if (job.interrupted) Job::poll(&job);
       lock.lock();
     }
   }
@@ -264,7 +263,7 @@ private:
     workers_.emplace_back([this, participant, seen = generation_.load()]() mutable {
       for (;;) {
         const auto called = [&] { return stop_ || generation_ != seen; };
-        look_on(called);
+        spin_until(called);
         std::unique_lock<std::mutex> lock(mutex_);
         ++sleepers_;
         wake_.wait(lock, called);
@@ -275,7 +274,7 @@ private:
         Job& job = *job_;
         ++active_;
         lock.unlock();
-        job.take_part(participant);
+        job.run_units(participant);
         lock.lock();
         if (--active_ == 0) done_.notify_one();
       }

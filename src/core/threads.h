@@ -18,8 +18,8 @@ struct Call {
   const void* call;
 };
 // Plans the call and runs its units on up to get_num_threads() threads. The caller's floating-point modes are set aside
-// while a unit runs. Every 50 milliseconds the calling thread asks whether the call is to end unfinished, if there is
-// something to ask; it then returns false. The answer may come from a call of its own, which works alone. Throws
+// while a unit runs. Every 50 milliseconds the calling thread calls `interrupted`, if it is given; where that returns
+// true, the call ends unfinished and returns false. `interrupted` may itself make a call, which works alone. Throws
 // std::bad_alloc where there is no memory for it.
 using Interrupted = bool (*)();
 bool execute(const Call& call, Interrupted interrupted);

@@ -16,11 +16,13 @@ from ._attention import (
     swiglu,
 )
 from ._sampling import (
+    Drawn,
     Explanation,
     Logprobs,
     Sampler,
     SamplingParams,
     Verified,
+    dialects,
     explain,
     filter_logits,
     logprobs,
@@ -33,6 +35,7 @@ from .runtime import Info, get_num_threads, info, set_num_threads
 
 __all__ = [
     "AttentionState",
+    "Drawn",
     "Explanation",
     "Info",
     "KVCache",
@@ -42,6 +45,7 @@ __all__ = [
     "Verified",
     "attention",
     "attention_weights",
+    "dialects",
     "explain",
     "filter_logits",
     "get_num_threads",

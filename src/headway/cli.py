@@ -16,7 +16,7 @@ import re
 import reprlib
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
@@ -55,15 +55,35 @@ def _generate(arguments: argparse.Namespace) -> None:
     seed = _seed(arguments)
     with _language_model(arguments) as model:
         start = time.perf_counter()
-        stream = model.stream(prompt, max_tokens=arguments.max_tokens, seed=seed, **_sampling(arguments))
+        options = _given(arguments, (*_SAMPLING_OPTIONS, *_TEXT_OPTIONS, "count_prompt", "logprobs"))
+        stream = model.stream(prompt, max_tokens=arguments.max_tokens, seed=seed, **options)
         _show(prompt, end="")
         for piece in stream:
             _show(piece, end="")
         seconds = time.perf_counter() - start
-        _show("")
+        _show("".join(["\n", *_logprob_lines(model, stream)]), end="")
     count, reason = len(stream.token_ids), stream.finish_reason
     speed = f"{count} tokens, {count / seconds:.1f} tokens/s"
     _note(f"headway: {speed}, ended by {reason}, --seed {seed}")
+
+
+def _logprob_lines(model: Any, stream: Any) -> Iterator[str]:
+    """Yield a line of JSON for each token whose log-probabilities were asked for."""
+    for i, drawn in enumerate(stream.logprobs):
+        context = (*stream.prompt_ids, *stream.token_ids[:i])
+        line = {"id": drawn.tokens, "text": _word(model, context, drawn.tokens), "rank": drawn.raw.ranks}
+        line |= {"logprob": drawn.raw.logprobs, "processed_logprob": drawn.processed.logprobs}
+        if drawn.raw.top_tokens is not None:
+            best = zip(drawn.raw.top_tokens.tolist(), drawn.raw.top_logprobs.tolist(), strict=True)
+            line["top"] = [{"id": token, "text": _word(model, context, token), "logprob": p} for token, p in best]
+        yield json.dumps(line) + "\n"
+
+
+def _word(model: Any, context: Sequence[int], token: int) -> str:
+    """Return the text of a token after the context, or the name of one that has none."""
+    from headway.lm.text import detokenize
+
+    return "".join(detokenize(model.tokenizer, context[-8:], [token])) or model.tokenizer.id_to_token(token) or ""
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -74,7 +94,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     logits = _read_logits(arguments.file)
     seed = _seed(arguments)
     with _as_typed(arguments, _label(arguments.file)):
-        tokens = hw.sample(logits, seed=seed, position=arguments.position, **_sampling(arguments))
+        tokens = hw.sample(logits, seed=seed, position=arguments.position, **_given(arguments, _SAMPLING_OPTIONS))
     _show("".join(f"{token}\n" for token in np.ravel(tokens)), end="")
     if arguments.seed is None:
         _note(f"headway: --seed {seed}")
@@ -83,7 +103,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 def _explain(arguments: argparse.Namespace) -> None:
     if (arguments.file is None) == (arguments.prompt is None):
         raise ValueError("expected FILE or --prompt, one of the two")
-    seed, options = _seed(arguments), _sampling(arguments)
+    seed, options = _seed(arguments), _given(arguments, _SAMPLING_OPTIONS)
     if arguments.file is not None:
         if arguments.model is not None:
             raise ValueError("--model: expected none beside FILE; give it --prompt")
@@ -111,15 +131,8 @@ def _explained(arguments: argparse.Namespace, logits: Any, position: int, words:
 
 def _next_token(model: Any, prompt: str) -> tuple[Any, int, Callable[[int], str]]:
     """Score what follows the prompt: logits, the position that `generate` draws at, and the words of tokens there."""
-    from headway.lm.text import detokenize
-
     ids = model.stream(prompt, max_tokens=0).prompt_ids
-
-    def word(token: int) -> str:
-        """Its text after the prompt, or the name of one that has none."""
-        return "".join(detokenize(model.tokenizer, ids[-8:], [token])) or model.tokenizer.id_to_token(token) or ""
-
-    return model.session().next_logits(ids), len(ids), word
+    return model.session().next_logits(ids), len(ids), lambda token: _word(model, ids, token)
 
 
 @contextlib.contextmanager
@@ -217,6 +230,21 @@ _SAMPLING_NUMBERS = {  # and what they are: the help of each
 }
 _SAMPLING_DEFAULTS = {"dynamic_temperature_exponent": "1", "xtc_threshold": "0.1", "min_tokens_to_keep": "1"}
 _SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "ties", "nucleus", "dialect", *_SAMPLING_NUMBERS)
+_TEXT_OPTIONS: dict[str, tuple[type, str, str]] = {  # of what type each is, its help, and what it is unless given
+    "repetition": (float, "divide positive logits of tokens that occurred by this, multiply others", "1, off"),
+    "frequency": (float, "subtract this from the logit of a token for each time it was drawn", "0, off"),
+    "presence": (float, "subtract this from the logit of a token that was drawn", "0, off"),
+    "dry_multiplier": (float, "how strongly to penalize a token that prolongs a repetition", "0, off"),
+    "dry_base": (float, "by how much the penalty grows with each token of the repetition", "1.75"),
+    "dry_allowed_length": (int, "the shortest repetition that is penalized, in tokens", "2"),
+    "dry_breakers": (int, "the id of a token that no repetition goes across; repeatable", "none"),
+    "window": (int, "how many tokens, the last ones, the penalties look at", "all"),
+    "repetition_window": (int, "the same for the repetition penalty alone", "the window"),
+    "frequency_window": (int, "the same for frequency and presence alone", "the window"),
+    "dry_window": (int, "the same for DRY alone", "the window"),
+    "no_repeat_ngram": (int, "let no N tokens come twice", "off"),
+    "min_tokens": (int, "let the text not end before N tokens", "0"),
+}
 
 
 def _label(name: str) -> str:
@@ -330,9 +358,10 @@ def _seed(arguments: argparse.Namespace) -> int:
     return secrets.randbits(32) if arguments.seed is None else int(arguments.seed)
 
 
-def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    given = {name: getattr(arguments, name) for name in _SAMPLING_OPTIONS}
-    return {name: value for name, value in given.items() if value is not None}
+def _given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Return the options that were typed: what the others are, the library says."""
+    typed = {name: getattr(arguments, name) for name in names}
+    return {name: value for name, value in typed.items() if value is not None}
 
 
 # ------------------------------------------------------------------------- the three streams, and what goes wrong
@@ -504,11 +533,28 @@ def _parser() -> _Parser:
         metavar="N",
         help="draw at most N tokens (default: %(default)s)",
     )
-    _add_sampling(generate, temperature=0.8, top_p=0.9)
+    _add_sampling(generate, temperature="0.8", top_p="0.95")
+    for name, (kind, text, default) in _TEXT_OPTIONS.items():
+        generate.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            action="append" if name == "dry_breakers" else "store",
+            metavar="ID" if name == "dry_breakers" else "N" if kind is int else "X",
+            help=f"{text} (default: {default})",
+        )
+    generate.add_argument(
+        "--count-prompt", action="store_true", help="let frequency and presence count the prompt too (default: off)"
+    )
+    generate.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="after the text, a line of JSON for each token: its log-probabilities, and the N best (default: off)",
+    )
 
     sample = command(_sample, "draw a token id from logits", _SAMPLE)
     sample.add_argument("file", metavar="FILE", help=".npy or JSON (-Infinity bans a token); - for standard input")
-    _add_sampling(sample, temperature=1.0, top_p=1.0)
+    _add_sampling(sample)
     sample.add_argument(
         "--position",
         type=int,
@@ -533,7 +579,7 @@ def _parser() -> _Parser:
     explain.add_argument(
         "--top", type=int, default=10, metavar="N", help="show the N best tokens (default: %(default)s)"
     )
-    _add_sampling(explain, temperature=1.0, top_p=1.0)
+    _add_sampling(explain)
     explain.add_argument(
         "--position",
         type=int,
@@ -578,21 +624,20 @@ def _parser() -> _Parser:
     return parser
 
 
-def _add_sampling(parser: argparse.ArgumentParser, *, temperature: float, top_p: float) -> None:
+def _add_sampling(parser: argparse.ArgumentParser, *, temperature: str = "1", top_p: str = "off") -> None:
+    """Add the options of sampling; temperature and top_p say what these are unless given, for help alone."""
     parser.add_argument(
         "--temperature",
         type=float,
-        default=temperature,
         metavar="T",
-        help="0 always takes the likeliest token (default: %(default)s)",
+        help=f"0 always takes the likeliest token (default: {temperature})",
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens (default: off)")
     parser.add_argument(
         "--top-p",
         type=float,
-        default=top_p,
         metavar="P",
-        help="keep the likeliest tokens that reach the mass P; 1 is off (default: %(default)s)",
+        help=f"keep the likeliest tokens that reach the mass P; 1 is off (default: {top_p})",
     )
     parser.add_argument(
         "--min-p", type=float, metavar="P", help="keep tokens of P times the highest mass (default: off)"
@@ -648,6 +693,7 @@ examples:
   headway generate "In the beginning" --temperature 0 --max-tokens 40
   echo "Blessed is the man" | headway generate - --top-k 40 --top-p 1
   headway generate "Once upon a time" --model path/to/checkpoint
+  headway generate "And God said" --max-tokens 5 --logprobs 3
 
 The same seed gives the same text, on every machine.
 """

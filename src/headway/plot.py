@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -18,7 +18,6 @@ else:  # a name for typing.get_type_hints
 __all__ = ["attention_map", "filter_stages"]
 
 
-@runtime_checkable
 class Explained(Protocol):
     """What `headway.explain` returns, as far as a picture shows it."""
 
@@ -94,11 +93,15 @@ def filter_stages(explanation: Explained) -> Figure:
     >>> figure = filter_stages(hw.explain([3.0, 2.0, 1.0], temperature=0.5, top_k=2))
     """
     make = _figure("filter_stages")
-    if not isinstance(explanation, Explained):
-        raise TypeError(f"explanation: expected what headway.explain returns, got {_check.shown(explanation)}")
-    stages, head = explanation.stages, explanation.head
+    try:
+        stages, head = explanation.stages, explanation.head
+        start = explanation.vocabulary - explanation.banned
+    except Exception:  # what another object does when it is asked is its own affair
+        raise TypeError(
+            f"explanation: expected what headway.explain returns, got {_check.shown(explanation)}"
+        ) from None
     names = ["start", *(f"{stage.option} {stage.value:g}" for stage in stages)]
-    left = [explanation.vocabulary - explanation.banned, *(stage.after for stage in stages)]
+    left = [start, *(stage.after for stage in stages)]
     kept = [1.0, *(stage.kept_mass for stage in stages)]
     # A dollar sign would begin a formula.
     words = [f"{one.token} {_check.shortened(one.word, 20)}".rstrip().replace("$", r"\$") for one in head]

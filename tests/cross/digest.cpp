@@ -2,6 +2,7 @@
 // cross` builds it for x86-64 and, under emulation, for 64-bit Arm: all lines must agree. No Python: there may be none
 // for the other machine.
 #include <cstdio>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -122,16 +123,25 @@ void sampling(Digest& digest, const Kernels& table) {
   const double exponent = 0.7, sigmas = 3, threshold = 0.01;
   const uint64_t stream = 0;
   const PerRow<double> share{p.data(), 1}, little{small.data(), 1};
+  const auto stage = [&](const char* name) {
+    int32_t i = 0;
+    while (std::strcmp(table.sampling->stage_name(i), name)) ++i;
+    return i;
+  };
   const Step steps[] = {
-      {Stage::temperature, Ties::lowest_id, false, true, {{temperature.data(), 1}, {range.data(), 1}, {&exponent, 0}}},
-      {Stage::top_n_sigma, Ties::lowest_id, false, true, {{&sigmas, 0}}},
-      {Stage::top_k, Ties::lowest_id, false, true, {{top_k.data(), 1}}},
-      {Stage::top_p, Ties::highest_id, true, true, {share}},
-      {Stage::min_p, Ties::lowest_id, false, true, {little}},
-      {Stage::typical_p, Ties::lowest_id, false, true, {share}},
-      {Stage::epsilon_cutoff, Ties::lowest_id, false, true, {little}},
-      {Stage::eta_cutoff, Ties::lowest_id, false, true, {little}},
-      {Stage::xtc, Ties::lowest_id, true, true, {share, {&threshold, 0}}},
+      {stage("temperature"),
+       Ties::lowest_id,
+       false,
+       true,
+       {{temperature.data(), 1}, {range.data(), 1}, {&exponent, 0}}},
+      {stage("top_n_sigma"), Ties::lowest_id, false, true, {{&sigmas, 0}}},
+      {stage("top_k"), Ties::lowest_id, false, true, {{top_k.data(), 1}}},
+      {stage("top_p"), Ties::highest_id, true, true, {share}},
+      {stage("min_p"), Ties::lowest_id, false, true, {little}},
+      {stage("typical_p"), Ties::lowest_id, false, true, {share}},
+      {stage("epsilon_cutoff"), Ties::lowest_id, false, true, {little}},
+      {stage("eta_cutoff"), Ties::lowest_id, false, true, {little}},
+      {stage("xtc_probability"), Ties::lowest_id, true, true, {share, {&threshold, 0}}},
   };
   Sampling t{};
   t.batch.axes = 1, t.batch.shape[0] = rows;

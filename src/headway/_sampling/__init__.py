@@ -1,14 +1,17 @@
 """Next-token sampling, and what a serving loop needs beside it."""
 
-from .checks import CHECKS
-from .dialects import DIALECTS, NUCLEUS, OFF, OPTIONAL, Reading, Step, rules
+from .bans import Bans
+from .checks import Reading
+from .dialects import DIALECTS, NUCLEUS, OPTIONAL, Step, dialects, rules
 from .explain import Explanation, explain
 from .logprobs import Logprobs, logprobs
 from .params import SamplingOptions, SamplingParams, shows_sampling_options
-from .penalties import penalize
+from .penalties import Penalties, penalize
 from .sample import filter_logits, probabilities, sample
-from .sampler import Sampler
+from .sampler import Drawn, Sampler
+from .settings import CHECKS
 from .speculative import Verified, verify_draft
+from .stages import OFF, STAGES
 
 __all__ = [
     "CHECKS",
@@ -16,14 +19,19 @@ __all__ = [
     "NUCLEUS",
     "OFF",
     "OPTIONAL",
+    "STAGES",
+    "Bans",
+    "Drawn",
     "Explanation",
     "Logprobs",
+    "Penalties",
     "Reading",
     "Sampler",
     "SamplingOptions",
     "SamplingParams",
     "Step",
     "Verified",
+    "dialects",
     "explain",
     "filter_logits",
     "logprobs",

@@ -6,33 +6,31 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .. import _arrays, _native
 from .checks import Sparse
-from .dialects import OFF, Step, rules
-from .params import SamplingParams, resolve
+from .dialects import Step, rules
 from .rows import Array, broadcast, flat, in_row, known_ids, mask_bytes, per_token
+from .settings import Params, Settings, resolve
+from .stages import OFF, STAGES
 
 
-class Call:
-    """One call: the logits, and the options in the form that the kernel takes."""
+class Call(NamedTuple):
+    """One call: the logits, and the options in the form that the kernels take. `prepare` makes one.
 
-    def __init__(
-        self, logits: Any, params: SamplingParams | None, options: Mapping[str, Any], name: str = "logits"
-    ) -> None:
-        self.name = name
-        self.operand = _arrays.unwrap(logits, name)
-        self.data = self.operand.data
-        if self.data.ndim == 0:
-            raise ValueError(f"{name}: expected an array (V,) or (..., V), got a single number")
-        if self.data.shape[-1] == 0:
-            raise ValueError(f"{name}: expected at least one token, got an array of shape {self.data.shape}")
-        self.lead, self.vocabulary = self.data.shape[:-1], self.data.shape[-1]
-        self.rows = self.data.size // self.vocabulary
-        self.settings = resolve(params, options)
+    name: of the argument, for errors. data: the logits (*lead, vocabulary), as many rows as lead has places.
+    """
+
+    name: str
+    operand: _arrays.Operand
+    data: Array
+    lead: tuple[int, ...]
+    vocabulary: int
+    rows: int
+    settings: Settings
 
     def __call__(
         self,
@@ -84,9 +82,10 @@ class Call:
 
     def stages(self) -> _native.Stages:
         """Return the stages that do something, in order, with their values for each row."""
-        values = [self.settings[name] for name in _NUMBERS]
-        if all(value is None or value.ndim == 0 for value in values):
-            return _stages_of_all(*self.how(), tuple(None if value is None else value.item() for value in values))
+        settings = self.settings
+        values = [settings[name] for name in _NUMBERS]
+        if not any([value is not None and value.ndim for value in values]):  # a list, which is faster here
+            return _stages_of_all(*self.how(), tuple([None if value is None else value.item() for value in values]))
         return native_stages(self.steps(), self.per_row("min_tokens_to_keep"))
 
     def steps(self) -> list[_Valued]:
@@ -102,29 +101,13 @@ class Call:
         """Return the source of random numbers where xtc needs one, although no token is drawn."""
         return {} if self.settings["xtc_probability"] is None else self.source()
 
-    def per_row(self, name: str, *draws: int) -> Array:
-        """Return a setting as one value, or as one per row, or per row and draw, in C order."""
-        value: Array = self.settings[name]
-        if value.ndim == 0:
-            return value.reshape(1)
-        return np.ascontiguousarray(broadcast(name, value, (*self.lead, *draws))).reshape(-1)
+    def per_row(self, name: str) -> Array:
+        """Return a setting as one value, or as one per row, in C order."""
+        return per_row(name, self.settings[name], self.lead)
 
     def source(self, *draws: int) -> dict[str, Any]:
         """Return where the random numbers come from."""
-        if self.settings["uniform"] is not None:
-            return {"uniform": self.per_row("uniform", *draws)}
-        seed = self.settings["seed"]
-        if seed is None:
-            seed = np.frombuffer(os.urandom(8), np.uint64)[0]
-        if seed.ndim and seed.shape != self.lead:
-            raise ValueError(
-                f"seed: expected one integer, or one per row in an array of shape {self.lead}, got shape {seed.shape}; "
-                "rows that share a seed in such an array would draw the same"
-            )
-        position = self.per_row("position") if self.settings["position"] is not None else np.zeros(1, np.uint64)
-        one_seed = seed.ndim == 0 and self.lead
-        stream = np.arange(math.prod(self.lead), dtype=np.uint64) if one_seed else _FIRST_STREAM
-        return {"seed": seed.reshape(-1), "stream": stream, "position": position}
+        return random_source(self.settings, self.lead, *draws)
 
     def bias(self) -> Array | None:
         bias = self.settings["logit_bias"]
@@ -172,21 +155,57 @@ class Call:
         raise ValueError(f"{name}: expected at least one token that is not banned{where}, got none; allow one")
 
 
+def prepare(logits: Any, params: Params | None, options: Mapping[str, Any], name: str = "logits") -> Call:
+    """Check a call of any of the functions of sampling."""
+    operand = _arrays.unwrap(logits, name)
+    if operand.data.ndim == 0:
+        raise ValueError(f"{name}: expected an array (V,) or (..., V), got a single number")
+    if operand.data.shape[-1] == 0:
+        raise ValueError(f"{name}: expected at least one token, got an array of shape {operand.data.shape}")
+    return ready(operand, resolve(params, options), name)
+
+
+def ready(operand: _arrays.Operand, settings: Settings, name: str = "logits") -> Call:
+    """Return a call whose options have been checked before."""
+    *lead, vocabulary = operand.data.shape
+    return Call(name, operand, operand.data, tuple(lead), vocabulary, operand.data.size // vocabulary, settings)
+
+
+def per_row(name: str, value: Array, shape: tuple[int, ...]) -> Array:
+    """Return a setting as one value, or as one for each place of this shape, in C order."""
+    if value.ndim == 0:
+        return value.reshape(1)
+    return np.ascontiguousarray(broadcast(name, value, shape)).reshape(-1)
+
+
+def random_source(settings: Settings, lead: tuple[int, ...], *draws: int) -> dict[str, Any]:
+    """Return where the random numbers of rows (*lead) come from."""
+    if settings["uniform"] is not None:
+        return {"uniform": per_row("uniform", settings["uniform"], (*lead, *draws))}
+    seed = settings["seed"]
+    if seed is None:
+        seed = np.frombuffer(os.urandom(8), np.uint64)[0]
+    if seed.ndim and seed.shape != lead:
+        raise ValueError(
+            f"seed: expected one integer, or one per row in an array of shape {lead}, got shape {seed.shape}; "
+            "rows that share a seed in such an array would draw the same"
+        )
+    position = _ZERO if settings["position"] is None else per_row("position", settings["position"], lead)
+    stream = np.arange(math.prod(lead), dtype=np.uint64) if seed.ndim == 0 and lead else _ZERO
+    return {"seed": seed.reshape(-1), "stream": stream, "position": position}
+
+
 _NO_IDS = np.empty(0, np.int64)
-# The numbers that stages take, and which of them those do that take another than the one they are named after.
-_NUMBERS = (*OFF, "dynamic_temperature_exponent", "xtc_threshold", "min_tokens_to_keep")
-_VALUES = {
-    "greedy": ("temperature",),
-    "temperature": ("temperature", "dynamic_temperature_range", "dynamic_temperature_exponent"),
-    "xtc_probability": ("xtc_probability", "xtc_threshold"),
-}
+_ZERO = np.zeros(1, np.uint64)  # the first stream, or position
+# The numbers that stages take.
+_NUMBERS = (*dict.fromkeys(name for stage in STAGES.values() for name in stage.numbers), "min_tokens_to_keep")
 _Valued = tuple[Step, dict[str, Array]]  # a stage with the options that it takes, (1,) or (rows,)
 
 
 def _steps(dialect: str | None, nucleus: str, ties: str, given: Mapping[str, Array]) -> Iterator[_Valued]:
     """Yield the stages that do something, in order."""
     for step in rules(dialect, nucleus).steps:
-        names = _VALUES.get(step.option, (step.option,))
+        names = STAGES[step.option].numbers
         dynamic = step.option == "temperature" and "dynamic_temperature_range" in given
         if step.option == "temperature" and not dynamic:
             names = names[:1]
@@ -213,6 +232,3 @@ def _stages_of_all(dialect: str | None, nucleus: str, ties: str, numbers: tuple[
     """Return them where all rows have the same numbers, as they have in most calls."""
     given = {name: np.array([number]) for name, number in zip(_NUMBERS, numbers) if number is not None}
     return native_stages(_steps(dialect, nucleus, ties, given), given["min_tokens_to_keep"])
-
-
-_FIRST_STREAM = np.zeros(1, np.uint64)

@@ -1,4 +1,4 @@
-"""The options of sampling: what each may be, and the form in which the kernel takes it.
+"""What options of sampling may be, kind by kind, and the form in which the kernel takes them.
 
 A check takes the option's name, its value, and what numbers mean in the dialect; it returns None for an option that is
 off, else an array or a string.
@@ -10,18 +10,35 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from .. import _arrays
-from .._check import no_such, shown
-from .dialects import DIALECTS, Reading, rules
+from .._check import shown
 from .rows import Array
 
-Settings = dict[str, Any]  # checked options, as the kernels want them
 _LARGEST: dict[Any, int] = {np.int64: 2**63 - 1, np.uint64: 2**64 - 1}
+
+
+class Reading(NamedTuple):
+    """Numbers from low to high mean `means`. The first reading that fits counts.
+
+    "itself": the library takes them as they are, where headway does not. None: it refuses them, and `cure` says what to
+    do.
+    """
+
+    low: float
+    high: float
+    means: float | Literal["itself"] | None
+    cure: str = ""
+
+    def of(self, number: float) -> float | None:
+        """Return what a number that fits means, None where it is refused."""
+        return number if self.means == "itself" else self.means
+
+
+Check = Callable[[str, Any, tuple[Reading, ...]], Any]
 
 
 class Sparse(NamedTuple):
@@ -146,7 +163,7 @@ def _reading(value: float, readings: tuple[Reading, ...]) -> Reading | None:
     return next((reading for reading in readings if reading.low <= value <= reading.high), None)
 
 
-def _choice(*choices: str | None) -> Callable[[str, Any, tuple[Reading, ...]], str | None]:
+def choice(*choices: str | None) -> Callable[[str, Any, tuple[Reading, ...]], str | None]:
     def check(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> str | None:
         if (value is not None and not isinstance(value, str)) or value not in choices:
             raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {shown(value)}")
@@ -158,7 +175,7 @@ def _choice(*choices: str | None) -> Callable[[str, Any, tuple[Reading, ...]], s
 _BOOLEANS = {bool, np.bool_}
 
 
-def _allowed(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array | None:
+def allowed(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array | None:
     """None, or an array whose dtype says what it is: bool a mask, uint32 a packed one, int64 ids."""
     if value is None:
         return None
@@ -201,7 +218,7 @@ def _allowed(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array
     )
 
 
-def _token_ids(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> tuple[int, ...] | None:
+def token_ids(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> tuple[int, ...] | None:
     """None where there are none, or a tuple, which calls can compare: each id once, ascending."""
     if value is None:
         return None
@@ -213,7 +230,7 @@ def _token_ids(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> tup
     return tuple(np.unique(ids).tolist()) or None
 
 
-def _logit_bias(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array | Sparse | None:
+def logit_bias(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Array | Sparse | None:
     if value is None:
         return None
     ids: Array | None = None
@@ -241,92 +258,6 @@ def _logit_bias(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> Ar
 
 
 _IDS = Integers("token ids", "an id is an integer from 0 to V - 1", 0, np.int64, optional=False)
-_OR_NONE = "use None to switch it off"
-_SHARE = Reals("a number in [0, 1]", _OR_NONE, lambda p: (p >= 0) & (p <= 1))
-_SHARE_ABOVE_0 = Reals("a number in (0, 1]", _OR_NONE, lambda p: (p > 0) & (p <= 1))
-CHECKS: dict[str, Callable[[str, Any, tuple[Reading, ...]], Any]] = {
-    "temperature": Reals("a finite number >= 0", "0 is argmax", lambda t: (t >= 0) & (t < np.inf), optional=False),
-    "dynamic_temperature_range": Reals("a finite number >= 0", _OR_NONE, lambda r: (r >= 0) & (r < np.inf)),
-    "dynamic_temperature_exponent": Reals(
-        "a finite number > 0", "1 is linear", lambda e: (e > 0) & (e < np.inf), optional=False
-    ),
-    "top_n_sigma": Reals("a number > 0", "use None or infinity to switch it off", lambda n: n > 0),
-    "top_k": Integers("an integer >= 1", _OR_NONE, 1, np.int64, clip=True),
-    "top_p": _SHARE_ABOVE_0,
-    "min_p": _SHARE,
-    "typical_p": _SHARE_ABOVE_0,
-    "epsilon_cutoff": _SHARE,
-    "eta_cutoff": _SHARE,
-    "xtc_probability": _SHARE,
-    "xtc_threshold": Reals("a number in [0, 1]", "0.1 is usual", lambda p: (p >= 0) & (p <= 1), optional=False),
-    "xtc_special_tokens": _token_ids,
-    "min_tokens_to_keep": Integers("an integer >= 1", "1 is the least", 1, np.int64, clip=True, optional=False),
-    "allowed": _allowed,
-    "logit_bias": _logit_bias,
-    "ties": _choice("lowest_id", "keep"),
-    "nucleus": _choice("after_top_k", "joint"),
-    "dialect": _choice(None, *DIALECTS),
-    "seed": Integers(
-        "an integer from 0 to 2^64 - 1", "use None for fresh entropy", 0, np.uint64, other_kind=ValueError
-    ),
-    "position": Integers(
-        "an integer from 0 to 2^64 - 1", "use the number of the step", 0, np.uint64, other_kind=ValueError
-    ),
-    "uniform": Reals("a number in [0, 1)", "use seed instead", lambda u: (u >= 0) & (u < 1)),
-}
-
-
-def checked(options: Mapping[str, Any], dialect: str | None = None) -> Settings:
-    """Check options one by one; the dialect that is among them, or the one given, says what numbers mean."""
-    name = CHECKS["dialect"]("dialect", options.get("dialect", dialect), ())
-    readings: Mapping[str, tuple[Reading, ...]] = DIALECTS[name].readings if name else {}
-    settings = {}
-    for name, value in options.items():
-        if name not in CHECKS:
-            raise TypeError(no_such(name, value, "option", CHECKS))
-        if type(value) in (float, int) and name not in (
-            "seed",
-            "position",
-            "uniform",
-        ):  # those differ from call to call
-            settings[name] = _checked_number(name, isinstance(value, int), value, readings.get(name, ()))
-        else:
-            settings[name] = CHECKS[name](name, value, readings.get(name, ()))
-    return settings
-
-
-@lru_cache(4096)
-def _checked_number(name: str, whole: bool, value: float, readings: tuple[Reading, ...]) -> Any:
-    """Check a number once, and not again in each call. `whole` tells 1 from 1.0."""
-    return CHECKS[name](name, value, readings)
-
-
-def check_together(settings: Settings) -> None:
-    """Check what options say about each other."""
-    if settings["uniform"] is not None:
-        for name in ("seed", "position"):
-            if settings[name] is not None:
-                raise ValueError(f"uniform: expected no {name} beside it, got both; leave one of them out")
-        coin = settings["xtc_probability"]
-        if coin is not None and ((coin > 0) & (coin < 1)).any():
-            raise ValueError(
-                "uniform: expected xtc_probability 0 or 1 beside it, got another: its coin needs a random number of "
-                "its own; use seed"
-            )
-    dialect = settings["dialect"]
-    if dialect is None:
-        return
-    for name in sorted(rules(dialect, settings["nucleus"]).lacks()):
-        if settings[name] is not None and name != "temperature" and np.any(settings[name] != _LEAST.get(name)):
-            raise ValueError(f"{name}: expected none in dialect {dialect!r}, which has no such filter; leave it out")
-    for name, own in (("ties", "lowest_id"), ("nucleus", "after_top_k")):
-        if settings[name] != own and (name, dialect) != ("nucleus", "flashinfer"):
-            raise ValueError(
-                f"{name}: expected none beside dialect {dialect!r}, which decides it; leave one of them out"
-            )
-
-
-_LEAST = {"min_tokens_to_keep": 1}  # what says nothing in any dialect
 
 
 def _first(array: Array, wrong: Array) -> tuple[tuple[int, ...], Any]:

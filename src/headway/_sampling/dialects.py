@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
+
+from .checks import Reading
+from .stages import OFF, STAGES
 
 INF, LARGEST = math.inf, sys.float_info.max
 
@@ -30,23 +33,6 @@ class Step(NamedTuple):
     floor: bool = True
 
 
-class Reading(NamedTuple):
-    """Numbers from low to high mean `means`. The first reading that fits counts.
-
-    "itself": the library takes them as they are, where headway does not. None: it refuses them, and `cure` says what to
-    do.
-    """
-
-    low: float
-    high: float
-    means: float | Literal["itself"] | None
-    cure: str = ""
-
-    def of(self, number: float) -> float | None:
-        """Return what a number that fits means, None where it is refused."""
-        return number if self.means == "itself" else self.means
-
-
 class Dialect(NamedTuple):
     """The stages in order, and what numbers mean that mean something else, or nothing, in headway.
 
@@ -63,20 +49,6 @@ class Dialect(NamedTuple):
 
 
 OPTIONAL = ("dynamic_temperature_range", "min_tokens_to_keep", "xtc_special_tokens")
-
-# The numbers that switch an option off for a row.
-OFF = {
-    "temperature": 1.0,
-    "dynamic_temperature_range": 0.0,
-    "top_n_sigma": INF,
-    "top_k": INF,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "xtc_probability": 0.0,
-}
 FILTERS = {*OFF, *OPTIONAL}
 
 
@@ -88,23 +60,13 @@ def _above(bound: float, means: float) -> Reading:
     return Reading(math.nextafter(bound, INF), INF, means)
 
 
-_XTC = Step("xtc_probability", equal=True)
-_NATIVE = (
-    Step("temperature"),
-    Step("top_n_sigma"),
-    Step("top_k"),
-    Step("top_p"),
-    Step("min_p"),
-    Step("typical_p"),
-    Step("epsilon_cutoff"),
-    Step("eta_cutoff"),
-    _XTC,
-)
+_NATIVE = tuple(Step(stage.name, equal=stage.equal) for stage in STAGES.values() if stage.name != "greedy")
+_FIRST_P = {"top_k": "top_p", "top_p": "top_k"}  # the two change places
 
 # headway's own. top_k and top_p keep prefixes of one order, so measuring p over all tokens is taking top_p first.
 NUCLEUS = {
     "after_top_k": Dialect(_NATIVE, also=OPTIONAL),
-    "joint": Dialect((*_NATIVE[:2], _NATIVE[3], _NATIVE[2], *_NATIVE[4:]), also=OPTIONAL),
+    "joint": Dialect(tuple(Step(_FIRST_P.get(s.option, s.option), equal=s.equal) for s in _NATIVE), also=OPTIONAL),
 }
 
 # Its kernels check neither: a token stays if what is above it holds less than p, and if it reaches min_p.
@@ -150,7 +112,7 @@ DIALECTS = {
             Step("typical_p", equal=True),
             Step("top_p"),
             Step("min_p"),
-            _XTC,
+            Step("xtc_probability", equal=True),
             Step("temperature"),
         ),
         {
@@ -201,6 +163,46 @@ DIALECTS = {
 FLASHINFER_JOINT = Dialect(
     (Step("temperature"), Step("top_p", "keep"), Step("top_k", "keep"), Step("min_p")), _FLASHINFER
 )
+
+
+class Dialects(Mapping[str, Dialect]):
+    """The dialects by name; "headway" is its own. `print` shows a table.
+
+    A dialect's steps are its stages in order, each with how it settles what is on its boundary.
+
+    >>> import headway as hw
+    >>> [step.option for step in hw.dialects["vllm"].steps]
+    ['temperature', 'min_p', 'top_k', 'top_p']
+    >>> print(hw.dialects)  # doctest: +ELLIPSIS
+    dialect     stages in order, and which of equal tokens stay where not those with the lowest ids
+    headway     temperature, top_n_sigma, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff, xtc_probability
+    hf          temperature, top_k (all), top_p (highest ids), min_p, ...
+    """
+
+    def __init__(self, dialects: Mapping[str, Dialect]) -> None:
+        self._dialects = dict(dialects)
+
+    def __getitem__(self, name: str) -> Dialect:
+        return self._dialects[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._dialects)
+
+    def __len__(self) -> int:
+        return len(self._dialects)
+
+    def __str__(self) -> str:
+        said = {"lowest_id": "", "highest_id": " (highest ids)", "keep": " (all)"}
+        head = "stages in order, and which of equal tokens stay where not those with the lowest ids"
+        rows = [("dialect", head)]
+        rows += [(name, ", ".join(s.option + said[s.ties] for s in own.steps)) for name, own in self.items()]
+        return "\n".join(f"{name:<12}{stages}" for name, stages in rows)
+
+    def __repr__(self) -> str:
+        return f"<headway.dialects: {', '.join(self)}>"
+
+
+dialects = Dialects({"headway": NUCLEUS["after_top_k"], **DIALECTS})
 
 
 def rules(dialect: str | None, nucleus: str) -> Dialect:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,12 @@ import numpy as np
 from .. import _arrays, _check, _native
 from .._check import columns_of, shortened, shown
 from .._signatures import AnyArray, Unpack
-from .call import Call, native_stages
+from .call import Call, native_stages, prepare
 from .dialects import Step
 from .params import SamplingOptions, SamplingParams, shows_sampling_options
 from .rows import Array, unpacked
+from .stages import STAGES, Judgement, number
+from .stages import Stage as Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,7 +85,7 @@ class Stage:
     @property
     def kept_mass(self) -> float:
         """The share of the mass that stayed; 1.0 at `temperature`, which only measures."""
-        return 1.0 if self.option in _MEASURES else self.mass_after / self.mass_before
+        return 1.0 if STAGES[self.option].judge is None else self.mass_after / self.mass_before
 
     def notes(self) -> list[str]:
         """Return what does not fit into a row of the table, in words."""
@@ -93,7 +94,7 @@ class Stage:
             lines.append(
                 f"{self.ties_kept + self.ties_removed} equal at the boundary: {self.ties_kept} in, "
                 f"{self.ties_removed} out, the {self.rule.removesuffix('_id')} ids first"
-                + (" to go" if self.option == "xtc_probability" else "")
+                + (" to go" if STAGES[self.option].takes_best else "")
             )
         elif self.ties_kept:
             lines.append(f"{self.ties_kept} more kept, equal to the last")
@@ -194,10 +195,10 @@ class Explanation:
                 what, measured, limit = look.judge(token)
                 missed = float(abs(measured - limit))
                 text = (
-                    f"removed by {look.step.option}={_number(look.value)}: {what} is {_number(float(measured))}, "
-                    f"the limit {_number(float(limit))}, "
+                    f"removed by {look.step.option}={number(look.value)}: {what} is {number(float(measured))}, "
+                    f"the limit {number(float(limit))}, "
                 )
-                text += f"missed by {_number(missed)}" if missed else "exactly on the boundary, where it is out"
+                text += f"missed by {number(missed)}" if missed else "exactly on the boundary, where it is out"
                 return out(look.step.option, text, float(measured), float(limit), missed)
         if not self._drawn.has(token):
             cause = "its mass rounds to 0" if self._temperature else "temperature 0 leaves all mass to the best"
@@ -205,7 +206,7 @@ class Explanation:
         drawn, place = self._drawn, self._drawn.place(token)
         earlier = _Order.falling(drawn.z).before(place)
         probability, rank = drawn.share(place), int(np.count_nonzero(earlier)) + 1
-        text = f"{name}: in, with probability {_number(probability)}, rank {rank} of {drawn.ids.size}"
+        text = f"{name}: in, with probability {number(probability)}, rank {rank} of {drawn.ids.size}"
         return Why(token, word, True, None, None, None, None, probability, rank, text)
 
     @_check.public
@@ -244,8 +245,8 @@ class Explanation:
         stages.append(["", "", str(start), str(self.banned), "", "", ""])
         for stage in self.stages:
             edges = [_edge(stage.last_kept), _edge(stage.first_removed)]
-            counts = [str(stage.after), str(stage.removed), _number(stage.kept_mass)]
-            stages.append([stage.option, _number(stage.value), *counts, *edges])
+            counts = [str(stage.after), str(stage.removed), number(stage.kept_mass)]
+            stages.append([stage.option, number(stage.value), *counts, *edges])
         head = [["rank", "token", "probability", "word"]]
         for rank, one in enumerate(self.head, 1):
             head.append([str(rank), str(one.token), f"{one.probability:.6f}", shortened(one.word, 40)])
@@ -259,7 +260,6 @@ class Explanation:
 
 # Rows between stages -------------------------------------------------------------------------------------------------
 
-_MEASURES = ("greedy", "temperature")
 _NO_LIMIT = 2**63 - 1  # what a top_k without limit is read as
 
 
@@ -398,7 +398,15 @@ class _Look:
 
     @property
     def value(self) -> float:
-        return self.values["temperature" if self.step.option == "greedy" else self.step.option]
+        return self.values[self.record.numbers[0]]
+
+    @property
+    def record(self) -> Record:
+        return STAGES[self.step.option]
+
+    @property
+    def found(self) -> float:
+        return self.after.found
 
     def stage(self, trace: _Trace, words: Words) -> Stage:
         before, after, step = self.before, self.after, self.step
@@ -408,7 +416,7 @@ class _Look:
         if after.ids.size < before.ids.size:
             stays = before.holds(after.ids)
             mass_after = int(before.mass @ stays)
-            order = self.order()
+            order = self.order
             places = self.boundary(order, stays)
             last, first = (before.candidate(place, words) for place in places)
             if order.key[places[0]] == order.key[places[1]]:
@@ -425,96 +433,56 @@ class _Look:
             before=before.ids.size,
             after=after.ids.size,
             mass_before=before.total,
-            mass_after=after.total if step.option in _MEASURES else mass_after,
+            mass_after=after.total if self.record.judge is None else mass_after,
             last_kept=last,
             first_removed=first,
             ties_kept=ties_kept,
             ties_removed=ties_removed,
             rule=step.ties,
             floor_kept=floor_kept,
-            note=self.note(),
+            note=self.record.note(self),
         )
 
+    @cached_property
     def order(self) -> _Order:
-        """Return the stage's order of the tokens that came in, what it keeps first; that of xtc is read backwards."""
-        z, highest_first = self.before.z, self.step.ties == "highest_id"
-        if self.step.option != "typical_p":
-            return _Order.falling(z, highest_first)
-        return _Order.rising(np.abs(_scaled(z, self.temperature) - np.float32(self.after.found)), highest_first)
+        """The stage's order of the tokens that came in, what it keeps first; with takes_best it is read backwards."""
+        highest_first = self.step.ties == "highest_id"
+        if self.record.distance is None:
+            return _Order.falling(self.before.z, highest_first)
+        return _Order.rising(self.record.distance(self), highest_first)
+
+    def earlier(self, place: int) -> Array:
+        return self.order.before(place)
 
     def boundary(self, order: _Order, stays: Array) -> tuple[int, int]:
         """Return the places of the last that stayed and the first that went."""
         best_kept, worst_kept = order.ends(np.flatnonzero(stays))
         best_removed, worst_removed = order.ends(np.flatnonzero(~stays))
-        if self.step.option == "xtc_probability":
+        if self.record.takes_best:
             return best_kept, worst_removed
         return worst_kept, best_removed
 
-    def note(self) -> str:
-        found = self.after.found
-        if self.step.option == "temperature" and self.values.get("dynamic_temperature_range"):
-            return f"dynamic: {_number(found)}"
-        if self.step.option == "top_n_sigma":
-            return f"the standard deviation is {_number(found)}"
-        if self.step.option == "eta_cutoff":
-            return f"the least probability is {_number(int(found) / self.before.total)}"
-        if self.step.option == "xtc_probability":
-            fell = "below" if found < self.value else "not below"
-            threshold = _number(self.values["xtc_threshold"])
-            spared = f"; spares {self.spared} token{'' if self.spared == 1 else 's'}" if self.spared else ""
-            return f"coin {found:.4f} is {fell} {_number(self.value)}; threshold {threshold}{spared}"
-        return ""
-
-    def judge(self, token: int) -> tuple[str, Fraction, Fraction]:
+    def judge(self, token: int) -> Judgement:
         """Return the number by which the stage judges a token that it removed, what it is, and the limit."""
-        before, option, found = self.before, self.step.option, self.after.found
-        place = before.place(token)
-        share = Fraction(int(before.mass[place]), before.total)
-        if option == "min_p":
-            best = int(before.mass.max())
-            return "its share of the best one's mass", Fraction(int(before.mass[place]), best), Fraction(self.value)
-        if option == "epsilon_cutoff":
-            return "its probability", share, Fraction(self.value)
-        if option == "eta_cutoff":
-            return "its probability", share, Fraction(int(found), before.total)
-        if option == "xtc_probability":
-            return "its probability", share, Fraction(self.values["xtc_threshold"])
-        if option == "top_n_sigma":
-            below = float(before.z.max()) - float(before.z[place])
-            return "its distance from the best logit", Fraction(below), Fraction(self.value * found)
-        earlier = self.order().before(place)
-        if option == "top_k":
-            rank = int(np.count_nonzero(earlier)) + 1
-            return "its rank", Fraction(rank), Fraction(max(int(self.value), self.floor))
-        what = "the mass before it" + (" in order of typicality" if option == "typical_p" else "")
-        return what, Fraction(int(before.mass @ earlier), before.total), Fraction(self.value)
-
-
-def _scaled(z: Array, temperature: float) -> Array:
-    """Return (z - max z) / temperature as the kernel computes it, in float32, from -40 on."""
-    info = np.finfo(np.float32)
-    inverse = min(1.0 / temperature, float(info.max)) if temperature else float(info.max)
-    with np.errstate(over="ignore", under="ignore"):
-        below = np.maximum(z - z.max(), info.min)
-        scaled: Array = np.maximum(below * np.float32(inverse if inverse >= info.tiny else 0.0), np.float32(-40))
-    return scaled
+        assert self.record.judge is not None  # only such a stage removes tokens
+        return self.record.judge(self, self.before.place(token))
 
 
 def _looks(trace: _Trace) -> list[_Look]:
     """Look at each stage that is on."""
     looks: list[_Look] = []
     temperature = 1.0
-    for number, (step, arrays) in enumerate(trace.steps, 1):
+    for place, (step, arrays) in enumerate(trace.steps, 1):
         values = {name: array[0].item() for name, array in arrays.items()}
         if not _is_on(step.option, values, temperature):
             continue
-        before, after = trace.left[number - 1 : number + 1]
-        if step.option in _MEASURES:
+        before, after = trace.left[place - 1 : place + 1]
+        if STAGES[step.option].judge is None:
             temperature = after.found
         if step.option == "top_p" and temperature == 0:
             step = step._replace(ties="lowest_id")  # no token equals the first of the order, which has all the mass
         floor = int(trace.run.per_row("min_tokens_to_keep")[0]) if step.floor else 1
-        looks.append(_Look(before, after, number, step, values, floor, temperature, trace.run.spared().size))
+        looks.append(_Look(before, after, place, step, values, floor, temperature, trace.run.spared().size))
     return looks
 
 
@@ -560,7 +528,7 @@ def explain(
     2 of 4 tokens can be drawn, entropy 0.3653 nats
     """
     operand = _arrays.unwrap(logits, "logits")
-    run = Call(operand._replace(data=operand.data.copy()), params, options)  # which nobody writes to meanwhile
+    run = prepare(operand._replace(data=operand.data.copy()), params, options)  # which nobody writes to meanwhile
     if run.rows != 1:
         raise ValueError(
             f"logits: expected one row (V,), got {run.rows} in shape {run.data.shape}; explain them one by one, "
@@ -601,14 +569,6 @@ def _words(tokens: Sequence[str] | Words | None, vocabulary: int) -> Words:
 
 
 # In words and columns -----------------------------------------------------------------------------------------------
-
-
-def _number(x: float) -> str:
-    """Write a number in few characters; what is not 1 does not look like it."""
-    if float(x).is_integer() and abs(x) < 1e15:
-        return str(int(x))
-    text = f"{x:.4g}"
-    return f"{x:.7g}" if text == "1" and x != 1 else text
 
 
 def _edge(one: Candidate | None) -> str:

@@ -67,6 +67,11 @@ class Histories:
         at = self.first[slots] + self.length[slots]
         self.tokens[at], self.breaks[at] = tokens, breaks
 
+    def tokens_of(self, slot: int) -> Array:
+        """Return a row's tokens where they lie."""
+        first = self.first[slot]
+        return self.tokens[first : first + self.length[slot]]
+
     def penalize(self, data: Array, slots: Array, settings: Mapping[str, Array]) -> _native.Histories:
         """Find the logits that penalties change in data (rows, V), the settings (rows,)."""
         rows = self.of(slots)

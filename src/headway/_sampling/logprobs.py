@@ -9,9 +9,9 @@ import numpy as np
 
 from .. import _arrays, _check, _native
 from .._signatures import AnyArray, Unpack
-from .call import Call
+from .call import Call, prepare
 from .params import SamplingOptions, SamplingParams, shows_sampling_options
-from .rows import Array, in_row, with_n
+from .rows import Array, known_ids, with_n
 
 __all__ = ["Logprobs", "logprobs"]
 
@@ -69,37 +69,67 @@ def logprobs(
         raise ValueError(f"{name}: expected none for the logits as they are; processed=True applies it")
     if tokens is None and top is None:
         raise ValueError("tokens: expected token ids, or top=n for the best ones, got neither")
-    run = Call(logits, params, options)
+    run = prepare(logits, params, options)
     ids = _tokens(tokens, run) if tokens is not None else np.empty((*run.lead, 0), np.int64)
     n = 0 if top is None else _check.integer(top, "top", 1, run.vocabulary)
 
     given = np.ascontiguousarray(ids.reshape(run.rows, math.prod(ids.shape[len(run.lead) :])))
-    ranks, of_given = np.empty(given.shape, np.int64), np.empty(given.shape, np.float64)
-    best, keys, of_best = (np.empty((run.rows, n), dtype) for dtype in (np.int64, np.int64, np.float64))
-    status = np.empty(run.rows, np.int64)
-    found = ranks, of_given, best, keys, of_best
-    if run.rows and not _native.rank(run.native(status, **run.coin()), given, processed, *found):
+    status, found = np.empty(run.rows, np.int64), Ranked.empty(given, n)
+    if run.rows and not found.fill(run.native(status, **run.coin()), given, processed):
         run.fail(status)
-    at_once = max(_SORTED_AT_ONCE // max(n, 1), 1)
-    for first in range(0, run.rows, at_once):
-        rows = slice(first, first + at_once)
-        order = np.argsort(-keys[rows], axis=-1, kind="stable")  # the kernel leaves them in the order of ids
-        for values in (best, of_best):
-            values[rows] = np.take_along_axis(values[rows], order, -1)
+    return found.wrapped(run.operand, None if tokens is None else ids.shape, None if top is None else (*run.lead, n))
 
-    dtype = _arrays.compute_dtype(run.operand.dtype)
 
-    def numbers(values: Array, shape: tuple[int, ...]) -> Any:
-        out = _arrays.Operand(values, "float64", _arrays.as_bits).astype(dtype).reshape(shape)
-        return run.operand.wrap(out, dtype) if shape else float(out)
+class Ranked(NamedTuple):
+    """The logarithms and ranks of given tokens, (rows, n), and of the best, (rows, top): float64 and int64."""
 
-    places = run.operand.wrap(ranks.reshape(ids.shape), "int64") if ids.ndim else int(ranks[0, 0])
-    return Logprobs(
-        None if tokens is None else numbers(of_given, ids.shape),
-        None if tokens is None else places,
-        None if top is None else run.operand.wrap(best.reshape(*run.lead, n), "int64"),
-        None if top is None else numbers(of_best, (*run.lead, n)),
-    )
+    logprobs: Array
+    ranks: Array
+    top_tokens: Array
+    top_logprobs: Array
+
+    @classmethod
+    def empty(cls, given: Array, top: int) -> Ranked:
+        """Make room for what is to be found of these tokens, (rows, n), and of the best."""
+        best = len(given), top
+        return cls(np.empty(given.shape), np.empty(given.shape, np.int64), np.empty(best, np.int64), np.empty(best))
+
+    def fill(self, rows: _native.Rows, given: Array, processed: bool) -> bool:
+        """Rank the tokens of rows, and say whether no row has a fault."""
+        best, of_best, keys = self.top_tokens, self.top_logprobs, np.empty_like(self.top_tokens)
+        if not _native.rank(rows, given, processed, self.ranks, self.logprobs, best, keys, of_best):
+            return False
+        at_once = max(_SORTED_AT_ONCE // max(best.shape[1], 1), 1)
+        for first in range(0, len(best), at_once):
+            part = slice(first, first + at_once)
+            order = np.argsort(-keys[part], axis=-1, kind="stable")  # the kernel leaves them in the order of ids
+            for values in (best, of_best):
+                values[part] = np.take_along_axis(values[part], order, -1)
+        return True
+
+    def of(self, rows: slice) -> Ranked:
+        """Return the room of some of the rows."""
+        return Ranked(*(values[rows] for values in self))
+
+    def wrapped(
+        self, operand: _arrays.Operand, of_tokens: tuple[int, ...] | None, of_top: tuple[int, ...] | None
+    ) -> Logprobs:
+        """Return arrays of these shapes, of the kind of the logits, and None for what has no shape."""
+        dtype = _arrays.compute_dtype(operand.dtype)
+
+        def numbers(values: Array, shape: tuple[int, ...]) -> Any:
+            out = _arrays.Operand(values, "float64", _arrays.as_bits).astype(dtype).reshape(shape)
+            return operand.wrap(out, dtype) if shape else float(out)
+
+        def places(values: Array, shape: tuple[int, ...]) -> Any:
+            return operand.wrap(values.reshape(shape), "int64") if shape else int(values[0, 0])
+
+        return Logprobs(
+            None if of_tokens is None else numbers(self.logprobs, of_tokens),
+            None if of_tokens is None else places(self.ranks, of_tokens),
+            None if of_top is None else places(self.top_tokens, of_top),
+            None if of_top is None else numbers(self.top_logprobs, of_top),
+        )
 
 
 def _tokens(tokens: AnyArray, run: Call) -> Array:
@@ -109,10 +139,5 @@ def _tokens(tokens: AnyArray, run: Call) -> Array:
             f"tokens: expected one id for each row, of shape {run.lead}, or n in {with_n(run.lead)}, got shape "
             f"{ids.shape}"
         )
-    wrong = (ids < 0) | (ids >= run.vocabulary)
-    if wrong.any():
-        index = tuple(map(int, np.argwhere(wrong)[0]))
-        row = int(np.ravel_multi_index(index[: len(run.lead)], run.lead)) if run.lead else 0
-        where = in_row(row, run.lead)
-        raise ValueError(f"tokens: expected ids from 0 to {run.vocabulary - 1}, got {ids[index]}{where}")
+    known_ids("tokens", ids, run.vocabulary, len(run.lead))
     return ids.astype(np.int64, copy=False)

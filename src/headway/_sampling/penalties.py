@@ -1,7 +1,8 @@
 """Penalties: lower logits for tokens that occurred before, and for those that would repeat what was said.
 
-The kernel in `src/core/penalties.h` finds the new logits of the tokens of a history, for which it counts them once and
-then on; `penalize` writes the logits into a copy, `Sampler` keeps the counts and hands the logits on to the draw.
+The kernel in `src/core/sampling/penalties.h` finds the new logits of the tokens of a history, for which it counts
+them once and then on; `penalize` writes the logits into a copy, `Sampler` keeps the counts and hands the logits on to
+the draw.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .._check import no_such, shown
 from .._signatures import AnyArray, NumPyLike, Tensor, Unpack, shows_options
 from .checks import Integers, Reals
 from .histories import Histories
-from .rows import Array, broadcast, in_row, with_n
+from .rows import Array, broadcast, in_row, lengths_within, with_n
 
 __all__ = ["penalize"]
 UnknownTokens = Literal["error", "ignore"]
@@ -158,7 +159,7 @@ def penalize(
     tokens, length = _histories(token_ids, lengths, lead)
     prompt = np.zeros_like(length)
     if prompt_lengths is not None:
-        prompt = _lengths("prompt_lengths", prompt_lengths, lead, length)
+        prompt = lengths_within("prompt_lengths", prompt_lengths, lead, length, "token_ids")
     breakers = breaker_ids(penalties.get("dry_breakers", ()), vocabulary)
     rows = {
         name: np.ascontiguousarray(value if not value.ndim else broadcast(name, value, lead)).reshape(-1)
@@ -240,20 +241,7 @@ def _histories(token_ids: Any, lengths: AnyArray | None, lead: tuple[int, ...]) 
         held = np.full(len(tokens), tokens.shape[-1], np.int64)
     if not len(tokens):  # of no rows, even the widest
         tokens = tokens[:, :0]
-    return tokens, held if lengths is None else _lengths("lengths", lengths, lead, held)
-
-
-def _lengths(name: str, given: AnyArray, lead: tuple[int, ...], held: Array) -> Array:
-    """Return numbers of tokens, (rows,), of those that each row has: a copy."""
-    length = broadcast(name, _check.integers(given, name, -(2**63), 2**63 - 1), lead).reshape(-1)
-    wrong = (length < 0) | (length > held)
-    if wrong.any():
-        row = int(wrong.nonzero()[0][0])
-        raise ValueError(
-            f"{name}: expected integers from 0 to {held[row]}, the tokens that token_ids has{in_row(row, lead)}, got "
-            f"{length[row]}"
-        )
-    return np.ascontiguousarray(length)
+    return tokens, held if lengths is None else lengths_within("lengths", lengths, lead, held, "token_ids")
 
 
 def _rows(token_ids: Any, lead: tuple[int, ...], where: tuple[int, ...]) -> Iterator[tuple[Any, tuple[int, ...]]]:

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _check
+from .._signatures import AnyArray
+
 Array = NDArray[Any]
 
 
@@ -21,12 +24,36 @@ def broadcast(name: str, array: Array, shape: tuple[int, ...], given: tuple[int,
         raise ValueError(f"{name}: expected a shape that broadcasts to {shape}, got {given or array.shape}") from None
 
 
-def known_ids(name: str, ids: Array, vocabulary: int) -> Array:
-    """Return token ids that are all of the vocabulary."""
-    if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
-        bad = ids[(ids < 0) | (ids >= vocabulary)][0]
-        raise ValueError(f"{name}: expected ids from 0 to {vocabulary - 1}, got {bad}")
+def known_ids(
+    name: str, ids: Array, vocabulary: int, axes: int = 0, counts: Array | None = None, cure: str = ""
+) -> Array:
+    """Return token ids that are all of the vocabulary.
+
+    axes: how many leading axes say in which row one is that is not. counts: of the shape of ids, which are looked at.
+    """
+    if not ids.size or (counts is None and 0 <= ids.min() <= ids.max() < vocabulary):
+        return ids
+    wrong = (ids < 0) | (ids >= vocabulary)
+    if counts is not None:
+        wrong &= counts
+    if wrong.any():
+        at = int(np.flatnonzero(wrong)[0])
+        where = in_row(at // math.prod(ids.shape[axes:]), ids.shape[:axes])
+        raise ValueError(f"{name}: expected ids from 0 to {vocabulary - 1}, got {ids.flat[at]}{where}{cure}")
     return ids
+
+
+def lengths_within(name: str, given: AnyArray, lead: tuple[int, ...], held: Array, of: str) -> Array:
+    """Return how many of the tokens that `of` holds in each row count, (rows,): a copy."""
+    length = broadcast(name, _check.integers(given, name, -(2**63), 2**63 - 1), lead).reshape(-1)
+    wrong = (length < 0) | (length > held)
+    if wrong.any():
+        row = int(wrong.nonzero()[0][0])
+        raise ValueError(
+            f"{name}: expected integers from 0 to {held[row]}, the tokens that {of} has{in_row(row, lead)}, got "
+            f"{length[row]}"
+        )
+    return np.ascontiguousarray(length)
 
 
 def over_rows(name: str, array: Array, shape: tuple[int, ...]) -> Array:

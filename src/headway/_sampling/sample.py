@@ -2,7 +2,7 @@
 
 Every function takes logits of shape (..., V), V the vocabulary, and the same options. Biases and bans come first, then
 the stages in the order of `dialects.py`; then the draw. `docs/semantics.md` says what each means to the last bit,
-`headway.reference` says it in NumPy, and the kernels in `src/core/sampling.h` give those same bits.
+`headway.reference` says it in NumPy, and the kernels in `src/core/sampling/sampling.h` give those same bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .. import _arrays, _check
 from .._signatures import AnyArray, NumPyLike, Tensor, Unpack
-from .call import Call
+from .call import prepare
 from .params import SamplingOptions, SamplingParams, shows_sampling_options
 
 __all__ = ["filter_logits", "probabilities", "sample"]
@@ -91,7 +91,7 @@ def sample(
     >>> hw.sample([1.0, 3.0, 2.0], num_samples=3, replacement=False, seed=7)
     array([2, 1, 0])
     """
-    run = Call(logits, params, options)
+    run = prepare(logits, params, options)
     replacement = _check.boolean(replacement, "replacement")
     draws = () if num_samples is None else (_check.integer(num_samples, "num_samples", 1, 2**31 - 1),)
     tokens = np.empty((*run.lead, *draws), np.int64)
@@ -119,7 +119,7 @@ def probabilities(logits: AnyArray, params: SamplingParams | None = None, **opti
     >>> hw.probabilities([3.0, 2.0, 1.0], temperature=0.5, top_k=2).round(4)
     array([0.8808, 0.1192, 0.    ])
     """
-    run = Call(logits, params, options)
+    run = prepare(logits, params, options)
     dtype = _arrays.compute_dtype(run.operand.dtype)
     out = np.empty(run.data.shape, dtype)
     run(probabilities=out, **run.coin())
@@ -148,7 +148,7 @@ def filter_logits(logits: AnyArray, params: SamplingParams | None = None, **opti
     >>> hw.filter_logits([3.0, 2.0, 1.0], temperature=0.5, top_p=0.9)
     array([  3.,   2., -inf])
     """
-    run = Call(logits, params, options)
+    run = prepare(logits, params, options)
     dtype = run.operand.dtype if run.settings["logit_bias"] is None else _arrays.compute_dtype(run.operand.dtype)
     out = np.empty(run.data.shape, _arrays.storage(dtype))
     run(filtered=out, **run.coin())

@@ -10,9 +10,10 @@ import numpy as np
 from .. import _check, _native
 from .._check import shown
 from .._signatures import AnyArray, Unpack
-from .call import Call
+from .call import Call, prepare, random_source
 from .params import SamplingOptions, SamplingParams, shows_sampling_options
-from .rows import Array, broadcast, in_row
+from .rows import Array, in_row, known_ids, lengths_within
+from .settings import Settings
 
 __all__ = ["Verified", "verify_draft"]
 
@@ -72,16 +73,18 @@ def verify_draft(
     array([[ 1,  0,  2],
            [ 1,  0, -1]])
     """
-    run = Call(target_logits, params, options, "target_logits")
+    run = prepare(target_logits, params, options, "target_logits")
     if run.data.ndim < 2 or run.lead[-1] < 1:
         raise ValueError(f"target_logits: expected an array (..., n + 1, V), got shape {run.data.shape}")
     if run.settings["uniform"] is not None:
         raise ValueError("uniform: expected seed and position, which give as many words as it takes; leave it out")
     lead, n = run.lead[:-1], run.lead[-1] - 1
-    drafted = _lengths(lengths, lead, n)
+    drafted = np.full(math.prod(lead), n)
+    if lengths is not None:
+        drafted = lengths_within("lengths", lengths, lead, drafted, "draft_tokens")
     tokens = _draft_tokens(draft_tokens, drafted, lead, n, run.vocabulary)
     rows = len(tokens)
-    source = _source(run, lead, n + 1)
+    source = _source(run.settings, lead, n + 1)
     draft, draft_rows = None, None
     if draft_logits is None:
         if draft_params is not None:
@@ -93,14 +96,14 @@ def verify_draft(
         for name in ("seed", "position", "uniform"):
             if own and getattr(draft_params, name) is not None:
                 raise ValueError(f"draft_params: expected no {name}, got one; seed and position are those of the row")
-        draft = Call(draft_logits, draft_params if own else params, {} if own else options, "draft_logits")
+        draft = prepare(draft_logits, draft_params if own else params, {} if own else options, "draft_logits")
         if draft.data.shape != (*lead, n, run.vocabulary):
             raise ValueError(
                 f"draft_logits: expected shape {(*lead, n, run.vocabulary)} beside target_logits of {run.data.shape}, "
                 f"got {draft.data.shape}"
             )
-        _per_place(draft, n)
-    _per_place(run, n + 1)
+        draft = _per_place(draft, n)
+    run = _per_place(run, n + 1)
 
     status, draft_status = np.zeros(rows * (n + 1), np.int64), np.zeros(rows * n, np.int64)
     accepted, next_token = np.empty(rows, np.int64), np.empty(rows, np.int64)
@@ -121,23 +124,24 @@ def verify_draft(
     return Verified(*(run.operand.wrap(a, "int64") for a in arrays))
 
 
-def _per_place(run: Call, places: int) -> None:
+def _per_place(run: Call, places: int) -> Call:
     """Give options of one value per row an axis for the places of the chain."""
-    for name, value in run.settings.items():
-        if name in ("allowed", "logit_bias"):
-            # One for each place of the target serves the draft too, which has one place less.
-            if isinstance(value, np.ndarray) and value.ndim > 1 and value.shape[-2] == places + 1:
-                run.settings[name] = value[..., :places, :]
-        elif isinstance(value, np.ndarray) and value.ndim:
-            run.settings[name] = value[..., None]
+
+    def spread(name: str, value: Any) -> Any:
+        if not isinstance(value, np.ndarray) or not value.ndim:
+            return value
+        if name not in ("allowed", "logit_bias"):
+            return value[..., None]
+        # One for each place of the target serves the draft too, which has one place less.
+        of_target = value.ndim > 1 and value.shape[-2] == places + 1
+        return value[..., :places, :] if of_target else value
+
+    return run._replace(settings={name: spread(name, value) for name, value in run.settings.items()})
 
 
-def _source(run: Call, lead: tuple[int, ...], places: int) -> dict[str, Any]:
+def _source(settings: Settings, lead: tuple[int, ...], places: int) -> dict[str, Any]:
     """Return the seed, the stream and the position of each place."""
-    own = Call.__new__(Call)
-    own.lead, own.settings = lead, run.settings
-    source = own.source()
-    rows = math.prod(lead)
+    source, rows = random_source(settings, lead), math.prod(lead)
     each = {name: np.broadcast_to(numbers, rows).repeat(places) for name, numbers in source.items()}
     each["position"] += np.tile(np.arange(places, dtype=np.uint64), rows)
     return each
@@ -146,22 +150,6 @@ def _source(run: Call, lead: tuple[int, ...], places: int) -> dict[str, Any]:
 def _of_draft(source: dict[str, Any], n: int) -> dict[str, Any]:
     """Return the source without the last place of each row."""
     return {name: numbers.reshape(-1, n + 1)[:, :n].reshape(-1) for name, numbers in source.items()}
-
-
-def _lengths(lengths: AnyArray | None, lead: tuple[int, ...], n: int) -> Array:
-    """Return how many tokens of each row were drafted, in memory that nobody else writes to."""
-    if lengths is None:
-        return np.full(math.prod(lead), n, np.int64)
-    array = broadcast("lengths", _check.integers(lengths, "lengths", -(2**63), 2**63 - 1), lead)
-    own = np.ascontiguousarray(array).reshape(-1)
-    wrong = (own < 0) | (own > n)
-    if wrong.any():
-        at = int(wrong.nonzero()[0][0])
-        raise ValueError(
-            f"lengths: expected integers from 0 to {n}, the tokens that draft_tokens has{in_row(at, lead)}, got "
-            f"{own[at]}"
-        )
-    return own
 
 
 def _draft_tokens(tokens: AnyArray, lengths: Array, lead: tuple[int, ...], n: int, vocabulary: int) -> Array:
@@ -180,14 +168,9 @@ def _draft_tokens(tokens: AnyArray, lengths: Array, lead: tuple[int, ...], n: in
             f"draft_tokens: expected shape {(*lead, n)}, one place less than target_logits has, got {given.shape}"
         )
     ids = np.array(given, order="C", copy=True).reshape(math.prod(lead), n)
-    wrong = ((ids < 0) | (ids >= vocabulary)) & (np.arange(n) < lengths[:, None])
-    if wrong.any():
-        at = int(np.flatnonzero(wrong)[0])
-        where = in_row(at, given.shape)
-        raise ValueError(
-            f"draft_tokens: expected ids from 0 to {vocabulary - 1}, got {ids.flat[at]}{where}; say how many count "
-            f"with lengths where rows are padded"
-        )
+    counts = (np.arange(n) < lengths[:, None]).reshape(given.shape)
+    cure = "; say how many count with lengths where rows are padded"
+    known_ids("draft_tokens", ids.reshape(given.shape), vocabulary, given.ndim, counts, cure)
     return ids.astype(np.int64, copy=False)
 
 

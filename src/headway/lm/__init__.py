@@ -7,6 +7,6 @@
 """
 
 from .checkpoint import Config
-from .model import Model, Session, TextStream, load
+from .model import DEFAULTS, Model, Session, TextOptions, TextStream, load
 
-__all__ = ["Config", "Model", "Session", "TextStream", "load"]
+__all__ = ["DEFAULTS", "Config", "Model", "Session", "TextOptions", "TextStream", "load"]

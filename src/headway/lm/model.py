@@ -9,7 +9,7 @@ width, V vocabulary, H query heads, G key/value heads, D head size, I inner widt
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,8 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 import headway as hw
 
 from .. import _check
-from .._sampling import CHECKS, SamplingOptions, shows_sampling_options
-from .._signatures import Unpack
+from .._sampling import Bans, Penalties, SamplingOptions
+from .._signatures import Unpack, defaults_of, shows_options
 from .checkpoint import Config, Floats, Weights, read_checkpoint
 from .text import detokenize, tokenizer_errors, until_stop
 
@@ -29,6 +29,22 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 else:  # a name for typing.get_type_hints
     Tokenizer = Any
+
+# How text is drawn where nothing else is said, in Python and by the command.
+DEFAULTS = hw.SamplingParams(temperature=0.8, top_p=0.95)
+
+
+class TextOptions(SamplingOptions, Penalties, Bans, total=False):
+    """The options of text: those of `headway.sample` and `headway.penalize`, and the bans of `Sampler.admit`."""
+
+
+shows_text_options = shows_options(
+    TextOptions,
+    dict.fromkeys(TextOptions.__annotations__)
+    | defaults_of(hw.SamplingParams)
+    | {"temperature": DEFAULTS.temperature, "top_p": DEFAULTS.top_p}
+    | {"dry_breakers": (), "min_tokens": 0, "banned_sequences": ()},
+)
 
 
 @_check.public
@@ -95,15 +111,16 @@ class Model:
         return self.session().logits(ids)
 
     @_check.public
-    @shows_sampling_options
+    @shows_text_options
     def generate(
         self,
-        prompt: str,
+        prompt: str | ArrayLike,
         *,
         max_tokens: int = 256,
         stop: str | Sequence[str] = (),
         params: hw.SamplingParams | None = None,
-        **options: Unpack[SamplingOptions],
+        count_prompt: bool = False,
+        **options: Unpack[TextOptions],
     ) -> str:
         """Continue a prompt, and return the new text without the prompt.
 
@@ -111,12 +128,18 @@ class Model:
         the context is full: prompt and text together have at most config.max_position_embeddings tokens.
 
         Args:
-            prompt: any text. An empty one starts from the model's beginning-of-text token.
+            prompt: any text, or the ids of its tokens, (n,). An empty one starts from the model's beginning-of-text
+                token.
             max_tokens: draw at most so many tokens.
             stop: end before this string, or before the one of these strings that is complete first.
-            params: as in `headway.sample`.
-            **options: as in `headway.sample`, but for position and uniform: the token at index i of the sequence,
-                prompt included, is drawn at position i. One seed gives one text; without a seed each is another.
+            params: as in `headway.sample`; `headway.lm.DEFAULTS`, temperature 0.8 and top_p 0.95, unless given.
+            count_prompt: as in `headway.Sampler.admit`: whether frequency and presence count the prompt too.
+            **options: as in `headway.sample`, but for uniform, and as in `headway.penalize`; they replace what params
+                say. min_tokens, banned_sequences and no_repeat_ngram as in `headway.Sampler.admit`, whose stop_tokens
+                are the model's end-of-text tokens. `allowed` may also be a function, which is called before each draw
+                with the list of the tokens drawn so far and returns what may come next in a form of `allowed`, or
+                None: a grammar. The text is that of a row of a `headway.Sampler`: one seed gives one text, wherever it
+                stops and goes on; without a seed each is another.
 
         Raises:
             ValueError: a prompt that leaves no room in the context or is no UTF-8, or a bad option.
@@ -126,41 +149,51 @@ class Model:
         >>> load().generate("In the beginning God created the heaven and the", max_tokens=1, temperature=0)
         ' earth'
         """
-        return "".join(self.stream(prompt, max_tokens=max_tokens, stop=stop, params=params, **options))
+        if "logprobs" in options:
+            raise TypeError("logprobs: expected none, since the text is all that comes back; give it to stream")
+        more: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, "params": params, "count_prompt": count_prompt}
+        return "".join(self.stream(prompt, **more, **options))
 
     @_check.public
-    @shows_sampling_options
+    @shows_text_options
     def stream(
         self,
-        prompt: str,
+        prompt: str | ArrayLike,
         *,
         max_tokens: int = 256,
         stop: str | Sequence[str] = (),
         params: hw.SamplingParams | None = None,
-        **options: Unpack[SamplingOptions],
+        count_prompt: bool = False,
+        logprobs: int | None = None,
+        **options: Unpack[TextOptions],
     ) -> TextStream:
         """Do as `generate` does, but yield the text in pieces, each as soon as it is certain.
 
         A piece is never half a character, and never the beginning of a stop string; together the pieces are the
-        text of `generate`. Bad arguments raise here, before the first piece is asked for.
+        text of `generate`. Bad arguments raise here, before the first piece is asked for. logprobs=n, from 0 to V,
+        also collects log-probabilities of each token and of the n best, in `TextStream.logprobs`.
 
         >>> from headway.lm import load
         >>> model = load()
         >>> pieces = list(model.stream("And God said", max_tokens=8, seed=1))
         >>> "".join(pieces) == model.generate("And God said", max_tokens=8, seed=1)
         True
+        >>> prompt = "In the beginning God created the heaven and the"
+        >>> stream = model.stream(prompt, max_tokens=1, temperature=0, logprobs=2)
+        >>> "".join(stream), [model.tokenizer.decode([token]) for token in stream.logprobs[0].raw.top_tokens]
+        (' earth', [' earth', ' end'])
         """
         for name, value in options.items():
-            if name not in CHECKS:
-                known = ("max_tokens", "stop", "params", *CHECKS)
+            if name not in TextOptions.__annotations__:
+                known = ("max_tokens", "stop", "params", "count_prompt", "logprobs", *TextOptions.__annotations__)
                 raise TypeError(_check.no_such(name, value, "option", known))
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompt: expected a string, got {type(prompt).__name__}")
         max_tokens = _check.integer(max_tokens, "max_tokens", 0)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(text, str) and text for text in stops):
             raise ValueError(f"stop: expected strings of at least one character, got {stop!r}")
-        prompt_ids = self._encode(prompt)
+        if logprobs is not None:
+            logprobs = _check.integer(logprobs, "logprobs", 0, self.config.vocab_size)
+        prompt_ids = self._encode(prompt) if isinstance(prompt, str) else self._ids(prompt)
         if not prompt_ids:
             if self.config.bos_token_id is None:
                 raise ValueError("prompt: expected text, got none, and the model has no beginning-of-text token")
@@ -168,11 +201,14 @@ class Model:
         context = self.config.max_position_embeddings
         if len(prompt_ids) >= context:
             raise ValueError(f"prompt: expected less than {context} tokens, the model's context, got {len(prompt_ids)}")
-        chosen = dataclasses.replace(params or hw.SamplingParams(), **options)
-        for name in ("position", "uniform"):
-            if getattr(chosen, name) is not None:
-                raise ValueError(f"{name}: expected None, since each token of a text is drawn at its own position")
-        return TextStream(self, prompt_ids, max_tokens, stops, chosen)
+        grammar = options.pop("allowed") if callable(options.get("allowed")) else None
+        drawing: Any = {name: value for name, value in options.items() if name in SamplingOptions.__annotations__}
+        of_row: Any = {name: value for name, value in options.items() if name not in drawing}
+        of_row |= {"count_prompt": count_prompt, "stop_tokens": self.config.eos_token_ids}
+        chosen = dataclasses.replace(DEFAULTS if params is None else params, **drawing)
+        sampler = hw.Sampler(self.config.vocab_size)
+        sampler.admit(chosen, prompt_ids, **of_row)
+        return TextStream(self, prompt_ids, max_tokens, stops, sampler, grammar, logprobs)
 
     def _encode(self, prompt: str) -> list[int]:
         try:
@@ -184,6 +220,14 @@ class Model:
             ids: list[int] = self.tokenizer.encode(prompt).ids
         return ids
 
+    def _ids(self, prompt: ArrayLike) -> list[int]:
+        whole = _check.whole(prompt, "prompt", "text or token ids")
+        ids = _check.integers(whole, "prompt", 0, self.config.vocab_size - 1)
+        if ids.ndim != 1:
+            raise ValueError(f"prompt: expected text or token ids (n,), got shape {ids.shape}")
+        listed: list[int] = ids.tolist()
+        return listed
+
 
 class TextStream(Iterator[str]):
     """The pieces of a text as a model writes it, and what is known about it so far.
@@ -191,6 +235,7 @@ class TextStream(Iterator[str]):
     Attributes:
         prompt_ids: the tokens of the prompt.
         token_ids: the tokens drawn so far, without one that ends the text.
+        logprobs: for each of these, where they were asked for, what `headway.Sampler.step` says of the one row.
         finish_reason: None while the text goes on, then "eos" (the model ended it), "stop" (a stop string),
             "max_tokens", or "context" (no room for another token).
 
@@ -207,23 +252,34 @@ class TextStream(Iterator[str]):
         prompt_ids: Sequence[int],
         max_tokens: int,
         stops: Sequence[str],
-        params: hw.SamplingParams,
+        sampler: hw.Sampler,
+        grammar: Callable[[list[int]], Any] | None,
+        logprobs: int | None,
     ) -> None:
         self.prompt_ids = tuple(prompt_ids)
         self.token_ids: list[int] = []
+        self.logprobs: list[hw.Drawn] = []
         self.finish_reason: Literal["eos", "stop", "max_tokens", "context"] | None = None
-        self._pieces = self._write(model, max_tokens, stops, params)
+        tokens = self._draw(model, max_tokens, sampler, grammar, logprobs)
+        self._pieces = self._write(detokenize(model.tokenizer, self.prompt_ids, tokens), stops)
 
     def __next__(self) -> str:
         return next(self._pieces)
 
-    def _write(self, model: Model, max_tokens: int, stops: Sequence[str], params: hw.SamplingParams) -> Iterator[str]:
-        tokens = self._draw(model, max_tokens, params)
-        stopped = yield from until_stop(detokenize(model.tokenizer, self.prompt_ids, tokens), stops)
+    def _write(self, pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
+        stopped = yield from until_stop(pieces, stops)
         if stopped:
             self.finish_reason = "stop"
 
-    def _draw(self, model: Model, max_tokens: int, params: hw.SamplingParams) -> Iterator[int]:
+    def _draw(
+        self,
+        model: Model,
+        max_tokens: int,
+        sampler: hw.Sampler,
+        grammar: Callable[[list[int]], Any] | None,
+        logprobs: int | None,
+    ) -> Iterator[int]:
+        """Draw the tokens of the one row of the sampler."""
         session = model.session()
         new: Sequence[int] = self.prompt_ids
         while len(self.token_ids) < max_tokens:
@@ -231,14 +287,27 @@ class TextStream(Iterator[str]):
                 self.finish_reason = "context"
                 return
             logits = session.next_logits(new)
-            token = int(hw.sample(logits, params, position=len(session)))
+            allowed = None if grammar is None else [grammar(list(self.token_ids))]
+            if logprobs is None:
+                token = int(sampler.step(logits[None], allowed=allowed)[0])
+            else:
+                drawn = sampler.step(logits[None], allowed=allowed, logprobs=logprobs)
+                token = int(drawn.tokens[0])
             if token in model.config.eos_token_ids:
                 self.finish_reason = "eos"
                 return
             self.token_ids.append(token)
+            if logprobs is not None:
+                self.logprobs.append(hw.Drawn(token, _of_one_row(drawn.raw), _of_one_row(drawn.processed)))
             yield token
             new = (token,)
         self.finish_reason = "max_tokens"
+
+
+def _of_one_row(found: hw.Logprobs) -> hw.Logprobs:
+    """Return the log-probabilities of one token as `headway.logprobs` gives those of a lone row."""
+    best = (None if values is None else values[0] for values in (found.top_tokens, found.top_logprobs))
+    return hw.Logprobs(float(found.logprobs[0]), int(found.ranks[0]), *best)
 
 
 class Session:

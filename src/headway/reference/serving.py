@@ -148,11 +148,15 @@ def logprobs(
     (-1.4076, 2, array([1, 2]))
     """
     array = _floats(logits)
-    lead, _V = array.shape[:-1], array.shape[-1]
     if options.get("seed", getattr(params, "seed", None)) is None:
         options["seed"] = secrets.randbits(64)  # one coin of xtc for both of these
     z = filter_logits(_float32(array), params, **options)
-    w = weights(array, params, **options)
+    return _logprobs(array.dtype, z, weights(array, params, **options), tokens, top, processed)
+
+
+def _logprobs(dtype: Any, z: AnyArray, w: AnyArray, tokens: Any, top: int | None, processed: bool) -> Logprobs:
+    """Of logits z (..., V), -inf where a token was removed, of this type when they were given, with masses w."""
+    lead = z.shape[:-1]
     total = w.sum(-1, keepdims=True)
     with np.errstate(divide="ignore"):
         if processed:
@@ -161,7 +165,7 @@ def logprobs(
             wide = z.astype(np.float64)
             ln_p = wide - wide.max(-1, keepdims=True) - np.log(total / w.max(-1, keepdims=True))
     with np.errstate(over="ignore"):
-        ln_p = ln_p.astype(np.float64 if array.dtype == np.float64 else np.float32)
+        ln_p = ln_p.astype(np.float64 if dtype == np.float64 else np.float32)
     order = np.argsort(-z, axis=-1, kind="stable")
     place = np.argsort(order, axis=-1) + 1
     of_tokens: Any = None
@@ -318,6 +322,14 @@ class _Places(Sequence[AnyArray]):
 # A sampler for serving loops --------------------------------------------------------------------------------------
 
 
+class Drawn(NamedTuple):
+    """Tokens (rows,), and where they stand among the logits as given, and in the distribution they were drawn from."""
+
+    tokens: AnyArray
+    raw: Logprobs
+    processed: Logprobs
+
+
 class Sampler:
     """Rows that come and go: each is penalized and sampled on its own.
 
@@ -328,6 +340,7 @@ class Sampler:
     """
 
     def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
         self.admitted = 0
         self.rows: dict[int, dict[str, Any]] = {}
 
@@ -335,13 +348,18 @@ class Sampler:
         self,
         params: Any = None,
         prompt_tokens: Any = (),
+        output_tokens: Any = (),
         *,
         seed: Any = None,
         stream: int | None = None,
         count_prompt: bool = False,
+        stop_tokens: Any = (),
+        min_tokens: int = 0,
+        banned_sequences: Any = (),
+        no_repeat_ngram: int | None = None,
         **penalties: Any,
     ) -> int:
-        """Add a row behind the others."""
+        """Add a row behind the others, whose next token comes behind prompt and output."""
         of_params = getattr(params, "seed", None) if seed is None else None
         if of_params is not None:
             seed = of_params
@@ -350,33 +368,74 @@ class Sampler:
         else:
             free = 0
         self.rows[self.admitted] = {
-            "history": [int(token) for token in prompt_tokens],
+            "history": [int(token) for part in (prompt_tokens, output_tokens) for token in part],
             "params": params,
             "penalties": {"prompt_lengths": 0 if count_prompt else len(prompt_tokens), **penalties},
             "seed": secrets.randbits(64) if seed is None else seed,
             "stream": free if stream is None else stream,
-            "position": int(getattr(params, "position", None) or 0),
+            "prompt": len(prompt_tokens),
+            "bans": (
+                set(stop_tokens),
+                min_tokens,
+                [np.atleast_1d(x).tolist() for x in banned_sequences],
+                no_repeat_ngram,
+            ),
+            "start": int(getattr(params, "position", None) or 0),  # the position of the history's first token
         }
         self.admitted += 1
         return self.admitted - 1
 
-    def step(self, logits: Any, *, allowed: Any = None) -> AnyArray:
-        """One token for each row of logits (rows, V); allowed holds a mask for each, or None."""
-        tokens = []
-        for i, (z, row) in enumerate(zip(_floats(logits), self.rows.values(), strict=True)):
+    def step(self, logits: Any, *, allowed: Any = None, logprobs: int | None = None) -> Any:
+        """One token for each row of logits (rows, V); allowed holds a mask for each, or None.
+
+        logprobs=n: also the logarithms of their probabilities, and of the best n.
+        """
+        tokens, filtered, masses = [], np.full(np.shape(logits), -np.inf), np.zeros(np.shape(logits), np.int64)
+        for i, (z, (handle, row)) in enumerate(zip(_floats(logits), self.rows.items(), strict=True)):
             penalized = penalize(z, row["history"], **row["penalties"])
             mask = None if allowed is None else _mask(allowed[i], z.shape)
             if mask is not None:
                 penalized[~mask] = -np.inf
+            penalized[self.banned(handle)] = -np.inf
             # As row number `stream` of a batch with this seed.
-            block = philox(int(row["seed"]), int(row["stream"]), row["position"])
+            position = (row["start"] + len(row["history"])) % 2**64
+            block = philox(int(row["seed"]), int(row["stream"]), position)
             (drawn,) = _rows(penalized, row["params"], {}, [block])
-            tokens.append(_draw(drawn.final_weights(), block[0]))
+            filtered[i, drawn.ids], masses[i] = drawn.z, drawn.final_weights()
+            tokens.append(_draw(masses[i], block[0]))
         for token, row in zip(tokens, self.rows.values()):
             row["history"].append(token)
-            row["position"] = (row["position"] + 1) % 2**64
-        return np.array(tokens, np.int64)
+        drawn_tokens = np.array(tokens, np.int64)
+        if logprobs is None:
+            return drawn_tokens
+        z, top = _floats(logits), logprobs or None
+        raw = _logprobs(z.dtype, _float32(z), weights(z), drawn_tokens, top, False)
+        return Drawn(drawn_tokens, raw, _logprobs(z.dtype, filtered, masses, drawn_tokens, top, True))
 
     def retire(self, handle: int) -> None:
         """Remove a row."""
         del self.rows[handle]
+
+    def banned(self, handle: int) -> list[int]:
+        """The tokens that a row may not draw next."""
+        row = self.rows[handle]
+        stop_tokens, min_tokens, sequences, n = row["bans"]
+        history = [token for token in row["history"] if 0 <= token < self.vocabulary]
+        found = {token for token in stop_tokens if len(row["history"]) - row["prompt"] < min_tokens}
+        found |= {last for *before, last in sequences if history[len(history) - len(before) :] == before}
+        if n is not None:
+            runs = [history[i : i + n] for i in range(len(history) - n + 1)]
+            found |= {last for *before, last in runs if history[len(history) - n + 1 :] == before}
+        return sorted(found)
+
+    def history(self, handle: int) -> AnyArray:
+        """The tokens of its prompt and its output."""
+        return np.array(self.rows[handle]["history"], np.int64)
+
+    def force(self, handle: int, token: int) -> None:
+        """Put a token behind its output."""
+        self.rows[handle]["history"].append(token)
+
+    def truncate(self, handle: int, length: int) -> None:
+        """Keep so many of its tokens, prompt included."""
+        del self.rows[handle]["history"][length:]

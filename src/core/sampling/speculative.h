@@ -31,7 +31,7 @@ template <class Visit> void each_residual(const Tokens& target, const Tokens& dr
 }
 
 inline Plan plan_verification(const Verification& task, int64_t) {
-  Plan plan{task.rows, 0, rough_product(task.rows, task.n + 1, task.target.V, 16)};
+  Plan plan{task.rows, 0, saturating_product(task.rows, task.n + 1, task.target.V, 16)};
   plan.team = plan.units == 1;
   Workspace(Arena{nullptr}, task.target.V, &plan.workspace);
   plan.workspace *= 2;

@@ -76,15 +76,15 @@ template <class T> struct Vec {
   }
   static Vec load(const T* p) {
     Vec v; // register by register: GCC copies a whole Vec in pieces of 16 bytes, which wider loads then wait for
-    for (int i = 0; i < parts; ++i) v.part[i] = reinterpret_cast<const Anywhere*>(p)[i];
+    for (int i = 0; i < parts; ++i) v.part[i] = reinterpret_cast<const Unaligned*>(p)[i];
     return v;
   }
   void store(T* p) const {
-    for (int i = 0; i < parts; ++i) reinterpret_cast<Anywhere*>(p)[i] = part[i];
+    for (int i = 0; i < parts; ++i) reinterpret_cast<Unaligned*>(p)[i] = part[i];
   }
 
 private:
-  typedef T Anywhere __attribute__((vector_size(kRegisterBytes), aligned(sizeof(T)), may_alias));
+  typedef T Unaligned __attribute__((vector_size(kRegisterBytes), aligned(sizeof(T)), may_alias));
 };
 
 template <class T> using Mask = Vec<typename IntOf<T>::type>; // lanes of 0 or -1
@@ -169,10 +169,10 @@ inline Vec<int64_t> nearest_integer(Vec<float> v) {
 #endif
 }
 
-// The larger of two ----------------------------------------------------------------------------------------------
+// The maximum and the minimum of two ------------------------------------------------------------------------------
 
-// What a > b ? a : b says, b where either is NaN, is the definition of x86's instruction, but not of Arm's.
-inline Vec<float>::Reg larger_reg(Vec<float>::Reg a, Vec<float>::Reg b) {
+// max is a > b ? a : b, so b where either is NaN: the definition of x86's instruction, but not of Arm's.
+inline Vec<float>::Reg max_reg(Vec<float>::Reg a, Vec<float>::Reg b) {
 #if defined(__AVX512F__)
   return (Vec<float>::Reg)_mm512_mask_max_ps((__m512)a, 0xffff, (__m512)a,
                                              (__m512)b); // GCC 12 warns about the plain one
@@ -182,14 +182,14 @@ inline Vec<float>::Reg larger_reg(Vec<float>::Reg a, Vec<float>::Reg b) {
   return a > b ? a : b;
 #endif
 }
-inline Vec<double>::Reg larger_reg(Vec<double>::Reg a, Vec<double>::Reg b) { return a > b ? a : b; }
-template <class T> Vec<T> larger(Vec<T> a, Vec<T> b) {
-  for (int i = 0; i < Vec<T>::parts; ++i) a.part[i] = larger_reg(a.part[i], b.part[i]);
+inline Vec<double>::Reg max_reg(Vec<double>::Reg a, Vec<double>::Reg b) { return a > b ? a : b; }
+template <class T> Vec<T> max(Vec<T> a, Vec<T> b) {
+  for (int i = 0; i < Vec<T>::parts; ++i) a.part[i] = max_reg(a.part[i], b.part[i]);
   return a;
 }
 
-// And the smaller: a < b ? a : b.
-inline Vec<float>::Reg smaller_reg(Vec<float>::Reg a, Vec<float>::Reg b) {
+// min is a < b ? a : b.
+inline Vec<float>::Reg min_reg(Vec<float>::Reg a, Vec<float>::Reg b) {
 #if defined(__AVX512F__)
   return (Vec<float>::Reg)_mm512_mask_min_ps((__m512)a, 0xffff, (__m512)a, (__m512)b);
 #elif defined(__AVX2__)
@@ -198,16 +198,16 @@ inline Vec<float>::Reg smaller_reg(Vec<float>::Reg a, Vec<float>::Reg b) {
   return a < b ? a : b;
 #endif
 }
-inline Vec<double>::Reg smaller_reg(Vec<double>::Reg a, Vec<double>::Reg b) { return a < b ? a : b; }
-inline Vec<int32_t>::Reg smaller_reg(Vec<int32_t>::Reg a, Vec<int32_t>::Reg b) {
+inline Vec<double>::Reg min_reg(Vec<double>::Reg a, Vec<double>::Reg b) { return a < b ? a : b; }
+inline Vec<int32_t>::Reg min_reg(Vec<int32_t>::Reg a, Vec<int32_t>::Reg b) {
 #if defined(__AVX512F__) // GCC 12 makes two instructions of the plain one
   return (Vec<int32_t>::Reg)_mm512_mask_min_epi32((__m512i)a, 0xffff, (__m512i)a, (__m512i)b);
 #else
   return a < b ? a : b;
 #endif
 }
-template <class T> Vec<T> smaller(Vec<T> a, Vec<T> b) {
-  for (int i = 0; i < Vec<T>::parts; ++i) a.part[i] = smaller_reg(a.part[i], b.part[i]);
+template <class T> Vec<T> min(Vec<T> a, Vec<T> b) {
+  for (int i = 0; i < Vec<T>::parts; ++i) a.part[i] = min_reg(a.part[i], b.part[i]);
   return a;
 }
 
@@ -285,10 +285,10 @@ template <class T, class Op> T reduce(Vec<T> v, Op op) {
     for (int i = 0; i < half; ++i) v.part[i] = op(v.part[i], v.part[i + half]);
   return reduce_lanes<T, kRegisterBytes / int(sizeof(T))>(v.part[0], op);
 }
-template <class T> T sum(Vec<T> v) {
+template <class T> T reduce_sum(Vec<T> v) {
   return reduce(v, [](auto a, auto b) { return a + b; });
 }
-template <class T> T maximum(Vec<T> v) {
+template <class T> T reduce_max(Vec<T> v) {
   return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 template <class T> bool any(Vec<T> mask) {

@@ -1,4 +1,4 @@
-// Where tokens stand: the place of given ones in the order, the best, and the logarithms of their probabilities.
+// Log-probabilities: those of given tokens and their ranks in the order, and those of the best tokens.
 #pragma once
 #include "sampling.h"
 
@@ -32,7 +32,7 @@ struct Logarithms {
 
 inline Plan plan_ranking(const Ranking& task, int64_t threads) {
   Plan plan = plan_sampling(task.rows, threads);
-  plan.work += rough_product(plan.units, task.rows.V, task.given);
+  plan.work += saturating_product(plan.units, task.rows.V, task.given);
   return plan;
 }
 
@@ -57,7 +57,7 @@ HEADWAY_FLATTEN inline void run_ranking(const Ranking& task, const Plan&, int64_
   if (!task.top) return;
   row.floor = 1;
   keep_first(row, task.top, Ties::lowest_id);
-  close_gaps(row);
+  apply_chosen(row);
   int64_t to = index * task.top;
   const int64_t end = to + task.top; // more are left only where another thread has written to the logits
   for (int64_t i = 0; i < row.tokens.n && to < end; ++i) {

@@ -68,7 +68,7 @@ private:
 // one of A, so that loading tiles takes less time than multiplying them.
 [[gnu::noinline]] inline void multiply_pairs(int64_t rows, int64_t columns, int64_t k_count, const BFloat16Pair* a,
                                              int64_t a_row, const BFloat16Pair* b, int64_t b_row, int64_t b_block,
-                                             float* c, int64_t c_row, bool onto) {
+                                             float* c, int64_t c_row, bool accumulate) {
   asm volatile("" ::: "memory"); // GCC does not know that tile loads read memory
   const int64_t a_bytes = 4 * a_row, b_bytes = 4 * b_row, c_bytes = 4 * c_row;
   for (int64_t i = 0; i < rows; i += 16) {
@@ -76,7 +76,7 @@ private:
     int64_t j = 0;
     for (; j + 64 <= columns; j += 64) {
       float* to = c + i * c_row + j;
-      if (onto) {
+      if (accumulate) {
         _tile_loadd(0, to, c_bytes);
         _tile_loadd(1, to + 16, c_bytes);
         _tile_loadd(2, to + 32, c_bytes);
@@ -106,7 +106,7 @@ private:
     }
     for (; j < columns; j += 16) {
       float* to = c + i * c_row + j;
-      if (onto)
+      if (accumulate)
         _tile_loadd(0, to, c_bytes);
       else
         _tile_zero(0);
@@ -126,8 +126,9 @@ constexpr int64_t kPairRows = kTileRows, kPairStep = 1;
 struct Tiles {}; // nothing to configure
 
 inline void multiply_pairs(int64_t rows, int64_t columns, int64_t k_count, const BFloat16Pair* a, int64_t a_row,
-                           const BFloat16Pair* b, int64_t b_row, int64_t b_block, float* c, int64_t c_row, bool onto) {
-  multiply(rows, columns, k_count, a, a_row, b, b_row, b_block, c, c_row, onto);
+                           const BFloat16Pair* b, int64_t b_row, int64_t b_block, float* c, int64_t c_row,
+                           bool accumulate) {
+  multiply(rows, columns, k_count, a, a_row, b, b_row, b_block, c, c_row, accumulate);
 }
 
 #endif
@@ -150,7 +151,7 @@ struct PairOperands {
     queries = arena.take<BFloat16Pair>(rows * steps);
     panels = arena.take<BFloat16Pair>(kChunk * steps);
     values = arena.take<BFloat16Pair>(kChunk / 2 * width);
-    row_buffer = arena.take<float>(most(32 * steps, 2 * width));
+    row_buffer = arena.take<float>(max(32 * steps, 2 * width));
   }
 
   void begin(const BlockRows& rows, bool) {
@@ -176,10 +177,10 @@ struct PairOperands {
     for (int64_t j = begin; j < from / 16 * 16; ++j) to_write[j] = 0;
     for (int64_t j = round_up(to, 16); j < end; ++j) to_write[j] = 0;
   }
-  void weigh(int64_t count, const float* p, int64_t a, int64_t b, float* sum, bool onto) {
+  void weigh(int64_t count, const float* p, int64_t a, int64_t b, float* sum, bool accumulate) {
     a = a / kKeyStep * kKeyStep, b = round_up(b, kKeyStep);
     multiply_pairs(count, width, (b - a) / 2, reinterpret_cast<const BFloat16Pair*>(p) + a / 2, kChunk,
-                   values + a / 2 * width, width, 16, sum, width, onto);
+                   values + a / 2 * width, width, 16, sum, width, accumulate);
   }
   // Also where a step of pairs holds keys that no row reaches. What counts is what is multiplied: a large finite number
   // may have become infinite.
@@ -214,7 +215,7 @@ private:
   void pack(int64_t j) {
     if (!Chunk::enters(chunk.packed, j)) return;
     j = j / kBandKeys * kBandKeys;
-    const int64_t from = most(j, chunk.from), to = least(j + kBandKeys, chunk.to);
+    const int64_t from = max(j, chunk.from), to = min(j + kBandKeys, chunk.to);
     for (int64_t i = from / 16 * 16; i < to; i += 16) pack_keys(i);
     for (int64_t i = from / kKeyStep * kKeyStep; i < round_up(to, kKeyStep); i += 2) pack_values(i);
   }
@@ -222,7 +223,7 @@ private:
     const View& k = task.k;
     BFloat16Pair* panel = panels + i * steps;
     auto* words = reinterpret_cast<int32_t*>(panel);
-    const int64_t key = chunk.first + i, count = least(16, task.S - key);
+    const int64_t key = chunk.first + i, count = min(16, task.S - key);
     if (task.k_in_panels) {
       read_row(address(k, k_offset, group, key / 16), k.dtype, 1, 16 * task.D, row_buffer);
       memset(row_buffer + 16 * task.D, 0, size_t(32 * steps - 16 * task.D) * sizeof(float));

@@ -2,15 +2,15 @@
 // on their own (no fused ones: NumPy must be able to follow). Everything after is exact integer arithmetic, so lanes
 // and the order of a sum cannot matter. reference/sampling.py says the same thing in one page.
 #pragma once
-#include "rows.h"
+#include "../ground/rows.h"
 
 namespace headway {
 namespace {
 
-// The functions with the loops over the vocabulary: GCC 12 would call, not inline, their single steps.
+// For functions with loops over the vocabulary: GCC 12 would otherwise call the steps of the loop, not inline them.
 #define HEADWAY_FLATTEN __attribute__((flatten))
-// What is long and entered once a row, so that one that flattens need not be copied into another.
-#define HEADWAY_APART __attribute__((noinline))
+// For long functions that are called once a row: a caller with HEADWAY_FLATTEN would otherwise hold a copy of each.
+#define HEADWAY_NOINLINE __attribute__((noinline))
 
 constexpr int64_t kBlock = 64; // tokens that share a maximum
 constexpr float kNever = -__builtin_inff();
@@ -36,7 +36,7 @@ inline Vec<int32_t> lane_powers() { // 1, 2, 4, ...
   for (int i = 0; i < 16; ++i) power[i] = 1 << i;
   return Vec<int32_t>::load(power);
 }
-// And back: the lanes of 16 bits.
+// The inverse: 16 bits as the lanes of a mask.
 inline Mask<float> lane_mask(uint64_t found) {
 #if defined(__AVX512F__)
   Mask<float> mask;
@@ -52,13 +52,13 @@ template <class T, class Test> uint64_t block_bits(const T* block, Test test) {
   for (int64_t v = 0; v < kBlock; v += 16) found |= lane_bits(test(Vec<T>::load(block + v))) << v;
   return found;
 }
-inline int64_t take_lowest(uint64_t& found) {
+inline int64_t pop_lowest_bit(uint64_t& found) {
   const int64_t i = __builtin_ctzll(found);
   found &= found - 1;
   return i;
 }
 
-// Tokens in id order. Arrays reach to the end of the last block: logits of -inf and weights of 0 fill it up.
+// Tokens in id order. Arrays are padded to the end of the last block, with logits of -inf and weights of 0.
 struct Tokens {
   int64_t n = 0;
   const float* z = nullptr;
@@ -91,7 +91,7 @@ inline bool holds(const Tokens& tokens, int64_t place, int64_t id) {
 // Four copies of the radix histogram, a cache line out of step: equal digits in a row would wait for each other's sums.
 constexpr int64_t kCopies = 4, kCopySize = (1 << 11) + 8;
 
-// Tokens that stand for a long row, to guess from where something lies in it.
+// The size of the sample of a long row, from which the end of a prefix is guessed.
 constexpr int64_t kSample = 4096;
 
 struct Workspace {
@@ -123,11 +123,11 @@ struct Workspace {
 };
 
 // Calls body(part, first, last) for ranges that make up 0 .. n, each of at least `smallest` where there is more than
-// one, and returns how many there are: on all threads of the team. What a part finds is a whole number or a maximum, so
-// that it matters to nothing how a row is cut.
-constexpr int64_t kMostParts = 32;
+// one, on all threads of the team; returns the number of ranges. A part computes whole numbers or a maximum, so no
+// result depends on how a row is cut.
+constexpr int64_t kMaxParts = 32;
 template <class Body> int64_t split(const Team& team, int64_t n, int64_t smallest, const Body& body) {
-  const int64_t parts = team.run ? most(1, least(kMostParts, n / smallest)) : 1;
+  const int64_t parts = team.run ? max(1, min(kMaxParts, n / smallest)) : 1;
   if (parts == 1) {
     body(int64_t(0), int64_t(0), n);
     return 1;
@@ -199,7 +199,7 @@ struct Scale {
 inline int32_t scale_bits(int64_t V) {
   int32_t log2_up = 0;
   while ((int64_t(1) << log2_up) < V) ++log2_up;
-  return int32_t(least(44, 62 - log2_up));
+  return int32_t(min(44, 62 - log2_up));
 }
 
 inline float inverse_temperature(double t) {
@@ -213,12 +213,12 @@ inline float inverse_temperature(double t) {
 // this order: one comparison cuts off what is below -40, and makes -40 of what cannot be, NaN and positive numbers:
 // they come of logits that another thread has written to since their maximum was found. Zeros must be -0.
 inline Vec<float> bounded(Vec<float> x) {
-  return bits<float>(smaller(bits<int32_t>(x), bits<int32_t>(Vec<float>(-40.0f))));
+  return bits<float>(min(bits<int32_t>(x), bits<int32_t>(Vec<float>(-40.0f))));
 }
 // x = (z - top) / T, from -40, where banned tokens are too, to 0.
 inline Vec<float> exponents(Vec<float> z, const Scale& scale) {
   using F = Vec<float>;
-  const F d = F(0.0f) - larger(z - F(scale.top), F(-0x1.fffffep+127f));
+  const F d = F(0.0f) - max(z - F(scale.top), F(-0x1.fffffep+127f));
   const F x = bounded(d * F(-scale.inverse));
   return select(z == F(kNever), F(-40.0f), x); // not left to d: with a huge T a banned token's x would be 0
 }
@@ -267,7 +267,7 @@ inline void weigh(Tokens& tokens, const Scale& scale, int64_t* out, const Team& 
     tokens.total = int64_t(1) << scale.s; // the best token outlives every stage
     return;
   }
-  int64_t total[kMostParts];
+  int64_t total[kMaxParts];
   const int64_t parts = split(team, tokens.blocks(), kPart, [&](int64_t part, int64_t first, int64_t last) {
     Vec<int64_t> lanes = int64_t(0);
     for (int64_t b = first; b < last; ++b) {
@@ -275,7 +275,7 @@ inline void weigh(Tokens& tokens, const Scale& scale, int64_t* out, const Team& 
       lanes = lanes + block_weights(tokens.block(b), scale, w);
       memcpy(out + b * kBlock, w, sizeof w);
     }
-    total[part] = sum(lanes);
+    total[part] = reduce_sum(lanes);
   });
   tokens.total = 0;
   for (int64_t i = 0; i < parts; ++i) tokens.total += total[i];

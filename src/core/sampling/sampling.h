@@ -1,13 +1,13 @@
-// Sampling: one row of logits to a token, to a distribution, to filtered logits. weights.h makes whole numbers of it,
-// stages.h removes what selection.h finds.
+// Sampling: one row of logits to a token, to a distribution, to filtered logits. weights.h turns logits into
+// whole-numbered masses, selection.h finds the tokens of a prefix of the order, stages.h removes the others.
 #pragma once
 #include "stages.h"
 
 namespace headway {
 namespace {
 
-// -inf for what is not allowed, in a row that is filled up to whole blocks.
-HEADWAY_FLATTEN inline void ban(const Sampling& task, int64_t index, float* z) {
+// Writes -inf for the tokens that are not allowed, in a row that is padded to whole blocks.
+HEADWAY_FLATTEN inline void apply_allowed(const Sampling& task, int64_t index, float* z) {
   const int64_t stride = task.allowed.stride[0];
   const uint8_t* allowed =
       static_cast<const uint8_t*>(task.allowed.data) + batch_offset(task.batch, task.allowed, index);
@@ -24,9 +24,9 @@ HEADWAY_FLATTEN inline void ban(const Sampling& task, int64_t index, float* z) {
   }
 }
 
-// What is too low for float32 is its lowest number, never the ban that -inf is.
+// A finite number that is too low for float32 becomes its lowest number, never -inf, which would forbid the token.
 constexpr float kLowest = -0x1.fffffep+127f;
-// n float64 numbers as float32, in memory that is filled up to whole blocks.
+// n float64 numbers as float32, in memory that is padded to whole blocks.
 HEADWAY_FLATTEN inline void narrow_row(const double* from, int64_t stride, int64_t n, float* to) {
   const Vec<double> lowest = double(kLowest), never = double(kNever);
   const auto narrowed = [&](Vec<double> x) { return convert<float>(select((x < lowest) & (x > never), lowest, x)); };
@@ -34,7 +34,7 @@ HEADWAY_FLATTEN inline void narrow_row(const double* from, int64_t stride, int64
   for (; stride == 1 && i + 16 <= n; i += 16) narrowed(Vec<double>::load(from + i)).store(to + i);
   for (; i < n; i += 16) {
     double few[16] = {};
-    for (int64_t j = 0; j < least(n - i, 16); ++j) few[j] = from[(i + j) * stride];
+    for (int64_t j = 0; j < min(n - i, 16); ++j) few[j] = from[(i + j) * stride];
     narrowed(Vec<double>::load(few)).store(to + i);
   }
 }
@@ -43,8 +43,8 @@ inline float biased(float z, float bias) {
   return (sum == kNever) & (z > kNever) & (bias > kNever) ? kLowest : sum;
 }
 
-// The row as float32 with penalties, the bias added and -inf for what is not allowed: the caller's memory if it is just
-// that.
+// The row as float32, with penalties and bias applied and -inf for the tokens that are not allowed: in the caller's
+// memory where that holds just these numbers.
 inline const float* scores(const Sampling& task, int64_t index, const Workspace& space) {
   const char* logits = address(task.logits, batch_offset(task.batch, task.logits, index));
   const Histories& histories = task.histories;
@@ -54,7 +54,7 @@ inline const float* scores(const Sampling& task, int64_t index, const Workspace&
   if (task.logits.dtype == DType::f32 && task.logits.stride[0] == 1 && !changed)
     return reinterpret_cast<const float*>(logits);
   split(space.team, (task.V + kBlock - 1) / kBlock, kPart, [&](int64_t, int64_t first, int64_t last) {
-    const int64_t from = first * kBlock, n = least(task.V, last * kBlock) - from;
+    const int64_t from = first * kBlock, n = min(task.V, last * kBlock) - from;
     const char* at = logits + from * task.logits.stride[0] * item_size(task.logits.dtype);
     if (task.logits.dtype == DType::f64)
       narrow_row(reinterpret_cast<const double*>(at), task.logits.stride[0], n, space.z + from);
@@ -71,26 +71,26 @@ inline const float* scores(const Sampling& task, int64_t index, const Workspace&
     const int64_t stride = task.bias.stride[0];
     for (int64_t i = 0; i < task.V; ++i) space.z[i] = biased(space.z[i], bias[i * stride]);
   }
-  if (task.allowed.data) ban(task, index, space.z);
+  if (task.allowed.data) apply_allowed(task, index, space.z);
   return space.z;
 }
 
 // The maxima of all blocks, and the row's; NaN where a logit is NaN.
-HEADWAY_FLATTEN inline float survey(const Tokens& tokens, const Workspace& space) {
-  float top[kMostParts];
+HEADWAY_FLATTEN inline float find_maxima(const Tokens& tokens, const Workspace& space) {
+  float top[kMaxParts];
   const int64_t parts = split(space.team, tokens.blocks(), kPart, [&](int64_t part, int64_t first, int64_t last) {
     Mask<float> nan = int32_t(0);
     float best = kNever;
     for (int64_t b = first; b < last; ++b) {
       const float* z = tokens.block(b);
-      Vec<float> most = Vec<float>::load(z);
-      nan = nan | (most != most);
+      Vec<float> block_best = Vec<float>::load(z);
+      nan = nan | (block_best != block_best);
       for (int64_t v = 16; v < kBlock; v += 16) {
         const Vec<float> x = Vec<float>::load(z + v);
         nan = nan | (x != x);
-        most = larger(x, most);
+        block_best = max(x, block_best);
       }
-      space.block_max[b] = maximum(most);
+      space.block_max[b] = reduce_max(block_best);
       if (space.block_max[b] > best) best = space.block_max[b];
     }
     top[part] = any(nan) ? __builtin_nanf("") : best;
@@ -101,12 +101,12 @@ HEADWAY_FLATTEN inline float survey(const Tokens& tokens, const Workspace& space
   return top[0];
 }
 
-// What is wrong with a row whose maximum is NaN or infinite, and the first token that shows it.
+// The fault of a row whose maximum is NaN or infinite, and the first token that has it.
 inline int64_t diagnose(const Sampling& task, int64_t index, const float* z) {
   const int64_t offset = batch_offset(task.batch, task.logits, index);
   for (int64_t i = 0; i < task.V; ++i) {
     if (z[i] < -kNever) continue;
-    double logit = 0; // as given: what overflows may do so in float32 or with the bias
+    double logit = 0; // as given: it may overflow only in float32, or only with the bias
     read_row(address(task.logits, offset, i), task.logits.dtype, 1, 1, &logit);
     const SamplingFault fault = logit != logit     ? SamplingFault::nan
                                 : logit == -kNever ? SamplingFault::infinite
@@ -129,17 +129,16 @@ inline int64_t draw(const Row& row, uint64_t word) {
     Vec<int64_t> w[kBlock / 16];
     for (; t < last; ++t) {
       Vec<int64_t> lanes = int64_t(0);
-      for (int64_t b = t * kStretch; b < least(blocks, (t + 1) * kStretch); ++b)
-        lanes = lanes + block_masses(row, b, w);
-      totals[t] = sum(lanes);
+      for (int64_t b = t * kStretch; b < min(blocks, (t + 1) * kStretch); ++b) lanes = lanes + block_masses(row, b, w);
+      totals[t] = reduce_sum(lanes);
     }
   });
   for (int64_t t = 0; t < stretches; ++t) total += totals[t];
-  int64_t target = int64_t(high_product(word, uint64_t(total))), t = 0;
+  int64_t target = int64_t(multiply_high(word, uint64_t(total))), t = 0;
   while (t + 1 < stretches && totals[t] <= target) target -= totals[t++];
   for (int64_t b = t * kStretch; b < blocks; ++b) {
     Vec<int64_t> w[kBlock / 16];
-    const int64_t here = sum(block_masses(row, b, w));
+    const int64_t here = reduce_sum(block_masses(row, b, w));
     if (here <= target) {
       target -= here;
       continue;
@@ -147,7 +146,7 @@ inline int64_t draw(const Row& row, uint64_t word) {
     int64_t one[kBlock], i = 0;
     memcpy(one, w, sizeof w);
     while (i + 1 < kBlock && one[i] <= target) target -= one[i++];
-    return tokens.at(least(b * kBlock + i, tokens.n - 1));
+    return tokens.at(min(b * kBlock + i, tokens.n - 1));
   }
   return tokens.at(tokens.n - 1); // only where another thread has written to the logits since they were added up
 }
@@ -169,7 +168,7 @@ inline void draw_several(Row& row, Stop* stop) {
     return;
   }
   for (int64_t draw = 0; draw < task.draws && !stop->after(row.tokens.blocks()); ++draw) {
-    int64_t target = int64_t(high_product(random_word(task, row.index, draw), uint64_t(total))), b = 0;
+    int64_t target = int64_t(multiply_high(random_word(task, row.index, draw), uint64_t(total))), b = 0;
     // Both ends are reached only where another thread has written to the logits since they were weighed.
     while (b + 1 < row.tokens.blocks() && block_mass[b] <= target) target -= block_mass[b++];
     int64_t i = b * kBlock;
@@ -189,7 +188,8 @@ template <class T> void write_probabilities(const Tokens& tokens, int64_t V, T* 
   for (int64_t i = 0; i < tokens.n; ++i) out[tokens.at(i)] = T(double(tokens.weight[i]) / total);
 }
 
-// What is left, and `removed` for all else: number(token, z) of each, its logit as it came or, with a bias, z.
+// Writes number(token, z) for each token that is left, and `removed` for all others. The number is the logit as it came
+// or, with a bias, z.
 template <class T, class Number> void write_filtered(const Row& row, T removed, Number number) {
   T* out = static_cast<T*>(row.task.filtered) + row.index * row.task.V;
   for (int64_t i = 0; i < row.task.V; ++i) out[i] = removed;
@@ -218,7 +218,7 @@ inline void write_filtered(const Row& row) {
 }
 
 inline Plan plan_sampling(const Sampling& task, int64_t) {
-  Plan plan{task.batch.size(), 0, rough_product(task.batch.size(), task.V, 8)};
+  Plan plan{task.batch.size(), 0, saturating_product(task.batch.size(), task.V, 8)};
   plan.team = plan.units == 1;
   Workspace(Arena{nullptr}, task.V, &plan.workspace);
   return plan;
@@ -236,7 +236,7 @@ inline bool begin(Row& row) {
   tokens.last = space.last;
 
   Scale& scale = row.scale;
-  scale.top = survey(tokens, space);
+  scale.top = find_maxima(tokens, space);
   if (!(scale.top > kNever && scale.top < -kNever)) {
     task.status[row.index] = diagnose(task, row.index, tokens.z);
     return false;
@@ -249,8 +249,8 @@ inline bool begin(Row& row) {
 
 inline void run_stage(Row& row, const Step& step) {
   row.floor = step.floor ? row.task.min_tokens[row.index] : 1;
-  close_gaps(row);
-  kStages[int(step.stage)](row, step);
+  apply_chosen(row);
+  kStages[step.stage].run(row, step);
 }
 
 // All stages; where the token is all that is asked for, those up to the one that leaves no choice.
@@ -259,10 +259,10 @@ inline void filter(Row& row, bool token_only = false) {
     run_stage(row, row.task.steps[i]);
     if (token_only && row.scale.one_hot >= 0) return; // it outlives every stage that follows
   }
-  if (!token_only) close_gaps(row);
+  if (!token_only) apply_chosen(row);
 }
 
-HEADWAY_FLATTEN inline void write_left(Row& row, int64_t stage) {
+HEADWAY_FLATTEN inline void write_trace(Row& row, int64_t stage) {
   if (row.scale.one_hot >= 0) weigh(row.tokens, row);
   const Trace& to = row.task.trace;
   const Tokens& tokens = row.tokens;
@@ -280,7 +280,7 @@ HEADWAY_FLATTEN inline void write_left(Row& row, int64_t stage) {
     block_masses(row, b, w);
     memcpy(mass, w, sizeof w);
     for (; in; ++n) {
-      const int64_t i = take_lowest(in);
+      const int64_t i = pop_lowest_bit(in);
       to.id[n] = tokens.at(b * kBlock + i);
       to.z[n] = z[i] + 0.0f; // which makes -0 a 0
       to.mass[n] = mass[i];
@@ -290,11 +290,11 @@ HEADWAY_FLATTEN inline void write_left(Row& row, int64_t stage) {
   to.found[stage] = row.found;
 }
 inline void trace(Row& row) {
-  write_left(row, 0);
+  write_trace(row, 0);
   for (int64_t i = 0; i < row.task.step_count; ++i) {
     run_stage(row, row.task.steps[i]);
-    close_gaps(row);
-    write_left(row, i + 1);
+    apply_chosen(row);
+    write_trace(row, i + 1);
   }
 }
 

@@ -1,7 +1,7 @@
 // A row of scores to weights: scale, softcap, bias, mask; the maximum; exponentials and their sum.
 #pragma once
-#include "exp.h"
-#include "rows.h"
+#include "../ground/exp.h"
+#include "../ground/rows.h"
 
 namespace headway {
 namespace {
@@ -20,7 +20,7 @@ template <class T> struct RowRules {
 template <class T> Vec<T> load_strided(const T* p, int64_t stride, int64_t n) {
   if (stride == 1 && n >= 16) return Vec<T>::load(p);
   T x[16] = {};
-  for (int64_t i = 0; i < least(n, 16); ++i) x[i] = p[i * stride];
+  for (int64_t i = 0; i < min(n, 16); ++i) x[i] = p[i * stride];
   return Vec<T>::load(x);
 }
 
@@ -37,7 +37,7 @@ template <class T> Mask<T> allowed(const RowRules<T>& row, int64_t j) {
     keep = load_integers<Int>(row.mask + j) != Vec<Int>(Int(0));
   } else if (row.mask) {
     Int x[16] = {};
-    for (int64_t i = most(row.low - j, 0); i < least(row.high - j, 16); ++i) x[i] = row.mask[(j + i) * row.mask_stride];
+    for (int64_t i = max(row.low - j, 0); i < min(row.high - j, 16); ++i) x[i] = row.mask[(j + i) * row.mask_stride];
     keep = keep & (Vec<Int>::load(x) != Vec<Int>(Int(0)));
   }
   if (row.bias)
@@ -74,11 +74,11 @@ T score_row(T* s, int64_t begin, int64_t end, const RowRules<T>& row, T scale, T
       }
       const Mask<T> keep = allowed(row, j);
       seen = seen | keep;
-      low = smaller(select(keep, product, Vec<T>(T(0))), low);
+      low = min(select(keep, product, Vec<T>(T(0))), low);
       if (!is_plain) lost = lost + select(keep, product * Vec<T>(T(0)) + x * Vec<T>(T(0)), Vec<T>(T(0)));
       x = select(keep, x, Vec<T>(kMinusInfinity<T>));
       x.store(s + j);
-      top = larger(x, top);
+      top = max(x, top);
     }
   };
   int64_t free_from = end, free_to = end; // what needs no deciding, and no writing
@@ -87,24 +87,24 @@ T score_row(T* s, int64_t begin, int64_t end, const RowRules<T>& row, T scale, T
   decide(begin, free_from);
   for (int64_t j = free_from; j < free_to; j += 16) {
     const Vec<T> x = Vec<T>::load(s + j);
-    top = larger(x, top), low = smaller(x, low);
+    top = max(x, top), low = min(x, low);
   }
   decide(free_to, end);
   poison = low * Vec<T>(T(0)) + lost;
   if (!any(seen)) return kMinusInfinity<T>;
-  const T m = is_plain ? maximum(top) * scale : maximum(top);
+  const T m = is_plain ? reduce_max(top) * scale : reduce_max(top);
   return m > Constants<T>::lowest ? m : Constants<T>::lowest;
 }
 
 // Scores times scale become exp(score - m); returns their sum over 16 lanes and one tree. The lanes begin with `total`.
-template <class T> T soften(T* s, int64_t begin, int64_t end, T scale, T m, Vec<T> total = T(0)) {
+template <class T> T exponentiate_and_sum(T* s, int64_t begin, int64_t end, T scale, T m, Vec<T> total = T(0)) {
 #pragma GCC unroll 2
   for (int64_t j = begin; j < end; j += 16) {
     const Vec<T> p = exp(Vec<T>::load(s + j) * Vec<T>(scale) - Vec<T>(m));
     p.store(s + j);
     total = total + p;
   }
-  return sum(total);
+  return reduce_sum(total);
 }
 
 } // namespace

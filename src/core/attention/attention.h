@@ -3,22 +3,22 @@
 // A unit of work is a block of rows that share one key/value head: the queries of a group's heads, row i * repeat + h;
 // where such blocks are few (decoding with few heads), a block and an aligned span of the chunks. For each chunk of 512
 // keys (anchored at absolute position 0) the block packs K and V once; then a few rows at a time
-//   1. scores   one chain of fused multiply-adds over D                          gemm.h
-//   2. softmax  scale, softcap, bias, mask; one maximum; exponentials; their sum   soften()
-//   3. weighted sum of V, one chain over the chunk's keys                        gemm.h
+//   1. scores   one chain of fused multiply-adds over D                            gemm.h
+//   2. softmax  scale, softcap, bias, mask; one maximum; exponentials; their sum   softmax.h
+//   3. weighted sum of V, one chain over the chunk's keys                          gemm.h
 // leave a state (maximum, total weight, weighted sum). The states meet in the fixed tree of tree.h. Nothing is rescaled
 // within a chunk, and an absent chunk changes no bit, so a row is a function of the keys that it may attend to.
 #pragma once
+#include "../ground/tree.h"
 #include "operands.h"
 #include "softmax.h"
-#include "tree.h"
 
 namespace headway {
 namespace {
 
 // How many units each thread should find, so that all end together.
 constexpr int64_t kUnitsPerThread = 4;
-// What the rows of a block take at most, unless they are a single band.
+// The most bytes that the rows of a block take, unless they are a single band.
 constexpr int64_t kRowsBytes = 64 << 20;
 
 enum class Produce { output, nodes, weights };
@@ -67,7 +67,7 @@ template <class T> struct Results {
     m = joint;
     return scale;
   }
-  // What the type's range was too small for is done again by the caller, in a wider one.
+  // Numbers left the range of the type: the caller computes these rows again, in a wider type.
   void note_lost(bool lost) const {
     if (lost && task.lost) __atomic_store_n(task.lost, true, __ATOMIC_RELAXED);
   }
@@ -95,7 +95,7 @@ inline int64_t block_count(const Attention& task, const Plan& plan) {
   return (task.L * (task.H / task.G) + plan.rows - 1) / plan.rows;
 }
 inline int64_t span_count(const Attention& task, const Plan& plan) {
-  return most((task.S + plan.span * kChunk - 1) / (plan.span * kChunk), 1);
+  return max((task.S + plan.span * kChunk - 1) / (plan.span * kChunk), 1);
 }
 inline int64_t span_state_size(const Attention& task, const Plan& plan) {
   return round_up(2 * plan.rows, 16) + plan.rows * round_up(task.E, 16);
@@ -126,7 +126,7 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
     keys = task.S;
     width = round_up(task.E, 16);
     slots = stack_slots((task.key_offset + keys + kChunk - 1) / kChunk, produce == Produce::nodes);
-    row_buffer = arena.take<T>(most(width, task.S * (produce == Produce::weights)));
+    row_buffer = arena.take<T>(max(width, task.S * (produce == Produce::weights)));
     scores = arena.take<T>(kBandRows * kChunk);
     later_sums = arena.take<T>(kBandRows * width);
     state_maximum = arena.take<T>(slots * plan.rows);
@@ -142,13 +142,13 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
   void begin(int64_t unit) {
     const int64_t blocks = block_count(task, plan);
     span = unit % span_count(task, plan), block = unit / span_count(task, plan);
-    first_key = span * plan.span * kChunk, last_key = least(keys, first_key + plan.span * kChunk);
+    first_key = span * plan.span * kChunk, last_key = min(keys, first_key + plan.span * kChunk);
     rows.repeat = task.H / task.G;
     // The last rows first: under a causal mask they are the longest, and threads end together.
     rows.first = (blocks - 1 - block % blocks) * plan.rows;
     rows.group = block / blocks % task.G;
     rows.item = block / blocks / task.G;
-    rows.count = least(plan.rows, task.L * rows.repeat - rows.first);
+    rows.count = min(plan.rows, task.L * rows.repeat - rows.first);
     int64_t n = task.total;
     if (task.kv_lengths.data)
       n = *reinterpret_cast<const int64_t*>(static_cast<char*>(task.kv_lengths.data) +
@@ -158,10 +158,10 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
     for (int64_t r = 0; r < rows.count; ++r) {
       const int64_t position = rows.query(r) + shift;
       int64_t from = task.window_left == kUnset ? 0 : position - task.window_left;
-      int64_t to = task.causal ? least(n, position + 1) : n;
-      if (task.window_right != kUnset) to = least(to, position + task.window_right + 1);
-      low[r] = least(most(from - task.key_offset, first_key), last_key);
-      high[r] = most(low[r], least(to - task.key_offset, last_key));
+      int64_t to = task.causal ? min(n, position + 1) : n;
+      if (task.window_right != kUnset) to = min(to, position + task.window_right + 1);
+      low[r] = min(max(from - task.key_offset, first_key), last_key);
+      high[r] = max(low[r], min(to - task.key_offset, last_key));
       if (task.rows.data && !*address(task.rows, rows_offset, rows.head(r), rows.query(r))) high[r] = low[r];
     }
     operands.begin(rows, rows.count <= kBandRows && produce != Produce::weights);
@@ -175,8 +175,8 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
 
   RowRules<T> rules(int64_t r) const {
     RowRules<T> row{};
-    row.low = least(most(low[r] - chunk(), 0), kChunk);
-    row.high = least(most(high[r] - chunk(), 0), kChunk);
+    row.low = min(max(low[r] - chunk(), 0), kChunk);
+    row.high = min(max(high[r] - chunk(), 0), kChunk);
     row.mask_stride = task.mask.stride[2];
     row.bias_stride = task.bias.stride[2];
     if (task.mask.data)
@@ -196,19 +196,19 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
     bool reaches(int64_t j) const { return bands >> j / kBandKeys & 1; }
   };
   Tile tile_at(int64_t row) const {
-    Tile t{row, least(kTile, rows.count - row), kChunk, 0, 0, kChunk, ~0u, false};
+    Tile t{row, min(kTile, rows.count - row), kChunk, 0, 0, kChunk, ~0u, false};
     for (int64_t r = row; r < row + t.count; ++r) {
-      const int64_t a = least(most(low[r] - chunk(), 0), kChunk), b = least(most(high[r] - chunk(), 0), kChunk);
-      t.all_from = most(t.all_from, a), t.all_to = least(t.all_to, b);
-      if (a < b) t.from = least(t.from, a), t.to = most(t.to, b);
+      const int64_t a = min(max(low[r] - chunk(), 0), kChunk), b = min(max(high[r] - chunk(), 0), kChunk);
+      t.all_from = max(t.all_from, a), t.all_to = min(t.all_to, b);
+      if (a < b) t.from = min(t.from, a), t.to = max(t.to, b);
     }
     if (task.mask.data) {
       for (int64_t j = t.from / kBandKeys * kBandKeys; j < t.to; j += kBandKeys)
-        if (masked_out(t, most(j, t.from), least(j + kBandKeys, t.to))) t.bands &= ~(1u << j / kBandKeys);
+        if (masked_out(t, max(j, t.from), min(j + kBandKeys, t.to))) t.bands &= ~(1u << j / kBandKeys);
       while (t.from < t.to && !t.reaches(t.from)) t.from = (t.from / kBandKeys + 1) * kBandKeys;
       while (t.from < t.to && !t.reaches(t.to - 1)) t.to = (t.to - 1) / kBandKeys * kBandKeys;
     }
-    t.all_from = least(t.all_from, t.to), t.all_to = most(t.all_to, t.from);
+    t.all_from = min(t.all_from, t.to), t.all_to = max(t.all_to, t.from);
     return t;
   }
   bool masked_out(const Tile& t, int64_t from, int64_t to) const {
@@ -230,17 +230,17 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
     int64_t count = 0, first, begin = kChunk, end = 0; // tiles that reach anything; the first row; the keys
   };
 
-  // Rows first .. first + kBandRows against the chunk: scores, softened, weighted sum, into `into`.
+  // Rows first .. first + kBandRows against the chunk: scores, their exponentials, the weighted sum; into `into`.
   void attend(int64_t first, const States<T>& into) {
-    if (stop->after(kBandRows * kChunk)) return; // what masks and exponentials take
+    if (stop->after(kBandRows * kChunk)) return; // the work of masks and exponentials
     Band band;
     band.first = first;
-    for (int64_t row = first; row < least(rows.count, first + kBandRows); row += kTile) {
+    for (int64_t row = first; row < min(rows.count, first + kBandRows); row += kTile) {
       const Tile t = tile_at(row);
       for (int64_t r = row; r < row + t.count; ++r) into.maximum[r] = kMinusInfinity<T>, into.total[r] = T(0);
       if (t.from >= t.to) continue;
       band.tiles[band.count++] = t;
-      band.begin = least(band.begin, t.from / kBandKeys * kBandKeys), band.end = most(band.end, t.to);
+      band.begin = min(band.begin, t.from / kBandKeys * kBandKeys), band.end = max(band.end, t.to);
     }
     score(band);
     const T scale = T(task.scale), softcap = T(task.softcap);
@@ -258,8 +258,8 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
         if (maximum[r] == kMinusInfinity<T>)
           memset(s + r * kChunk + from, 0, size_t(to - from) * sizeof(T));
         else
-          total[r] = soften(s + r * kChunk, from, to, scaled ? scale : T(1), maximum[r],
-                            all_finite() ? poison[r] : Vec<T>(T(0)));
+          total[r] = exponentiate_and_sum(s + r * kChunk, from, to, scaled ? scale : T(1), maximum[r],
+                                          all_finite() ? poison[r] : Vec<T>(T(0)));
       if (poisoned(t)) {
         select_values(t, s, into);
         t.bands = 0;
@@ -275,7 +275,7 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
     for (int64_t j = band.begin; j < band.end; j += kBandKeys)
       for (int64_t i = 0; i < band.count; ++i) {
         const Tile& t = band.tiles[i];
-        const int64_t a = most(j, t.from / 16 * 16), b = least(j + kBandKeys, round_up(t.to, 16));
+        const int64_t a = max(j, t.from / 16 * 16), b = min(j + kBandKeys, round_up(t.to, 16));
         if (a >= b || !t.reaches(j)) continue;
         if (stop->after(t.count * (b - a) * task.D)) return;
         operands.score(t.row, t.count, a, b, scores + (t.row - band.first) * kChunk + a);
@@ -288,13 +288,13 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
       for (int64_t i = 0; i < band.count; ++i) band.tiles[i].begun = false;
       // Read once, values go band by band, so that all tiles find them in the cache.
       const int64_t step = rows.count <= kBandRows ? kBandKeys : kChain;
-      for (int64_t j = link; j < least(link + kChain, band.end); j += step)
+      for (int64_t j = link; j < min(link + kChain, band.end); j += step)
         for (int64_t i = 0; i < band.count; ++i) {
           Tile& t = band.tiles[i];
           T* sum = t.from >= link ? into.sum + t.row * width : later_sums + (t.row - band.first) * width;
-          const int64_t end = least(j + step, t.to);
-          for (int64_t a = most(j, t.from), b; a < end; a = b) {
-            const auto next = [&](int64_t key) { return least((key / kBandKeys + 1) * kBandKeys, end); };
+          const int64_t end = min(j + step, t.to);
+          for (int64_t a = max(j, t.from), b; a < end; a = b) {
+            const auto next = [&](int64_t key) { return min((key / kBandKeys + 1) * kBandKeys, end); };
             b = next(a);
             if (!t.reaches(a)) continue;
             while (b < end && t.reaches(b)) b = next(b);
@@ -329,7 +329,7 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
       memset(sum, 0, size_t(width) * sizeof(T));
       for (int64_t link = t.from / kChain * kChain; link < t.to; link += kChain) {
         memset(chain, 0, size_t(width) * sizeof(T));
-        for (int64_t j = most(link, t.from / 16 * 16); j < least(link + kChain, t.to); j += 16) {
+        for (int64_t j = max(link, t.from / 16 * 16); j < min(link + kChain, t.to); j += 16) {
           Int keep[16];
           allowed(row, j).store(keep);
           for (int64_t i = 0; i < 16; ++i) {
@@ -350,10 +350,10 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
   template <class Visit> void for_each_chunk(Visit visit) {
     int64_t from = keys, to = 0;
     for (int64_t r = 0; r < rows.count; ++r)
-      if (low[r] < high[r]) from = least(from, low[r]), to = most(to, high[r]);
+      if (low[r] < high[r]) from = min(from, low[r]), to = max(to, high[r]);
     if (produce == Produce::nodes) from = 0, to = keys; // a part hands on the same nodes for every row
     for (int64_t first = from / kChunk * kChunk; first < to && !stop->now; first += kChunk) {
-      operands.enter({first, most(from, first) - first, least(to, first + kChunk) - first});
+      operands.enter({first, max(from, first) - first, min(to, first + kChunk) - first});
       visit();
     }
   }
@@ -371,7 +371,7 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
     if (stop->now) return;
     if (produce == Produce::nodes) {
       stack.settle(first_chunk + (keys + kChunk - 1) / kChunk, joiner());
-      for (int64_t n = 0; n < task.nodes; ++n) hand_on(n);
+      for (int64_t n = 0; n < task.nodes; ++n) write_node(n);
       return;
     }
     stack.finish(joiner());
@@ -413,7 +413,7 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
     memcpy(to.sum, from.sum, size_t(rows.count * width) * sizeof(T));
   }
 
-  void hand_on(int64_t node) {
+  void write_node(int64_t node) {
     const States<T> s = state(node, 0);
     for (int64_t r = 0; r < rows.count; ++r) {
       const int64_t row = ((node * task.batch.size() + rows.item) * task.H + rows.head(r)) * task.L + rows.query(r);
@@ -444,13 +444,13 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
         const int64_t begin = row.low / 16 * 16, end = round_up(row.high, 16);
         for (int64_t j = begin, next; j < end; j = next) {
           if (stop->after(kBandKeys * task.D)) return;
-          next = least((j / kBandKeys + 1) * kBandKeys, end);
+          next = min((j / kBandKeys + 1) * kBandKeys, end);
           operands.score(r, 1, j, next, scores + j);
         }
         const T scale = T(task.scale), softcap = T(task.softcap);
         Vec<T> poison;
         score_row(scores, begin, end, row, scale, softcap, poison);
-        soften(scores, begin, end, plain(row, scale, softcap) ? scale : T(1), s.maximum[0]);
+        exponentiate_and_sum(scores, begin, end, plain(row, scale, softcap) ? scale : T(1), s.maximum[0]);
         for (int64_t j = begin; j < end; j += 16) // a NaN total is no weight of a masked key
           select(allowed(row, j), load(scores + j) / Vec<T>(s.total[0]), Vec<T>(T(0))).store(scores + j);
         char* out = address(task.out, results.out, rows.head(r), rows.query(r), chunk() + row.low);
@@ -463,21 +463,20 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
 template <class T, Produce produce, class Operands = headway::Operands<T>>
 Plan plan_attention_as(const Attention& task, int64_t threads) {
   const int64_t rows = task.L * (task.H / task.G), heads = task.batch.size() * task.G;
-  const int64_t chunks = most((task.S + kChunk - 1) / kChunk, 1);
+  const int64_t chunks = max((task.S + kChunk - 1) / kChunk, 1);
   Plan plan{};
-  plan.work = rough_product(task.batch.size(), task.H, task.L, task.S, task.D + task.E);
-  const int64_t enough = kUnitsPerThread * most(least(threads, plan.work / kWorkPerThread), 1);
+  plan.work = saturating_product(task.batch.size(), task.H, task.L, task.S, task.D + task.E);
+  const int64_t enough = kUnitsPerThread * max(min(threads, plan.work / kWorkPerThread), 1);
   using Block = AttentionBlock<T, produce, Operands>;
   // Blocks of equal size, of fewer rows where these are very wide; smaller ones where there are too few, but not so
   // small that packing shows.
   const int64_t slots = stack_slots((task.key_offset + task.S + kChunk - 1) / kChunk, produce == Produce::nodes);
   const int64_t row_bytes = (task.D + slots * round_up(task.E, 16)) * int64_t(sizeof(T));
-  plan.rows =
-      most(least(Operands::kRows, kRowsBytes / row_bytes / Block::kBandRows * Block::kBandRows), Block::kBandRows);
+  plan.rows = max(min(Operands::kRows, kRowsBytes / row_bytes / Block::kBandRows * Block::kBandRows), Block::kBandRows);
   while (plan.rows > 2 * Block::kBandRows && heads * ((rows + plan.rows - 1) / plan.rows) < enough)
     plan.rows -= Block::kBandRows;
-  const int64_t blocks = most((rows + plan.rows - 1) / plan.rows, 1);
-  plan.rows = round_up(most((rows + blocks - 1) / blocks, 1), Block::kTile);
+  const int64_t blocks = max((rows + plan.rows - 1) / plan.rows, 1);
+  plan.rows = round_up(max((rows + blocks - 1) / blocks, 1), Block::kTile);
   // The keys are cut where that is still too few: into as many chunks as a node of the tree has, a power of two.
   for (plan.span = 1; plan.span < chunks;) plan.span *= 2;
   if (produce == Produce::output)
@@ -520,7 +519,7 @@ template <class T> struct AttentionMerge {
   void run(int64_t unit, Stop* stop) {
     const int64_t item = unit / task.H, head = unit % task.H;
     const Results<T> results(task, item);
-    Vec<T> poison = T(0); // nobody asks: what is lost was lost in a part
+    Vec<T> poison = T(0); // unused: a number that left the range of the type did so in a part
     const auto joiner = [&](int i) {
       join_row(maximum[i], total[i], sums + i * width, maximum[i + 1], total[i + 1], sums + (i + 1) * width, width);
     };
@@ -551,7 +550,7 @@ inline Plan plan_merge(const Attention& task, int64_t) {
   else
     AttentionMerge<float>(task, counting);
   const int64_t rows = task.batch.size() * task.H;
-  return {rows, counting.used, rough_product(rows, task.L, task.E, task.nodes)};
+  return {rows, counting.used, saturating_product(rows, task.L, task.E, task.nodes)};
 }
 inline void run_merge(const Attention& task, const Plan&, int64_t unit, const Memory& memory) {
   Arena arena{static_cast<char*>(memory.own)};

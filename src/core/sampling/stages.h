@@ -1,14 +1,15 @@
 // The stages of sampling: what each removes from a row.
 #pragma once
-#include "rng.h"
+#include "../ground/rng.h"
 #include "selection.h"
 
 namespace headway {
 namespace {
 
-// The row's random numbers: the first word of each draw's block draws, the second of the first is xtc's coin.
+// The row's random numbers, a block for each draw. Its first word draws the token; the second word of the first block
+// decides whether xtc removes anything.
 inline RandomBlock random_block(const Sampling& task, int64_t index, int64_t draw = 0) {
-  if (!task.seed.data) return {}; // nothing but the draw is left to chance, which then has its numbers from the caller
+  if (!task.seed.data) return {}; // only the draw is random, and takes its numbers from the caller
   return philox(task.seed[index], task.stream[index], task.position[index], uint64_t(draw));
 }
 inline uint64_t random_word(const Sampling& task, int64_t index, int64_t draw = 0) {
@@ -20,12 +21,12 @@ struct Row {
   const Sampling& task;
   int64_t index;
   const Workspace& space;
-  int64_t floor = 1; // what the stage leaves at least, if there are so many
+  int64_t floor = 1; // how many tokens the stage leaves at least, if there are so many
   Scale scale{};
-  Tokens tokens{};   // those still in
-  bool gaps = false; // but of these only what has its bit in space.chosen
-  // What the last stage worked out on its way, to be told: the temperature, the standard deviation, the mean of x, the
-  // least mass, the coin. It decides nothing more.
+  Tokens tokens{};      // the tokens that are left,
+  bool pending = false; // less those whose bit in space.chosen is 0: these are still to be removed
+  // A number that the last stage computed, for traces alone: the temperature, the standard deviation, the mean of x,
+  // the smallest mass that stays, the random number of xtc.
   double found = 0;
 };
 
@@ -39,37 +40,37 @@ HEADWAY_FLATTEN inline Vec<int64_t> block_masses(const Row& row, int64_t b, Vec<
   Vec<int64_t> sum = int64_t(0);
   if (!tokens.weight) {
     sum = block_weights(tokens.block(b), row.scale, w);
-    if (!row.gaps) return sum;
+    if (!row.pending) return sum;
     sum = int64_t(0);
   }
   for (int64_t v = 0; v < kBlock / 16; ++v) {
     if (tokens.weight) w[v] = Vec<int64_t>::load(tokens.weight + b * kBlock + 16 * v);
-    if (row.gaps) w[v] = w[v] & convert<int64_t>(lane_mask(row.space.chosen[b] >> 16 * v));
+    if (row.pending) w[v] = w[v] & convert<int64_t>(lane_mask(row.space.chosen[b] >> 16 * v));
     sum = sum + w[v];
   }
   return sum;
 }
 
-// The chosen among `from`; all, should none be. Gaps stay bits until somebody needs numbers: the draw, which most often
-// comes next, does not.
+// Keeps the chosen among `from`, or all where none is chosen. In a long row the others are removed only when a stage
+// needs arrays without them (`pending`): the draw, which most often comes next, reads the bits.
 inline void keep_chosen(Row& row, const Tokens& from, int64_t count) {
   if (count == 0) return; // every stage leaves some, unless another thread has written to the logits
   row.tokens = from;
-  row.gaps = !are_few(from, count);
-  if (!row.gaps) row.tokens = list_chosen(from, row.space);
+  row.pending = !are_few(from, count);
+  if (!row.pending) row.tokens = list_chosen(from, row.space);
 }
-inline void close_gaps(Row& row) {
-  if (row.gaps) row.tokens = ban_others(row.tokens, row.space);
-  row.gaps = false;
+inline void apply_chosen(Row& row) {
+  if (row.pending) row.tokens = remove_others(row.tokens, row.space);
+  row.pending = false;
 }
 
-// Sums over what is not banned. A lane adds the tokens whose id leaves the lane's number modulo 16, in order: a fixed
-// order, whatever was removed, for a term of 0 changes no sum.
+// Sums over the tokens that are left. A lane adds the tokens whose id leaves the lane's number modulo 16, in order: a
+// fixed order, whatever was removed, for a term of 0 changes no sum.
 struct Sums {
   double first, second;
   int64_t count;
 };
-// term(v, lane values of first, of second) for 16 tokens from the v-th on; what is banned counts as 0.
+// term(v, lane values of first, of second) for 16 tokens from the v-th on; a removed token counts as 0.
 template <class Term> HEADWAY_FLATTEN Sums sums(const Tokens& tokens, Term term) {
   Vec<double> first = 0.0, second = 0.0;
   Vec<int32_t> present = int32_t(0);
@@ -89,11 +90,11 @@ template <class Term> HEADWAY_FLATTEN Sums sums(const Tokens& tokens, Term term)
       }
       double one[2][16];
       a.store(one[0]), c.store(one[1]);
-      for (int64_t i = 0; i < least(16, tokens.n - b * kBlock - v); ++i)
+      for (int64_t i = 0; i < min(16, tokens.n - b * kBlock - v); ++i)
         for (int j = 0; j < 2; ++j) lane[j][tokens.at(b * kBlock + v + i) & 15] += one[j][i];
     }
   if (tokens.id) first = Vec<double>::load(lane[0]), second = Vec<double>::load(lane[1]);
-  return {sum(first), sum(second), sum(present)};
+  return {reduce_sum(first), reduce_sum(second), reduce_sum(present)};
 }
 
 // The total mass, and the mean of x under the masses: a token's surprise less the entropy is this mean less its x.
@@ -115,11 +116,11 @@ inline Moments moments(Row& row) {
     first = wide * widen(x);
     second = 0.0;
   });
-  const int64_t mass = sum(total);
+  const int64_t mass = reduce_sum(total);
   return {mass, all.first / double(mass), all.count};
 }
 
-// The logits that are left where they are a list, else the maxima of blocks; filled up with kNever.
+// The logits that are left where the tokens are a list, else the maxima of blocks; padded with -inf to whole blocks.
 struct Leaders {
   const float* z;
   int64_t n;
@@ -129,10 +130,10 @@ struct Leaders {
 inline float best_logit(const Row& row) {
   const Leaders leaders(row);
   Vec<float> top = kNever;
-  for (int64_t v = 0; v < leaders.n; v += 16) top = larger(Vec<float>::load(leaders.z + v), top);
-  return maximum(top);
+  for (int64_t v = 0; v < leaders.n; v += 16) top = max(Vec<float>::load(leaders.z + v), top);
+  return reduce_max(top);
 }
-// What Scale::tiny is, as far as leaders tell.
+// Scale::tiny, judged by the leaders alone.
 inline float tiny_difference(const Row& row) {
   const Scale& scale = row.scale;
   if (!(scale.inverse > 0x1p-100f && scale.inverse < 0x1p60f)) return 0;
@@ -150,7 +151,7 @@ inline float tiny_difference(const Row& row) {
 // The first `n` tokens of the order, or the floor if that is more.
 inline void keep_first(Row& row, int64_t n, Ties ties) {
   Tokens& tokens = row.tokens;
-  n = most(n, row.floor);
+  n = max(n, row.floor);
   if (n >= tokens.n) return;
   // n blocks have a maximum of at least the n-th largest maximum, so n tokens do. Fewer blocks have more than that, so
   // few tokens do: either they suffice, or the boundary is that maximum.
@@ -159,32 +160,33 @@ inline void keep_first(Row& row, int64_t n, Ties ties) {
     const int64_t equal = choose_inside(tokens, row.space, {bound, 0, tokens.n});
     const int64_t over = choose_inside(tokens, row.space, {bound, 0, 0});
     if (over < n) {
-      const int64_t need = most(0, ties == Ties::keep ? equal - over : least(n, equal) - over);
-      const int64_t skip = ties == Ties::highest_id ? most(0, equal - over - need) : 0;
+      const int64_t need = max(0, ties == Ties::keep ? equal - over : min(n, equal) - over);
+      const int64_t skip = ties == Ties::highest_id ? max(0, equal - over - need) : 0;
       const int64_t count = choose_inside(tokens, row.space, {bound, skip, need});
       return keep_chosen(row, tokens, count);
     }
     keep_chosen(row, tokens, over);
-    close_gaps(row);
+    apply_chosen(row);
   }
   const int64_t count = choose_inside(tokens, row.space, select_prefix(tokens, ByCount{}, n, ties, row.space));
   keep_chosen(row, tokens, count);
 }
 
-// The chosen among `few` tokens that hold all of them, or the first of the order where the floor is higher.
+// Keeps the chosen tokens, all of which are among `few`; or the first of the order, where the floor is higher.
 inline void keep(Row& row, const Tokens& few, int64_t count, Ties ties) {
   if (count < row.floor) return keep_first(row, row.floor, ties);
   keep_chosen(row, few, count);
 }
 
-// The tokens that reach a bound, of which there are some, where that is a short list; else all.
+// The tokens with logits of at least `bound`, of which there are some, where they are a short list; else all tokens.
 inline Tokens reaching(const Row& row, float bound) {
   if (row.tokens.id) return row.tokens;
   const int64_t count = choose_inside(row.tokens, row.space, {bound, 0, row.tokens.n});
   return count > 0 && are_few(row.tokens, count) ? list_chosen(row.tokens, row.space) : row.tokens;
 }
 
-// What has at least this weight; where that is too few, the first of the order. Only what is close to it is weighed.
+// Keeps the tokens of at least this weight; where they are fewer than the floor, the first of the order. Weights are
+// computed only for tokens whose logits are close to the bound.
 inline void keep_heavy(Row& row, int64_t weight, Ties ties) {
   const Tokens& tokens = row.tokens;
   if (weight > int64_t(1) << row.scale.s) return keep_first(row, row.floor, ties);
@@ -206,15 +208,15 @@ inline void keep_heavy(Row& row, int64_t weight, Ties ties) {
   keep(row, tokens, count, ties);
 }
 
-// After a stage that may take the best token: where it did, masses are measured anew, with 2^s for the best one left.
+// After a stage that may remove the best token: where it did, masses are computed anew, with 2^s for the best one left.
 inline void measure_anew(Row& row) {
-  for (int64_t b = 0; row.gaps && b < row.tokens.blocks(); ++b) {
+  for (int64_t b = 0; row.pending && b < row.tokens.blocks(); ++b) {
     const Vec<float> top = row.scale.top;
     if (row.space.block_max[b] == row.scale.top &&
         block_bits(row.tokens.block(b), [&](Vec<float> z) { return z == top; }) & row.space.chosen[b])
       return; // it is still there
   }
-  close_gaps(row);
+  apply_chosen(row);
   const float best = best_logit(row);
   if (best == row.scale.top) return;
   row.scale.top = best;
@@ -228,12 +230,12 @@ inline int64_t first_equal(const Row& row, float best) {
   for (int64_t b = 0; b < tokens.blocks(); ++b) {
     if (!tokens.id && row.space.block_max[b] != best) continue;
     uint64_t found = block_bits(tokens.block(b), [&](Vec<float> z) { return z == value; });
-    if (found) return tokens.at(least(b * kBlock + take_lowest(found), tokens.n - 1));
+    if (found) return tokens.at(min(b * kBlock + pop_lowest_bit(found), tokens.n - 1));
   }
   return tokens.at(0); // only where another thread has written to the logits
 }
 
-// Measures masses at a temperature; the best of those left has 2^s.
+// Sets the scale for a temperature; the best token that is left has the mass 2^s.
 inline void measure(Row& row, double temperature) {
   Tokens& tokens = row.tokens;
   Scale& scale = row.scale;
@@ -279,7 +281,7 @@ inline void top_n_sigma(Row& row, const Step& step) {
   const double mean = all.first / double(all.count), variance = all.second / double(all.count) - mean * mean;
   row.found = variance > 0 ? __builtin_sqrt(variance) : 0;
   const double below = n * row.found;
-  const float bound = lowest(float(top), [&](float z) { return double(z) - top >= -below; });
+  const float bound = bisect(float(top), [&](float z) { return double(z) - top >= -below; });
   keep(row, row.tokens, choose_inside(row.tokens, row.space, {bound, 0, row.tokens.n}), step.ties);
 }
 
@@ -289,7 +291,7 @@ inline void top_k(Row& row, const Step& step) {
 }
 
 HEADWAY_FLATTEN inline int64_t mass_reaching(const Row& row, float bound) {
-  int64_t mass[kMostParts], all = 0;
+  int64_t mass[kMaxParts], all = 0;
   const int64_t parts =
       split(row.space.team, row.tokens.blocks(), 8 * kPart, [&](int64_t part, int64_t b, int64_t last) {
         const Vec<float> value = bound;
@@ -299,7 +301,7 @@ HEADWAY_FLATTEN inline int64_t mass_reaching(const Row& row, float bound) {
             const Mask<float> in = Vec<float>::load(row.tokens.block(b) + v) >= value;
             lanes = lanes + (convert<int64_t>(in) & Vec<int64_t>::load(row.tokens.weight + b * kBlock + v));
           }
-        mass[part] = sum(lanes);
+        mass[part] = reduce_sum(lanes);
       });
   for (int64_t i = 0; i < parts; ++i) all += mass[i];
   return all;
@@ -310,16 +312,16 @@ HEADWAY_FLATTEN inline int64_t mass_of_maxima(const Row& row) {
   Vec<int64_t> w[kBlock / 16], mass = int64_t(0);
   for (int64_t b = 0; b < row.tokens.blocks(); b += kBlock)
     mass = mass + block_weights(row.space.block_max + b, row.scale, w);
-  return sum(mass);
+  return reduce_sum(mass);
 }
 
-// Tokens that hold at least this mass and are a short list, as on most rows a few do; or all. The best ones: those that
-// reach the k-th largest block maximum, for growing k.
+// The best tokens, a short list that holds at least this mass, as a few tokens do on most rows; or all tokens. The list
+// has the logits of at least the k-th largest block maximum, for growing k.
 inline Tokens holding(const Row& row, int64_t target) {
   const int64_t blocks = row.tokens.blocks();
   if (row.tokens.id || mass_of_maxima(row) < target - target / 8) return row.tokens;
   const int64_t last = blocks - blocks / 16;
-  for (int64_t k = 8; k <= last; k = k < last ? least(8 * k, last) : last + 1) {
+  for (int64_t k = 8; k <= last; k = k < last ? min(8 * k, last) : last + 1) {
     const float bound = kth_largest(row.space.block_max, blocks, k, row.space);
     if (mass_reaching(row, bound) >= target) return reaching(row, bound);
   }
@@ -366,7 +368,7 @@ inline void typical_p(Row& row, const Step& step) {
   weigh(row.tokens, row);
   row.found = moments(row).mean;
   const float mean = float(row.found);
-  const int64_t target = share(p, row.tokens.total, !step.equal), floor = least(row.floor, row.tokens.n);
+  const int64_t target = share(p, row.tokens.total, !step.equal), floor = min(row.floor, row.tokens.n);
   const auto choose_near = [&](const Tokens& tokens, Boundary end) {
     return choose(tokens, row.space, Inside{tokens, nullptr, end});
   };
@@ -402,7 +404,7 @@ inline void eta_cutoff(Row& row, const Step& step) {
   const Moments all = moments(row);
   int64_t middle[16];
   weights_at(Vec<float>(float(all.mean)), row.scale).store(middle);
-  const int64_t weight = least(share(epsilon, all.total), share(__builtin_sqrt(epsilon), middle[0]));
+  const int64_t weight = min(share(epsilon, all.total), share(__builtin_sqrt(epsilon), middle[0]));
   row.found = double(weight); // exact: a share of one token's mass is below 2^53
   keep_heavy(row, weight, step.ties);
 }
@@ -414,7 +416,7 @@ inline void xtc(Row& row, const Step& step) {
   if (row.found >= step.value[0][row.index]) return;
   weigh(row.tokens, row);
   const Tokens& tokens = row.tokens;
-  const int64_t weight = most(1, share(step.value[1][row.index], tokens.total, step.equal));
+  const int64_t weight = max(1, share(step.value[1][row.index], tokens.total, step.equal));
   const Vec<int64_t> least_weight = weight;
   const int64_t top = choose(tokens, row.space, [&](int64_t b) {
     return block_bits(tokens.weight + b * kBlock, [&](Vec<int64_t> w) { return w >= least_weight; });
@@ -424,7 +426,7 @@ inline void xtc(Row& row, const Step& step) {
   float last_z = __builtin_inff();
   for (int64_t b = 0; b < tokens.blocks(); ++b)
     for (uint64_t found = row.space.chosen[b]; found;) {
-      const int64_t i = take_lowest(found);
+      const int64_t i = pop_lowest_bit(found);
       if (tokens.block(b)[i] <= last_z) last = b * kBlock + i, last_z = tokens.block(b)[i];
     }
   for (int64_t i = 0; i < row.task.spared_count; ++i) {
@@ -444,10 +446,26 @@ inline void xtc(Row& row, const Step& step) {
   measure_anew(row);
 }
 
-using RunStage = void (*)(Row&, const Step&);
-constexpr RunStage kStages[] = {greedy, temperature, top_n_sigma,    top_k,      top_p,
-                                min_p,  typical_p,   epsilon_cutoff, eta_cutoff, xtc};
-static_assert(sizeof kStages / sizeof *kStages == size_t(Stage::count));
+// The only list of the stages: Python asks for a stage by its name here, and a Step has its place.
+struct StageKernel {
+  const char* name; // the option that asks for it
+  void (*run)(Row&, const Step&);
+};
+constexpr StageKernel kStages[] = {
+    {"greedy", greedy},
+    {"temperature", temperature},
+    {"top_n_sigma", top_n_sigma},
+    {"top_k", top_k},
+    {"top_p", top_p},
+    {"min_p", min_p},
+    {"typical_p", typical_p},
+    {"epsilon_cutoff", epsilon_cutoff},
+    {"eta_cutoff", eta_cutoff},
+    {"xtc_probability", xtc},
+};
+inline const char* stage_name(int64_t stage) {
+  return stage >= 0 && stage < int64_t(sizeof kStages / sizeof *kStages) ? kStages[stage].name : nullptr;
+}
 
 } // namespace
 } // namespace headway

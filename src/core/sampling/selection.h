@@ -1,4 +1,4 @@
-// What of a row stays. Nothing is sorted: what top_k and top_p keep is a prefix of the order "logit descending, id
+// Which tokens of a row stay. Nothing is sorted: top_k and top_p keep a prefix of the order "logit descending, id
 // ascending", so that a radix selection finds its end, by counts or by masses, in time linear in V on any input, equal
 // logits included. Before it, a sample tells in a long row between which logits that end must lie. The maxima of blocks
 // of 64 logits, a by-product of finding the row's maximum, let most rows skip most blocks.
@@ -35,8 +35,8 @@ inline float value_of(uint32_t key) {
   return z;
 }
 
-// The smallest number up to `top` for which `holds`, which a larger one does too.
-template <class Holds> float lowest(float top, Holds holds) {
+// The smallest number up to `top` for which `holds` is true, by bisection: it is true for every larger number as well.
+template <class Holds> float bisect(float top, Holds holds) {
   uint32_t below = key_of(kNever), enough = key_of(top);
   while (enough - below > 1) {
     const uint32_t middle = below + (enough - below) / 2;
@@ -52,7 +52,7 @@ struct WeightBounds {
 };
 HEADWAY_FLATTEN inline WeightBounds bounds_of_weight(const Scale& scale, int64_t weight) {
   const auto reaches = [&](int64_t enough) {
-    return lowest(scale.top, [&](float z) {
+    return bisect(scale.top, [&](float z) {
       int64_t w[16];
       weights(Vec<float>(z), scale).store(w);
       return w[0] >= enough;
@@ -62,7 +62,7 @@ HEADWAY_FLATTEN inline WeightBounds bounds_of_weight(const Scale& scale, int64_t
   return {reaches(weight - slack), reaches(weight + slack)};
 }
 
-// Where a token's share of `target` comes from: itself, or its weight.
+// What a token adds to the sum that is to reach `target`: 1, or its weight.
 struct ByCount {
   int64_t operator()(int64_t) const { return 1; }
   Vec<int64_t> lanes(int64_t) const { return int64_t(1); }
@@ -83,7 +83,7 @@ struct Bracket {
 };
 // Between which logits the prefix is likely to end, by 16 tokens out of every so many. Nothing but speed depends on it.
 template <class Mass>
-HEADWAY_APART Bracket guess_end(const Tokens& tokens, Mass mass, int64_t target, const Workspace& space) {
+HEADWAY_NOINLINE Bracket guess_end(const Tokens& tokens, Mass mass, int64_t target, const Workspace& space) {
   Tokens sample;
   Vec<int64_t> total = int64_t(0);
   for (; sample.n < kSample; sample.n += 16) {
@@ -95,11 +95,11 @@ HEADWAY_APART Bracket guess_end(const Tokens& tokens, Mass mass, int64_t target,
   }
   sample.z = space.sample_z;
   sample.last = sample.z + kSample - kBlock;
-  const double all = double(sum(total)), share = double(target) / double(mass.total(tokens));
+  const double all = double(reduce_sum(total)), share = double(target) / double(mass.total(tokens));
   const double spread =
       4 * __builtin_sqrt(share * (1 - share) / kSample); // four standard deviations of a count's share
   const auto end_of = [&](double part) {
-    return select_prefix(sample, ByMass{space.sample_mass}, most(1, int64_t(part * all)), Ties::keep, space).value;
+    return select_prefix(sample, ByMass{space.sample_mass}, max(1, int64_t(part * all)), Ties::keep, space).value;
   };
   return {share + spread < 1 && all > 0 ? end_of(share + spread) : kNever,
           share > spread && all > 0 ? end_of(share - spread) : -kNever};
@@ -118,10 +118,10 @@ template <class Mass> HEADWAY_FLATTEN int64_t list_all(const Tokens& tokens, Mas
   return tokens.n;
 }
 template <class Mass>
-HEADWAY_APART HEADWAY_FLATTEN Listed list_between(const Tokens& tokens, Mass mass, Bracket bracket,
-                                                  const Workspace& space) {
-  Listed found[kMostParts];
-  int64_t start[kMostParts];
+HEADWAY_NOINLINE HEADWAY_FLATTEN Listed list_between(const Tokens& tokens, Mass mass, Bracket bracket,
+                                                     const Workspace& space) {
+  Listed found[kMaxParts];
+  int64_t start[kMaxParts];
   const int64_t parts = split(space.team, tokens.blocks(), kPart, [&](int64_t part, int64_t first, int64_t last) {
     const Vec<float> low = bracket.low, high = bracket.high;
     Vec<int64_t> above = int64_t(0);
@@ -136,12 +136,12 @@ HEADWAY_APART HEADWAY_FLATTEN Listed list_between(const Tokens& tokens, Mass mas
       }
       if (const int64_t filled = tokens.n - b * kBlock; filled < kBlock) in &= (uint64_t(1) << filled) - 1;
       while (in) {
-        const int64_t i = take_lowest(in);
+        const int64_t i = pop_lowest_bit(in);
         space.key[n] = key_of(z[i]);
         inside += space.mass[n++] = mass(b * kBlock + i);
       }
     }
-    found[part] = {n - first * kBlock, sum(above), inside};
+    found[part] = {n - first * kBlock, reduce_sum(above), inside};
   });
   Listed all{0, 0, 0};
   for (int64_t p = 0; p < parts; ++p) {
@@ -156,8 +156,8 @@ HEADWAY_APART HEADWAY_FLATTEN Listed list_between(const Tokens& tokens, Mass mas
 // or more): a radix selection. Each round takes as digit what its keys differ in first, so that keys close together
 // take one round.
 template <class Mass>
-HEADWAY_APART HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Mass mass, int64_t target, Ties rule,
-                                                     const Workspace& space) {
+HEADWAY_NOINLINE HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Mass mass, int64_t target, Ties rule,
+                                                        const Workspace& space) {
   int64_t left = 0; // those listed share all digits so far with the one where the sum crosses
   if (tokens.n >= 4 * kSample) {
     const Listed some = list_between(tokens, mass, guess_end(tokens, mass, target, space), space);
@@ -190,7 +190,7 @@ HEADWAY_APART HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Mass 
       uint64_t found = block_bits(space.key + b, [&](Vec<uint32_t> k) { return (k - from) >> shift == here; });
       if (left - b < kBlock) found &= (uint64_t(1) << (left - b)) - 1;
       for (; found; ++taken) {
-        const int64_t i = b + take_lowest(found);
+        const int64_t i = b + pop_lowest_bit(found);
         space.key[taken] = space.key[i];
         space.mass[taken] = space.mass[i];
       }
@@ -211,9 +211,9 @@ inline float kth_largest(const float* z, int64_t n, int64_t k, const Workspace& 
   return select_prefix(numbers, ByCount{}, k, Ties::keep, space).value;
 }
 
-// What stays ------------------------------------------------------------------------------------------------------
+// Marking and listing the tokens that stay ------------------------------------------------------------------------
 
-// Above a boundary, block by block in order. block_max, where there is one, tells what to pass over.
+// The tokens above a boundary, a block after another. block_max, where there is one, tells which blocks have none.
 struct Inside {
   const Tokens& tokens;
   const float* block_max;
@@ -225,7 +225,7 @@ struct Inside {
     const uint64_t over = block_bits(z, [&](Vec<float> x) { return x > value; });
     if (end.value == kNever) return over; // what is banned is never kept, nor what fills the last block
     uint64_t ties = block_bits(z, [&](Vec<float> x) { return x == value; });
-    const int64_t here = __builtin_popcountll(ties), skip = least(end.skip, here), take = least(end.ties, here - skip);
+    const int64_t here = __builtin_popcountll(ties), skip = min(end.skip, here), take = min(end.ties, here - skip);
     end.skip -= skip, end.ties -= take;
     if (take == 0) return over;
     for (int64_t i = 0; i < skip; ++i) ties &= ties - 1;
@@ -250,7 +250,7 @@ HEADWAY_FLATTEN inline Tokens list_chosen(const Tokens& tokens, const Workspace&
   for (int64_t b = 0; b < tokens.blocks(); ++b) {
     const float* z = tokens.block(b);
     for (uint64_t found = space.chosen[b]; found; ++kept.n) {
-      const int64_t i = take_lowest(found);
+      const int64_t i = pop_lowest_bit(found);
       space.list_z[kept.n] = z[i];
       space.list_id[kept.n] = int32_t(tokens.at(b * kBlock + i));
       if (tokens.weight) kept.total += space.list_weight[kept.n] = tokens.weight[b * kBlock + i];
@@ -267,8 +267,8 @@ HEADWAY_FLATTEN inline Tokens list_chosen(const Tokens& tokens, const Workspace&
   return kept;
 }
 
-// The whole row with all but the chosen banned, in memory of its own.
-HEADWAY_FLATTEN inline Tokens ban_others(const Tokens& tokens, const Workspace& space) {
+// A copy of the whole row, with -inf for all tokens but the chosen.
+HEADWAY_FLATTEN inline Tokens remove_others(const Tokens& tokens, const Workspace& space) {
   Tokens kept = tokens;
   kept.z = space.z;
   kept.last = space.z + (kept.blocks() - 1) * kBlock;
@@ -280,21 +280,21 @@ HEADWAY_FLATTEN inline Tokens ban_others(const Tokens& tokens, const Workspace& 
       memmove(space.z + b * kBlock, z, kBlock * sizeof(float));
       continue;
     }
-    Vec<float> most = kNever;
+    Vec<float> best = kNever;
     for (int64_t v = 0; v < kBlock; v += 16) {
       const Mask<float> in = lane_mask(chosen >> v);
       const Vec<float> x = select(in, Vec<float>::load(z + v), Vec<float>(kNever));
       x.store(space.z + b * kBlock + v);
-      most = larger(x, most);
+      best = max(x, best);
       if (!tokens.weight) continue;
       int64_t* weight = tokens.weight + b * kBlock + v;
       const Vec<int64_t> w = Vec<int64_t>::load(weight), stays = select(convert<int64_t>(in), w, Vec<int64_t>(0));
       removed = removed + (w - stays);
       stays.store(weight);
     }
-    space.block_max[b] = maximum(most);
+    space.block_max[b] = reduce_max(best);
   }
-  kept.total -= sum(removed);
+  kept.total -= reduce_sum(removed);
   return kept;
 }
 

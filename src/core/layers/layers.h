@@ -1,7 +1,7 @@
-// What a layer needs besides attention and linear: rotary positions, RMS norm, SwiGLU.
+// The small kernels of a transformer layer: rotary positions (RoPE), RMSNorm, SwiGLU.
 #pragma once
-#include "exp.h"
-#include "rows.h"
+#include "../ground/exp.h"
+#include "../ground/rows.h"
 
 namespace headway {
 namespace {
@@ -44,7 +44,7 @@ inline void rotary_frequencies(double base, int64_t half, double* out) {
 }
 inline Plan plan_rotary(const Rotary& task, int64_t) {
   const int64_t row = (task.D + 16) * 8 + 64;
-  return {task.L, 5 * row, rough_product(task.batch.size(), task.L, task.D, 8)};
+  return {task.L, 5 * row, saturating_product(task.batch.size(), task.L, task.D, 8)};
 }
 inline void run_rotary(const Rotary& task, const Plan&, int64_t unit, const Memory& memory) {
   const Arena arena{static_cast<char*>(memory.own)};
@@ -56,7 +56,7 @@ inline void run_rotary(const Rotary& task, const Plan&, int64_t unit, const Memo
 
 // rms_norm: x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019). A unit is one row. Squares are summed in
 // float64 for every type: in float32 those of numbers above 2^64 would overflow.
-template <class T> void normalise(const RowWise& task, int64_t r, Arena arena) {
+template <class T> void normalize(const RowWise& task, int64_t r, Arena arena) {
   const int64_t n = task.columns, padded = round_up(n, 16);
   T *x = arena.take<T>(padded), *weight = arena.take<T>(padded);
   double* wide = arena.take<double>(padded);
@@ -66,7 +66,7 @@ template <class T> void normalise(const RowWise& task, int64_t r, Arena arena) {
   for (int64_t i = n; i < padded; ++i) x[i] = weight[i] = T(0), wide[i] = 0;
   Vec<double> squares = 0.0;
   for (int64_t i = 0; i < n; i += 16) squares = squares + Vec<double>::load(wide + i) * Vec<double>::load(wide + i);
-  const T scale = T(1.0 / __builtin_sqrt(sum(squares) / double(n) + task.eps));
+  const T scale = T(1.0 / __builtin_sqrt(reduce_sum(squares) / double(n) + task.eps));
   for (int64_t i = 0; i < n; i += 16) (Vec<T>::load(x + i) * Vec<T>(scale) * Vec<T>::load(weight + i)).store(x + i);
   write_row(x, n, address(task.y, 0, r), task.y.dtype);
 }
@@ -87,11 +87,11 @@ template <class T> void gate(const RowWise& task, int64_t r, Arena arena) {
   write_row(x, n, address(task.y, 0, r), task.y.dtype);
 }
 inline Plan plan_row_wise(const RowWise& task, int64_t) {
-  return {task.rows, 3 * ((task.columns + 16) * 8 + 64), rough_product(task.rows, task.columns, 8)};
+  return {task.rows, 3 * ((task.columns + 16) * 8 + 64), saturating_product(task.rows, task.columns, 8)};
 }
 inline void run_rms_norm(const RowWise& task, const Plan&, int64_t unit, const Memory& memory) {
   const Arena arena{static_cast<char*>(memory.own)};
-  task.compute == DType::f64 ? normalise<double>(task, unit, arena) : normalise<float>(task, unit, arena);
+  task.compute == DType::f64 ? normalize<double>(task, unit, arena) : normalize<float>(task, unit, arena);
 }
 inline void run_swiglu(const RowWise& task, const Plan&, int64_t unit, const Memory& memory) {
   const Arena arena{static_cast<char*>(memory.own)};

@@ -50,7 +50,7 @@ struct ChunkStack {
 
 // How many slots a stack over the chunks 0 .. n - 1 can need: neighbours meet at strictly falling levels; a part of the
 // chunks may hold as many frozen ones again.
-inline int64_t stack_slots(int64_t n, bool part) { return (part ? 2 : 1) * meeting_level(0, most(n, 1)) + 2; }
+inline int64_t stack_slots(int64_t n, bool part) { return (part ? 2 : 1) * meeting_level(0, max(n, 1)) + 2; }
 
 } // namespace
 } // namespace headway

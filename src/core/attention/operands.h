@@ -1,8 +1,8 @@
 // The queries, keys and values of one block of attention, as the matrix products read them: where they lie if they can
 // be read there, else packed.
 #pragma once
-#include "gemm.h"
-#include "rows.h"
+#include "../ground/gemm.h"
+#include "../ground/rows.h"
 
 namespace headway {
 namespace {
@@ -37,7 +37,7 @@ struct Chunk {
     bool found = false;
     for (int64_t j = begin / kBandKeys * kBandKeys; j < end; j += kBandKeys) {
       if (!(bands >> j / kBandKeys & 1)) continue;
-      if (enters(scanned, j) && scan(most(j, from), least(j + kBandKeys, to))) poisoned |= 1u << j / kBandKeys;
+      if (enters(scanned, j) && scan(max(j, from), min(j + kBandKeys, to))) poisoned |= 1u << j / kBandKeys;
       found |= poisoned >> j / kBandKeys & 1;
     }
     return found;
@@ -114,8 +114,8 @@ template <class T> struct Operands {
   // Weights from .. to of one row, as the products of weigh() want them; in place.
   void narrow(T*, int64_t, int64_t) const {}
   // Adds weights p[a .. b] times values to `sum`, or begins with it. The keys have been scored.
-  void weigh(int64_t count, const T* p, int64_t a, int64_t b, T* sum, bool onto) {
-    times(count, width, b - a, p + a, kChunk, stored_values, a * stored_values.row, sum, width, onto);
+  void weigh(int64_t count, const T* p, int64_t a, int64_t b, T* sum, bool accumulate) {
+    times(count, width, b - a, p + a, kChunk, stored_values, a * stored_values.row, sum, width, accumulate);
   }
   // Whether some value that weigh() reads for keys from .. to, in these bands, is NaN or infinite. They have been
   // scored.
@@ -143,10 +143,10 @@ private:
     if (!Chunk::enters(chunk.packed, j)) return;
     const View &k = task.k, &v = task.v;
     j = j / kBandKeys * kBandKeys;
-    const int64_t from = most(j, chunk.from), to = least(j + kBandKeys, chunk.to);
+    const int64_t from = max(j, chunk.from), to = min(j + kBandKeys, chunk.to);
     for (int64_t i = from / 16 * 16; i < to && stored_keys.data == panels; i += 16) {
       T* panel = panels + panel_of(i);
-      const int64_t key = chunk.first + i, count = least(16, task.S - key);
+      const int64_t key = chunk.first + i, count = min(16, task.S - key);
       if (task.k_in_panels) {
         read_row(address(k, k_offset, group, key / 16), k.dtype, 1, 16 * task.D, panel);
       } else if (k.stride[2] == 1 && Stored::kept<T>(k.dtype)) {
@@ -166,14 +166,14 @@ private:
     }
   }
   void times(int64_t rows, int64_t columns, int64_t k_count, const T* a, int64_t a_row, const Stored& b, int64_t offset,
-             T* c, int64_t c_row, bool onto) const {
+             T* c, int64_t c_row, bool accumulate) const {
     if (once)
       b.at<T>(offset, [&](auto* from) {
-        multiply<Source::memory>(rows, columns, k_count, a, a_row, from, b.row, b.block, c, c_row, onto, b.ahead);
+        multiply<Source::memory>(rows, columns, k_count, a, a_row, from, b.row, b.block, c, c_row, accumulate, b.ahead);
       });
     else
       multiply(rows, columns, k_count, a, a_row, static_cast<const T*>(b.data) + offset, b.row, b.block, c, c_row,
-               onto);
+               accumulate);
   }
 };
 

@@ -1,7 +1,7 @@
 // Rows of any floating type, read and written as the computing type. 16-bit numbers widen exactly and narrow to
 // nearest even; on the way out there is one NaN, and no negative zero is made that the sum's history decides.
 #pragma once
-#include "kernels.h"
+#include "../kernels.h"
 #include "vec.h"
 
 #include <type_traits> // types alone, no code
@@ -11,8 +11,8 @@ namespace headway {
 namespace {
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 inline int64_t item_size(DType t) {
   switch (t) {
@@ -55,9 +55,9 @@ template <class T, class From> void widen_as(const void* from, int64_t stride, i
   for (; i < n; i += 16) {
     From narrow[16] = {};
     float wide[16];
-    for (int64_t j = 0; j < least(n - i, 16); ++j) narrow[j] = p[(i + j) * stride];
+    for (int64_t j = 0; j < min(n - i, 16); ++j) narrow[j] = p[(i + j) * stride];
     load(narrow).store(wide);
-    for (int64_t j = 0; j < least(n - i, 16); ++j) to[i + j] = T(wide[j]);
+    for (int64_t j = 0; j < min(n - i, 16); ++j) to[i + j] = T(wide[j]);
   }
 }
 
@@ -73,8 +73,8 @@ template <class T> void read_row(const void* from, DType dtype, int64_t stride, 
 
 // A float on the way to 16 bits. From a double it is rounded to odd (Boldo and Melquiond, 2008): what is lost leaves
 // its mark in the last bit, so that the narrowing that follows is the only rounding that counts.
-inline float to_odd_float(float x) { return x; }
-inline float to_odd_float(double x) {
+inline float round_to_odd(float x) { return x; }
+inline float round_to_odd(double x) {
   float f = float(x);
   if (double(f) == x || x != x) return f;
   uint32_t u;
@@ -95,10 +95,10 @@ template <class T> void write_row(const T* from, int64_t n, void* to, DType dtyp
     for (int64_t i = 0; i < n; ++i) static_cast<float*>(to)[i] = canonical(float(from[i]));
     return;
   case DType::f16:
-    for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(to)[i] = float_to_half(to_odd_float(from[i]));
+    for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(to)[i] = float_to_half(round_to_odd(from[i]));
     return;
   case DType::bf16:
-    for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(to)[i] = float_to_bfloat(to_odd_float(from[i]));
+    for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(to)[i] = float_to_bfloat(round_to_odd(from[i]));
     return;
   case DType::boolean: return;
   }
@@ -120,7 +120,7 @@ template <int H, class Reg, size_t N> [[gnu::always_inline]] inline void transpo
 }
 
 // The first bytes of a register, and zeros; nothing else is read.
-template <class Reg> [[gnu::always_inline]] inline Reg load_part(const void* from, int64_t bytes) {
+template <class Reg> [[gnu::always_inline]] inline Reg load_partial(const void* from, int64_t bytes) {
 #if defined(__AVX512BW__)
   return (Reg)_mm512_maskz_loadu_epi8(bytes == 64 ? ~0ull : (1ull << bytes) - 1, from);
 #else
@@ -131,9 +131,9 @@ template <class Reg> [[gnu::always_inline]] inline Reg load_part(const void* fro
 }
 
 // Up to 16 rows of n numbers become a panel (n, 16): each row a lane, 0 where there is none. Numbers of 16 bits travel
-// in pairs and are widened on the way out. Meanwhile it asks for the 16 rows from `next` on, a few lines at a time and
-// in the order of their addresses, into the second-level cache: the processor's own prefetching follows that, but not
-// 16 rows read side by side, which alone get half as much from memory.
+// in pairs and are widened on the way out. Meanwhile it prefetches the 16 rows from `next` on, a few lines at a time
+// and in the order of their addresses, into the second-level cache: the processor's own prefetching follows that, but
+// not 16 rows read side by side, which alone get half as much from memory.
 template <class T, class From>
 void make_panel(const From* rows, int64_t row_stride, int64_t count, int64_t n, T* panel, const From* next = nullptr) {
   constexpr int pair = sizeof(From) == 2 ? 2 : 1;
@@ -141,7 +141,7 @@ void make_panel(const From* rows, int64_t row_stride, int64_t count, int64_t n, 
   using Reg = typename Vec<Word>::Reg;
   constexpr int lanes = kRegisterBytes / int(sizeof(Word)), step = lanes * pair;
   for (int64_t d = 0, column = 0; d < n; d += step) {
-    const int64_t columns = least(step, n - d);
+    const int64_t columns = min(step, n - d);
     for (int i = 0; i < 16; i += lanes) {
       const From* from = rows + i * row_stride + d;
       Reg r[lanes];
@@ -150,7 +150,7 @@ void make_panel(const From* rows, int64_t row_stride, int64_t count, int64_t n, 
         for (int j = 0; j < lanes; ++j) memcpy(&r[j], from + j * row_stride, sizeof(Reg));
       } else {
         for (int j = 0; j < lanes; ++j)
-          r[j] = load_part<Reg>(from + j * row_stride, i + j < count ? columns * int64_t(sizeof(From)) : 0);
+          r[j] = load_partial<Reg>(from + j * row_stride, i + j < count ? columns * int64_t(sizeof(From)) : 0);
       }
       for (int j = 0; j < lanes && next; ++j) {
         __builtin_prefetch(next + column, 0, 2);
@@ -206,7 +206,7 @@ struct Arena {
 };
 
 // A product of sizes for Plan::work, where it may be rough but must not overflow.
-template <class... Sizes> int64_t rough_product(Sizes... sizes) {
+template <class... Sizes> int64_t saturating_product(Sizes... sizes) {
   const double product = (1.0 * ... * double(sizes));
   return product < 0x1p62 ? int64_t(product) : int64_t(1) << 62;
 }

@@ -10,7 +10,7 @@ namespace {
 
 using Wide = unsigned __int128;
 
-inline uint64_t high_product(uint64_t a, uint64_t b) { return uint64_t((Wide(a) * b) >> 64); }
+inline uint64_t multiply_high(uint64_t a, uint64_t b) { return uint64_t((Wide(a) * b) >> 64); }
 
 struct RandomBlock {
   uint64_t word[4];
@@ -21,8 +21,8 @@ inline RandomBlock philox(uint64_t seed, uint64_t stream, uint64_t position, uin
   RandomBlock block{{position, draw, 0, 0}};
   uint64_t* x = block.word;
   for (int round = 0; round < 10; ++round) {
-    const uint64_t high0 = high_product(a, x[0]), low0 = a * x[0];
-    const uint64_t high1 = high_product(b, x[2]), low1 = b * x[2];
+    const uint64_t high0 = multiply_high(a, x[0]), low0 = a * x[0];
+    const uint64_t high1 = multiply_high(b, x[2]), low1 = b * x[2];
     x[0] = high1 ^ x[1] ^ seed;
     x[1] = low1;
     x[2] = high0 ^ x[3] ^ stream;

@@ -14,22 +14,21 @@
 namespace headway {
 namespace {
 
-// Few rows wait for memory, not for arithmetic: while the tile reads B it asks for what lies `ahead` of it, into the
-// second-level cache. Where B is in a cache already, there is nothing to ask for, and asking would take turns from the
-// loads.
+// Few rows wait for memory, not for arithmetic: while the tile reads B it prefetches what lies `ahead` numbers later
+// into the second-level cache. Where B is in a cache already, prefetches would only take turns from the loads.
 enum class Source { cache, memory };
 
-// With `onto`, C goes on from what it holds, as if one chain had walked both stretches of k.
+// With `accumulate`, C goes on from what it holds, as if one chain had walked both stretches of k.
 template <Source source, int R, int P, class T, class A, class B>
 void tile(int64_t k_count, const A* __restrict a, int64_t a_row, const B* __restrict b, int64_t b_row, int64_t b_block,
-          int64_t ahead, T* __restrict c, int64_t c_row, bool onto) {
+          int64_t ahead, T* __restrict c, int64_t c_row, bool accumulate) {
   // Unrolled at once, or GCC keeps the accumulators in memory before and after the loop.
   Vec<T> sum[R][P];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) sum[r][p] = Vec<T>(T(0));
-  if (onto)
+  if (accumulate)
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
@@ -58,25 +57,25 @@ void tile(int64_t k_count, const A* __restrict a, int64_t a_row, const B* __rest
 
 template <Source source, int R, int P, class T, class A, class B>
 void tile_columns(int64_t columns, int64_t k_count, const A* a, int64_t a_row, const B* b, int64_t b_row,
-                  int64_t b_block, int64_t ahead, T* c, int64_t c_row, bool onto) {
+                  int64_t b_block, int64_t ahead, T* c, int64_t c_row, bool accumulate) {
   int64_t j = 0;
   for (; j + 16 * P <= columns; j += 16 * P)
-    tile<source, R, P>(k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, ahead, c + j, c_row, onto);
+    tile<source, R, P>(k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, ahead, c + j, c_row, accumulate);
   if constexpr (P > 1)
     tile_columns<source, R, P / 2>(columns - j, k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, ahead, c + j,
-                                   c_row, onto);
+                                   c_row, accumulate);
 }
 
 // C = A B. columns is a multiple of 16; rows may be any number: full tiles, then four, two and one, in tiles that are
 // no narrower, so that few rows (decoding) still read B in long stretches.
 template <Source source = Source::cache, class T, class A, class B>
 void multiply(int64_t rows, int64_t columns, int64_t k_count, const A* a, int64_t a_row, const B* b, int64_t b_row,
-              int64_t b_block, T* c, int64_t c_row, bool onto = false, int64_t ahead = 0) {
+              int64_t b_block, T* c, int64_t c_row, bool accumulate = false, int64_t ahead = 0) {
   int64_t i = 0;
   const auto run = [&]<int R, int P>() {
     for (; i + R <= rows; i += R)
       tile_columns<source, R, P>(columns, k_count, a + i * a_row, a_row, b, b_row, b_block, ahead, c + i * c_row, c_row,
-                                 onto);
+                                 accumulate);
   };
   constexpr int vecs = sizeof(T) == 8 ? (kTileVecs + 1) / 2 : kTileVecs; // a Vec of doubles fills twice the registers
   run.template operator()<kTileRows, vecs>();

@@ -1,8 +1,8 @@
-// Penalties: what occurred before gets a lower logit. What a row's history holds is counted once, in time linear in the
-// history whatever the vocabulary; after that each token that comes is added to it, and each that leaves a window is
-// taken away from what that one holds.
+// Penalties: a token that occurred before gets a lower logit. The tokens of a row's history are counted once, in time
+// linear in its length, whatever the vocabulary; after that each new token is added to the counts, and a token that
+// leaves a window is taken from the counts of that window.
 #pragma once
-#include "rows.h"
+#include "../ground/rows.h"
 
 namespace headway {
 namespace {
@@ -23,7 +23,7 @@ struct History {
         same(all.same + all.first[slot]) {}
 
   // The first place that a kind is about, of n tokens.
-  int64_t start(int kind, int64_t n) const { return most(n - window[kind], kind == kFrequency ? prompt : 0); }
+  int64_t start(int kind, int64_t n) const { return max(n - window[kind], kind == kFrequency ? prompt : 0); }
 
   int64_t add(int64_t t) { // to the list
     id[distinct] = t;
@@ -33,7 +33,7 @@ struct History {
   // The set of Briggs and Torczon (1993): slot is never cleared, for it counts only where the list points back.
   void count_all(uint32_t* slot) {
     int64_t from[kPenaltyKinds], i = length;
-    for (int kind = 0; kind < kPenaltyKinds; ++kind) from[kind] = start(kind, length), i = least(i, from[kind]);
+    for (int kind = 0; kind < kPenaltyKinds; ++kind) from[kind] = start(kind, length), i = min(i, from[kind]);
     counted = length, distinct = 0;
     for (; i < length; ++i) {
       int64_t k = slot[token[i]];
@@ -65,7 +65,7 @@ struct History {
   }
 
   // How many tokens DRY is about.
-  int64_t size() const { return least(counted, window[kDry]); }
+  int64_t size() const { return min(counted, window[kDry]); }
   // same[j]: how many tokens the history, read backwards, has in common with itself from its j-th last on, before a
   // breaker. The token after that place would repeat so many. For the whole (the Z function; Gusfield, 1997):
   void compare_all() {
@@ -73,12 +73,12 @@ struct History {
     int64_t tail = 0;
     while (tail < n && !breaks[counted - 1 - tail]) ++tail;
     for (int64_t j = 1, left = 0, right = 0; j < n; ++j) {
-      int64_t m = j < right ? least(same[j - left], right - j) : 0;
+      int64_t m = j < right ? min(same[j - left], right - j) : 0;
       while (j + m < n && end[-m] == end[-j - m]) ++m;
       if (j + m > right) left = j, right = j + m;
       same[j] = m;
     }
-    for (int64_t j = 1; j < n; ++j) same[j] = least(same[j], tail);
+    for (int64_t j = 1; j < n; ++j) same[j] = min(same[j], tail);
   }
   // And after one more token. What was compared may have left the window since: `repeated` leaves it out.
   void compare_next() {
@@ -87,10 +87,10 @@ struct History {
     const int64_t goes_on = breaks[counted - 1] ? 0 : -1;
     for (int64_t j = 1; j < n; ++j) same[j] = end[-j] == *end ? (same[j] + 1) & goes_on : 0;
   }
-  int64_t repeated(int64_t j) const { return least(same[j], size() - j); }
+  int64_t repeated(int64_t j) const { return min(same[j], size() - j); }
 };
 
-// Memory of a thread: where a token stands in the list of a history, and what repetitions cost.
+// Memory of a thread: the place of each token in the list of a history, and the penalties of repetitions.
 struct PenaltySpace {
   uint32_t* slot;   // (V)
   int64_t* longest; // (tokens): of each of the list, the longest end of the history that it once followed
@@ -110,9 +110,9 @@ inline Plan plan_penalties(const Penalties& task, int64_t) {
   for (int64_t i = 0; i < task.batch.size(); ++i) {
     const int64_t slot = all.slot[i];
     tokens += all.length[slot] - all.counted[slot] + all.distinct[slot];
-    longest = most(longest, all.length[slot]);
+    longest = max(longest, all.length[slot]);
   }
-  Plan plan{task.batch.size(), 0, rough_product(tokens, 16)};
+  Plan plan{task.batch.size(), 0, saturating_product(tokens, 16)};
   PenaltySpace(Arena{nullptr}, task.V, longest, &plan.workspace);
   return plan;
 }
@@ -144,8 +144,8 @@ inline void run_penalties(const Penalties& task, const Plan&, int64_t index, con
     if (!most_repeated)
       for (int64_t k = 0; k < distinct; ++k) space.slot[history.id[k]] = uint32_t(k), space.longest[k] = 0;
     int64_t& longest = space.longest[space.slot[history.token[next]]];
-    longest = most(longest, length);
-    most_repeated = most(most_repeated, length);
+    longest = max(longest, length);
+    most_repeated = max(most_repeated, length);
   }
   double power = multiplier;
   for (int64_t i = 0; i <= most_repeated - allowed_length; ++i, power *= task.dry_base[index])

@@ -6,9 +6,9 @@
 // wait for arithmetic: weights are packed once for all of them, a little at a time between the products with those that
 // are packed already. Few rows wait for memory: weights are read once, where they are and as they are.
 #pragma once
-#include "gemm.h"
-#include "rows.h"
-#include "tree.h"
+#include "../ground/gemm.h"
+#include "../ground/rows.h"
+#include "../ground/tree.h"
 
 namespace headway {
 namespace {
@@ -17,7 +17,7 @@ constexpr int64_t kFewRows = 24;        // four tiles: from there on, arithmetic
 constexpr int64_t kManyRows = 384;      // most rows of a unit: their part of x, 384 KB, stays in the second-level cache
 constexpr int64_t kManyColumns = 256;   // most columns of such a unit: that part of x is read again for each 64
 constexpr int64_t kStepRows = 12;       // rows of x between which the next weights are packed
-constexpr int64_t kAheadRows = 16;      // how far ahead of that they are asked for
+constexpr int64_t kPrefetchRows = 16;   // how many rows before that they are prefetched
 constexpr int64_t kPanelColumns = 64;   // weights are packed so many columns at a time, 64 KB
 constexpr int64_t kFewColumns = 1024;   // most columns of a unit of few rows: a page of each row of w; for up to
 constexpr int64_t kFourRows = 4;        // so many rows four pages, and the accumulators still take 64 KB
@@ -34,7 +34,7 @@ inline int64_t linear_columns(const Linear& task, int64_t threads) {
     largest = kManyColumns;
   else if (task.w.stride[1] == 1)
     largest = task.M <= kFourRows ? 4 * kFewColumns : kFewColumns;
-  return least(most(share, kPanelColumns), largest);
+  return min(max(share, kPanelColumns), largest);
 }
 
 template <class T> struct LinearBlock {
@@ -49,14 +49,14 @@ template <class T> struct LinearBlock {
     x_block = arena.take<T>(plan.rows * kChain);
     packed = arena.take<T>(kChain * kPanelColumns);
     next = arena.take<T>(few ? 0 : kChain * kPanelColumns);
-    column = arena.take<T>(most(16 * kChain, plan.span));
+    column = arena.take<T>(max(16 * kChain, plan.span));
     sums = arena.take<T>(stack_slots((task.K + kChain - 1) / kChain, false) * area);
   }
 
   void run(int64_t unit, Stop* stop) {
     const int64_t row_blocks = (task.M + plan.rows - 1) / plan.rows;
-    const int64_t first_row = unit % row_blocks * plan.rows, rows = least(plan.rows, task.M - first_row);
-    const int64_t first = unit / row_blocks * plan.span, columns = least(plan.span, task.N - first);
+    const int64_t first_row = unit % row_blocks * plan.rows, rows = min(plan.rows, task.M - first_row);
+    const int64_t first = unit / row_blocks * plan.span, columns = min(plan.span, task.N - first);
     const int64_t width = round_up(columns, 16);
     ChunkStack stack;
     const auto joiner = [&](int slot) {
@@ -65,7 +65,7 @@ template <class T> struct LinearBlock {
     };
     if (task.K == 0) memset(sums, 0, size_t(area) * sizeof(T)); // what an empty inner axis sums to
     for (int64_t k = 0; k < task.K; k += kChain) {
-      const int64_t count = least(kChain, task.K - k);
+      const int64_t count = min(kChain, task.K - k);
       if (stop->after(rows * columns * count)) return;
       T* sum = sums + stack.push(k / kChain, joiner) * area;
       int64_t x_row;
@@ -88,15 +88,15 @@ template <class T> struct LinearBlock {
   // Panel by panel of weights. While one is multiplied, the next of the same rows of w is packed.
   void multiply_many(int64_t rows, int64_t columns, int64_t k, int64_t count, int64_t first, const T* x, int64_t x_row,
                      T* sum, int64_t width) {
-    pack(k, count, 0, count, first, least(kPanelColumns, columns), packed);
+    pack(k, count, 0, count, first, min(kPanelColumns, columns), packed);
     for (int64_t j = 0; j < columns; j += kPanelColumns) {
-      const int64_t wide = round_up(least(kPanelColumns, columns - j), 16), after = columns - j - kPanelColumns;
+      const int64_t wide = round_up(min(kPanelColumns, columns - j), 16), after = columns - j - kPanelColumns;
       const Stored w = panels(packed, count, wide);
       for (int64_t i = 0; i < rows; i += kStepRows) {
-        const int64_t some = least(kStepRows, rows - i);
+        const int64_t some = min(kStepRows, rows - i);
         if (after > 0)
           pack(k, count, count * i / rows, count * (i + some) / rows, first + j + kPanelColumns,
-               least(kPanelColumns, after), next);
+               min(kPanelColumns, after), next);
         multiply(some, wide, count, x + i * x_row, x_row, packed, w.row, w.block, sum + i * width + j, width);
       }
       T* const done = packed;
@@ -113,8 +113,8 @@ template <class T> struct LinearBlock {
     }
     for (int64_t j = done; j < columns; j += kPanelColumns)
       for (int64_t g = 0, some; g < count; g += some) {
-        const int64_t wide = least(kPanelColumns, columns - j);
-        some = least(g == 0 ? first_depth(k, first + j) : kPanelDepth, count - g);
+        const int64_t wide = min(kPanelColumns, columns - j);
+        some = min(g == 0 ? first_depth(k, first + j) : kPanelDepth, count - g);
         pack(k + g, some, 0, some, first + j, wide, packed);
         const Stored w = panels(packed, some, round_up(wide, 16));
         multiply(rows, round_up(wide, 16), some, x + g, x_row, packed, w.row, w.block, sum + j, width, g > 0);
@@ -126,10 +126,10 @@ template <class T> struct LinearBlock {
   void read_once(int64_t rows, int64_t columns, int64_t k, int64_t count, int64_t first, const T* x, int64_t x_row,
                  T* sum, int64_t width) {
     const int64_t row = task.w.stride[0];
-    const int64_t depth = most(kFewBytes / (most(columns, 16) * item_size(task.w.dtype)), most(8, 4 * rows));
+    const int64_t depth = max(kFewBytes / (max(columns, 16) * item_size(task.w.dtype)), max(8, 4 * rows));
     for (int64_t g = 0; g < count; g += depth)
       Stored{address(task.w, 0, k + g, first), task.w.dtype, row, 16, depth * row}.at<T>(0, [&](auto* w) {
-        multiply<Source::memory>(rows, columns, least(depth, count - g), x + g, x_row, w, row, 16, sum, width, g > 0,
+        multiply<Source::memory>(rows, columns, min(depth, count - g), x + g, x_row, w, row, 16, sum, width, g > 0,
                                  depth * row);
       });
   }
@@ -167,7 +167,7 @@ template <class T> struct LinearBlock {
     if (w.stride[1] == 1) {
       for (int64_t i = from; i < to; ++i) {
         // Short stretches far apart, which the processor does not foresee.
-        const char* ahead = address(w, 0, k + i + kAheadRows, first);
+        const char* ahead = address(w, 0, k + i + kPrefetchRows, first);
         for (int64_t byte = 0; byte < columns * item_size(w.dtype); byte += 64) __builtin_prefetch(ahead + byte);
         T* row = into + i * width;
         read_row(address(w, 0, k + i, first), w.dtype, 1, columns, row);
@@ -178,7 +178,7 @@ template <class T> struct LinearBlock {
     for (int64_t j = 0; j < columns; j += 16) {
       if (const int64_t turn = j * count / width; turn < from || turn >= to) continue;
       T* panel = into + j * count;
-      const int64_t lanes = least(16, columns - j);
+      const int64_t lanes = min(16, columns - j);
       if (w.stride[0] == 1 && Stored::kept<T>(w.dtype)) { // the transposed view of an (out, in) matrix
         Stored{address(w, 0, k, first + j), w.dtype, 0, 0, 0}.at<T>(
             0, [&](auto* rows) { make_panel(rows, w.stride[1], lanes, count, panel, rows + count); });
@@ -193,10 +193,10 @@ template <class T> struct LinearBlock {
 
 template <class T> Plan plan_linear_as(const Linear& task, int64_t threads) {
   Plan plan{};
-  plan.work = rough_product(task.M, task.K, task.N);
+  plan.work = saturating_product(task.M, task.K, task.N);
   const int64_t blocks = (task.M + kManyRows - 1) / kManyRows;
-  plan.rows = task.M <= kFewRows ? most(task.M, 1) : round_up((task.M + blocks - 1) / blocks, kTileRows);
-  plan.span = linear_columns(task, most(least(threads, plan.work / kWorkPerThread), 1));
+  plan.rows = task.M <= kFewRows ? max(task.M, 1) : round_up((task.M + blocks - 1) / blocks, kTileRows);
+  plan.span = linear_columns(task, max(min(threads, plan.work / kWorkPerThread), 1));
   plan.units = ((task.M + plan.rows - 1) / plan.rows) * ((task.N + plan.span - 1) / plan.span);
   Arena counting{nullptr};
   const LinearBlock<T> block(task, plan, counting);

@@ -1,0 +1,72 @@
+"""A stage is one record: whatever else lists stages or options agrees with the records."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import headway as hw
+from headway import _native, cli, reference
+from headway._sampling import settings, stages
+from headway._sampling.dialects import DIALECTS, NUCLEUS
+from headway._sampling.stages import STAGES
+
+ROOT = Path(__file__).parent.parent
+NAMES = [option.name for option in settings.OPTIONS]
+
+
+def test_the_kernel_and_the_reference_have_the_stages_of_the_records() -> None:
+    assert set(_native.SAMPLING_STAGES) == set(STAGES) == set(reference.sampling._STAGES)
+
+
+def test_a_stage_is_named_after_its_first_option_and_the_kernel_takes_that_first() -> None:
+    for stage in STAGES.values():
+        assert stage.name == "greedy" or stage.name == stage.options[0].name
+        assert stage.numbers[0] == stage.options[0].name
+        assert set(stage.numbers) <= {option.name for option in stage.options}
+
+
+def test_the_options_that_functions_show_are_those_of_the_records() -> None:
+    assert [f.name for f in fields(hw.SamplingParams)] == NAMES
+    assert {f.name: f.default for f in fields(hw.SamplingParams)} == settings.DEFAULTS
+    for function in (hw.sample, hw.probabilities, hw.filter_logits, hw.explain, hw.logprobs, hw.verify_draft):
+        assert [name for name in inspect.signature(function).parameters if name in NAMES] == NAMES, function.__name__
+    assert set(reference.sampling._DEFAULTS) == set(NAMES)
+    assert reference.sampling._DEFAULTS == settings.DEFAULTS
+
+
+def test_the_file_for_type_checkers_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import make_params
+
+    sys.modules.pop("make_params")
+    assert make_params.TARGET.read_text() == make_params.text(), "run make stub"
+
+
+def test_the_command_has_the_flags_of_the_records() -> None:
+    parser = argparse.ArgumentParser()
+    cli._add_sampling(parser, temperature=1.0, top_p=1.0)
+    flags = {action.dest: action for action in parser._actions}
+    for option in settings.OPTIONS:
+        assert (option.name in flags) == bool(option.flag or option.name == "seed"), option.name
+        if option.flag:
+            assert str(flags[option.name].help).startswith(option.flag), option.name
+
+
+def test_every_dialect_orders_stages_that_there_are() -> None:
+    for name, dialect in {**DIALECTS, **NUCLEUS}.items():
+        used = [step.option for step in dialect.steps]
+        assert len(set(used)) == len(used), name
+        assert set(used) <= set(STAGES), name
+    own = [step.option for step in NUCLEUS["after_top_k"].steps]
+    assert own == [name for name in STAGES if name != "greedy"]
+
+
+def test_docs_name_every_option() -> None:
+    text = (ROOT / "docs/semantics.md").read_text()
+    assert [name for name in stages.OFF if f"`{name}`" not in text and name not in text] == []
