@@ -327,7 +327,7 @@ ALONE = {
 
 def test_no_door_is_forgotten() -> None:
     known = {door.split()[1] for door in DOORS} | ALONE
-    functions = [getattr(hw, name) for name in hw.__all__]
+    functions = [face for face in (getattr(hw, name) for name in hw.__all__) if callable(face)]
     for kind in (hw.KVCache, hw.Sampler, hw.AttentionState):
         functions += [f for n, f in vars(kind).items() if inspect.isfunction(f) and not n.startswith("_")]
     functions.append(hw.AttentionState.from_lse)

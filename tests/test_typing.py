@@ -70,7 +70,8 @@ def faces(module: ModuleType) -> Iterator[tuple[str, Any]]:
     """Yield a module's public classes and functions, and the methods of these classes."""
     for name in module.__all__:
         face = getattr(module, name)
-        yield name, face
+        if callable(face):
+            yield name, face
         for own, method in vars(face).items() if inspect.isclass(face) else ():
             for part in ("fget", "func", "__func__"):
                 method = getattr(method, part, method)

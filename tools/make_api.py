@@ -84,7 +84,7 @@ def named(module: str, code: str) -> Iterator[tuple[str, Any]]:
     faces = [(name, getattr(importlib.import_module(module), name)) for name in public(module)]
     prefix = module.removeprefix("headway").lstrip(".")
     for name, face in sorted(faces, key=lambda pair: (isinstance(pair[1], type), pair[0])):
-        if (getattr(face, "__module__", None) or face.__name__).startswith(code):
+        if module == code or (getattr(face, "__module__", None) or face.__name__).startswith(code):
             yield f"{prefix}.{name}".lstrip("."), face
 
 
@@ -96,7 +96,8 @@ def index(names: list[tuple[str, Any]]) -> Iterator[str]:
         anchor = re.sub(r"\W", "", name.lower())
         link = f"{anchor}-1" if anchor in seen else anchor  # GitHub numbers headings that differ in case alone
         seen.append(anchor)
-        first = (inspect.getdoc(face) or "").partition("\n\n")[0].replace("\n", " ")
+        first = repr(face) if isinstance(face, hw.SamplingParams) else inspect.getdoc(face) or ""
+        first = first.partition("\n\n")[0].replace("\n", " ")
         summary = escaped(first).replace("|", r"\|")
         yield f"| [`{name}`](#{link}) | {summary} |"
     yield ""
@@ -105,6 +106,9 @@ def index(names: list[tuple[str, Any]]) -> Iterator[str]:
 def entry(name: str, face: Any, level: str = "###") -> Iterator[str]:
     """Yield a heading, a signature and the docstring; for a class its fields and its methods too."""
     yield f"{level} `{name}`\n"
+    if isinstance(face, hw.SamplingParams):  # a value
+        yield f"```text\n{face!r}\n```\n"
+        return
     if not isinstance(face, type):
         if callable(face):
             yield f"```text\n{signature(name, face)}\n```\n"
