@@ -427,11 +427,11 @@ MUTANTS = [
     ),
     Mutant(
         f"{PYTHON}/_sampling/rows.py",
-        "if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:",
-        "if ids.size and not 0 <= ids.min() <= ids.max() <= vocabulary:",
+        "0 <= ids.min() <= ids.max() < vocabulary):",
+        "0 <= ids.min() <= ids.max() <= vocabulary):",
         tests("sampling_errors", "sampling"),
     ),
-    Mutant(f"{PYTHON}/_sampling/logprobs.py", "np.argsort(-keys[rows],", "np.argsort(keys[rows],", SERVING),
+    Mutant(f"{PYTHON}/_sampling/logprobs.py", "np.argsort(-keys[part],", "np.argsort(keys[part],", SERVING),
     Mutant(
         f"{PYTHON}/_sampling/sampler.py",
         "active.position[...] += _ONE",
@@ -442,7 +442,7 @@ MUTANTS = [
     Mutant(f"{PYTHON}/_turns.py", "                    raise RuntimeError(message)", "                    pass", CACHE),
     Mutant(f"{PYTHON}/_turns.py", '                    del state["_turn"]', "                    pass", CACHE),
     Mutant(f"{PYTHON}/_sampling/sampler.py", "        active.position[...] += _ONE\n", "", SERVING),
-    Mutant(f"{PYTHON}/_sampling/sampler.py", "return own & mask", "return own | mask", SERVING),
+    Mutant(f"{PYTHON}/_sampling/sampler.py", "own & self._bools(mask)", "own | self._bools(mask)", SERVING),
     Mutant(f"{PYTHON}/lm/text.py", "_, end = min(found)", "_, end = max(found)", LM),
     Mutant(f"{PYTHON}/lm/text.py", "for n in range(len(stop)) if", "for n in range(len(stop) - 1) if", LM),
     Mutant(f"{PYTHON}/_sampling/bans.py", "drawn < self.min_tokens", "drawn <= self.min_tokens", SERVING),
