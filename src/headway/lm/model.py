@@ -110,8 +110,8 @@ class Model:
         """
         return self.session().logits(ids)
 
-    @_check.public
     @shows_text_options
+    @_check.public
     def generate(
         self,
         prompt: str | ArrayLike,
@@ -154,8 +154,8 @@ class Model:
         more: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, "params": params, "count_prompt": count_prompt}
         return "".join(self.stream(prompt, **more, **options))
 
-    @_check.public
     @shows_text_options
+    @_check.public
     def stream(
         self,
         prompt: str | ArrayLike,
