@@ -319,8 +319,12 @@ class _Left:
     mass: Array
     found: float
 
-    @cached_property
+    @property
     def total(self) -> int:
+        return self._total
+
+    @cached_property
+    def _total(self) -> int:
         return int(self.mass.sum())
 
     def take(self, places: Array) -> _Left:

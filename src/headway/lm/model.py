@@ -288,6 +288,7 @@ class TextStream(Iterator[str]):
                 return
             logits = session.next_logits(new)
             allowed = None if grammar is None else [grammar(list(self.token_ids))]
+            drawn = None
             if logprobs is None:
                 token = int(sampler.step(logits[None], allowed=allowed)[0])
             else:
@@ -297,7 +298,7 @@ class TextStream(Iterator[str]):
                 self.finish_reason = "eos"
                 return
             self.token_ids.append(token)
-            if logprobs is not None:
+            if drawn is not None:
                 self.logprobs.append(hw.Drawn(token, _of_one_row(drawn.raw), _of_one_row(drawn.processed)))
             yield token
             new = (token,)
