@@ -816,7 +816,7 @@ def test_rows_without_bias_or_mask_are_not_given_one() -> None:
         sampler.retire(23)
         kept = [new.settings is old.settings for new, old in zip(sampler._active.groups, found, strict=True)]
         assert kept == [True] * (len(found) - 1) + [False]
-        dense = [any(np.size(value) >= V for value in group.settings.values()) for group in found]
+        dense = [any(np.size(value) >= V for value in vars(group.settings).values()) for group in found]
         return [len(group.handles) for group in found], dense
 
     bias, mask = {"logit_bias": {5: 1.0}}, {"allowed": [1, 2, 5]}

@@ -1,38 +1,77 @@
-"""Write src/headway/_sampling/params.py: the options of sampling as type checkers, editors and readers see them.
+"""Write options.py and params.py of src/headway/_sampling: sampling's options as type checkers and readers see them.
 
     python tools/make_params.py
 
-It lists what the records in stages.py and settings.py say, because tools that read code do not run it.
+They list what the records in stages.py and settings.py say, because tools that read code do not run it.
 """
 
 from __future__ import annotations
 
+import inspect
 import textwrap
 from pathlib import Path
 
 from headway._sampling.settings import OPTIONS
+from headway._sampling.stages import Option
 
-TARGET = Path(__file__).parent.parent / "src/headway/_sampling/params.py"
-HEAD = '''"""SamplingParams, written by tools/make_params.py from the records in stages.py and settings.py."""
+FOLDER = Path(__file__).parent.parent / "src/headway/_sampling"
+OPTIONS_PAGE = '''"""The options of a call, given and checked; written by tools/make_params.py from the records."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from numpy.typing import ArrayLike
 
-from .. import _check
-from .._signatures import defaults_of, shows_options
-from .settings import Params
+from .checks import Sparse
+from .rows import Array
 
-__all__ = ["SamplingOptions", "SamplingParams"]
+__all__ = ["SamplingOptions", "Settings"]
 
 
 class SamplingOptions(TypedDict, total=False):
     """The options of `sample`, `probabilities` and `filter_logits`; `SamplingParams` explains them."""
 
-{typed}
+{given}
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """The options of one call once they are checked.
+
+    Numbers are arrays (), or of a shape that broadcasts to the rows. An option that is off is None.
+    """
+
+{checked}
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> Settings:
+        """Return settings made of this dict, one value for each field; the constructor takes ten times as long."""
+        settings = object.__new__(Settings)
+        object.__setattr__(settings, "__dict__", values)
+        return settings
+
+    def updated(self, changes: Mapping[str, Any]) -> Settings:
+        """Return settings that differ in these fields."""
+        return Settings.of({{**self.__dict__, **changes}})
+'''
+PARAMS_PAGE = '''"""SamplingParams, written by tools/make_params.py from the records in stages.py and settings.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from numpy.typing import ArrayLike
+
+from .. import _check
+from .._signatures import defaults_of, shows_options
+from .options import SamplingOptions
+from .settings import Params
+
+__all__ = ["SamplingOptions", "SamplingParams"]
 
 
 @_check.public
@@ -61,8 +100,8 @@ shows_sampling_options = shows_options(SamplingOptions, defaults_of(SamplingPara
 '''
 
 
-def text() -> str:
-    """Return what the file should hold."""
+def texts() -> dict[Path, str]:
+    """Return what each file should hold."""
     documented = (
         textwrap.fill(
             f"{option.name}: {option.says}",
@@ -78,12 +117,26 @@ def text() -> str:
     def value(default: object) -> str:
         return f'"{default}"' if isinstance(default, str) else repr(default)
 
-    return HEAD.format(
-        typed="\n".join(f"    {option.name}: {option.type}" for option in OPTIONS),
-        documented="\n".join(documented),
-        fields="\n".join(f"    {option.name}: {option.type} = {value(option.default)}" for option in OPTIONS),
-    )
+    return {
+        FOLDER / "options.py": OPTIONS_PAGE.format(
+            given="\n".join(f"    {option.name}: {option.type}" for option in OPTIONS),
+            checked="\n".join(f"    {option.name}: {checked_type(option)}" for option in OPTIONS),
+        ),
+        FOLDER / "params.py": PARAMS_PAGE.format(
+            documented="\n".join(documented),
+            fields="\n".join(f"    {option.name}: {option.type} = {value(option.default)}" for option in OPTIONS),
+        ),
+    }
+
+
+def checked_type(option: Option) -> str:
+    """Return the type of what the option's check returns."""
+    if option.type.startswith("Literal"):
+        return option.type
+    returned: str = inspect.signature(option.check).return_annotation
+    return returned if option.default is None else returned.removesuffix(" | None")
 
 
 if __name__ == "__main__":
-    TARGET.write_text(text())
+    for path, text in texts().items():
+        path.write_text(text)

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +14,9 @@ import numpy as np
 from .. import _arrays, _native
 from .checks import Sparse
 from .dialects import Step, rules
+from .options import Settings
 from .rows import Array, broadcast, flat, in_row, known_ids, mask_bytes, per_token
-from .settings import Params, Settings, resolve
+from .settings import Params, resolve
 from .stages import OFF, STAGES
 
 
@@ -82,35 +84,34 @@ class Call(NamedTuple):
 
     def stages(self) -> _native.Stages:
         """Return the stages that do something, in order, with their values for each row."""
-        settings = self.settings
-        values = [settings[name] for name in _NUMBERS]
+        values = _numbers_of(self.settings)
         if not any([value is not None and value.ndim for value in values]):  # a list, which is faster here
             return _stages_of_all(*self.how(), tuple([None if value is None else value.item() for value in values]))
         return native_stages(self.steps(), self.per_row("min_tokens_to_keep"))
 
     def steps(self) -> list[_Valued]:
         """Return these stages by name."""
-        given = {name: self.per_row(name) for name in _NUMBERS if self.settings[name] is not None}
+        given = {name: self.per_row(name) for name in _NUMBERS if getattr(self.settings, name) is not None}
         return list(_steps(*self.how(), given))
 
     def how(self) -> tuple[str | None, str, str]:
         """Return what decides about stages besides numbers."""
-        return self.settings["dialect"], self.settings["nucleus"], self.settings["ties"]
+        return self.settings.dialect, self.settings.nucleus, self.settings.ties
 
     def coin(self) -> dict[str, Any]:
         """Return the source of random numbers where xtc needs one, although no token is drawn."""
-        return {} if self.settings["xtc_probability"] is None else self.source()
+        return {} if self.settings.xtc_probability is None else self.source()
 
     def per_row(self, name: str) -> Array:
         """Return a setting as one value, or as one per row, in C order."""
-        return per_row(name, self.settings[name], self.lead)
+        return per_row(name, getattr(self.settings, name), self.lead)
 
     def source(self, *draws: int) -> dict[str, Any]:
         """Return where the random numbers come from."""
         return random_source(self.settings, self.lead, *draws)
 
     def bias(self) -> Array | None:
-        bias = self.settings["logit_bias"]
+        bias = self.settings.logit_bias
         if bias is None:
             return None
         if isinstance(bias, Sparse):
@@ -121,12 +122,12 @@ class Call(NamedTuple):
 
     def allowed(self) -> tuple[Array | None, bool]:
         """Return the mask as bytes, and whether each byte holds eight tokens."""
-        allowed = self.settings["allowed"]
+        allowed = self.settings.allowed
         return (None, False) if allowed is None else mask_bytes("allowed", allowed, self.data.shape)
 
     def spared(self) -> Array:
         """Return the tokens that xtc leaves in."""
-        ids = self.settings["xtc_special_tokens"]
+        ids = self.settings.xtc_special_tokens
         return _NO_IDS if ids is None else known_ids("xtc_special_tokens", np.array(ids), self.vocabulary)
 
     def fail(self, status: Array, draws: int = 1) -> None:
@@ -143,7 +144,7 @@ class Call(NamedTuple):
         if fault == 3:
             raise ValueError(
                 f"{self.name}: expected numbers within float32, got one at token {token}{where} that overflows"
-                + (" with its logit_bias" if self.settings["logit_bias"] is not None else "")
+                + (" with its logit_bias" if self.settings.logit_bias is not None else "")
                 + "; subtract the row's maximum first"
             )
         if fault == 5:
@@ -151,7 +152,7 @@ class Call(NamedTuple):
                 f"num_samples: expected at most {token} without replacement{where}, where no more tokens are left to "
                 f"draw from, got {draws}; draw with replacement, or filter less"
             )
-        name = next((n for n in ("allowed", "logit_bias") if self.settings[n] is not None), self.name)
+        name = next((n for n in ("allowed", "logit_bias") if getattr(self.settings, n) is not None), self.name)
         raise ValueError(f"{name}: expected at least one token that is not banned{where}, got none; allow one")
 
 
@@ -180,9 +181,9 @@ def per_row(name: str, value: Array, shape: tuple[int, ...]) -> Array:
 
 def random_source(settings: Settings, lead: tuple[int, ...], *draws: int) -> dict[str, Any]:
     """Return where the random numbers of rows (*lead) come from."""
-    if settings["uniform"] is not None:
-        return {"uniform": per_row("uniform", settings["uniform"], (*lead, *draws))}
-    seed = settings["seed"]
+    if settings.uniform is not None:
+        return {"uniform": per_row("uniform", settings.uniform, (*lead, *draws))}
+    seed = settings.seed
     if seed is None:
         seed = np.frombuffer(os.urandom(8), np.uint64)[0]
     if seed.ndim and seed.shape != lead:
@@ -190,7 +191,7 @@ def random_source(settings: Settings, lead: tuple[int, ...], *draws: int) -> dic
             f"seed: expected one integer, or one per row in an array of shape {lead}, got shape {seed.shape}; "
             "rows that share a seed in such an array would draw the same"
         )
-    position = _ZERO if settings["position"] is None else per_row("position", settings["position"], lead)
+    position = _ZERO if settings.position is None else per_row("position", settings.position, lead)
     stream = np.arange(math.prod(lead), dtype=np.uint64) if seed.ndim == 0 and lead else _ZERO
     return {"seed": seed.reshape(-1), "stream": stream, "position": position}
 
@@ -199,6 +200,7 @@ _NO_IDS = np.empty(0, np.int64)
 _ZERO = np.zeros(1, np.uint64)  # the first stream, or position
 # The numbers that stages take.
 _NUMBERS = (*dict.fromkeys(name for stage in STAGES.values() for name in stage.numbers), "min_tokens_to_keep")
+_numbers_of = attrgetter(*_NUMBERS)
 _Valued = tuple[Step, dict[str, Array]]  # a stage with the options that it takes, (1,) or (rows,)
 
 

@@ -3,42 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 from numpy.typing import ArrayLike
 
 from .. import _check
 from .._signatures import defaults_of, shows_options
+from .options import SamplingOptions
 from .settings import Params
 
 __all__ = ["SamplingOptions", "SamplingParams"]
-
-
-class SamplingOptions(TypedDict, total=False):
-    """The options of `sample`, `probabilities` and `filter_logits`; `SamplingParams` explains them."""
-
-    temperature: ArrayLike
-    dynamic_temperature_range: ArrayLike | None
-    dynamic_temperature_exponent: ArrayLike
-    top_n_sigma: ArrayLike | None
-    top_k: ArrayLike | None
-    top_p: ArrayLike | None
-    min_p: ArrayLike | None
-    typical_p: ArrayLike | None
-    epsilon_cutoff: ArrayLike | None
-    eta_cutoff: ArrayLike | None
-    xtc_probability: ArrayLike | None
-    xtc_threshold: ArrayLike
-    xtc_special_tokens: Any
-    min_tokens_to_keep: ArrayLike
-    allowed: Any
-    logit_bias: Any
-    ties: Literal["lowest_id", "keep"]
-    nucleus: Literal["after_top_k", "joint"]
-    dialect: Literal["hf", "vllm", "llama.cpp", "flashinfer", "sglang", "mlx"] | None
-    seed: ArrayLike | None
-    position: ArrayLike | None
-    uniform: ArrayLike | None
 
 
 @_check.public

@@ -149,7 +149,7 @@ def filter_logits(logits: AnyArray, params: SamplingParams | None = None, **opti
     array([  3.,   2., -inf])
     """
     run = prepare(logits, params, options)
-    dtype = run.operand.dtype if run.settings["logit_bias"] is None else _arrays.compute_dtype(run.operand.dtype)
+    dtype = run.operand.dtype if run.settings.logit_bias is None else _arrays.compute_dtype(run.operand.dtype)
     out = np.empty(run.data.shape, _arrays.storage(dtype))
     run(filtered=out, **run.coin())
     return run.operand.wrap(out, dtype)

@@ -21,6 +21,7 @@ from . import bans
 from .call import Call, prepare, ready
 from .histories import Histories
 from .logprobs import Logprobs, Ranked
+from .options import Settings
 from .params import SamplingParams
 from .penalties import (
     DEFAULTS,
@@ -33,7 +34,7 @@ from .penalties import (
     with_windows,
 )
 from .rows import Array, mask_bytes, unpacked
-from .settings import CHECKS, Settings
+from .settings import CHECKS
 from .stages import OFF
 
 __all__ = ["Drawn", "Sampler"]
@@ -60,8 +61,8 @@ class _Row(NamedTuple):
 
     handle: int
     slot: int  # of its history
-    # Each a single number or a word, the stream too; allowed and logit_bias (V,) or None; the position of index 0.
-    settings: Settings
+    settings: Settings  # of one row: allowed and logit_bias (V,) or None; the position is that of index 0
+    stream: np.uint64
     prompt: int  # how many tokens of its sequence
     penalties: dict[str, Array]
     breakers: frozenset[int]
@@ -69,19 +70,20 @@ class _Row(NamedTuple):
 
     def words(self) -> tuple[Any, ...]:
         """Return what rows must share to be sampled by one call."""
-        return tuple(self.settings[name] for name in _WORDS)
+        return tuple(getattr(self.settings, name) for name in _WORDS)
 
     def kind(self) -> tuple[Any, ...]:
         """Return what rows should share to be sampled by one call: those without a mask or bias (V,) get none."""
-        return *self.words(), self.settings["allowed"] is None, self.settings["logit_bias"] is None
+        return *self.words(), self.settings.allowed is None, self.settings.logit_bias is None
 
 
 class _Group(NamedTuple):
-    """Neighbours that one call samples, and their settings, one of each row."""
+    """Neighbours that one call samples, and their settings and streams, one of each row."""
 
     handles: tuple[int, ...]
     rows: slice  # not an array of numbers, which would copy their logits
     settings: Settings
+    streams: Array
 
 
 class _Active(NamedTuple):
@@ -215,9 +217,9 @@ class Sampler:
         Raises ValueError and TypeError that name the argument.
         """
         alone = prepare(np.zeros(self.vocabulary, np.float32), params, {} if seed is None else {"seed": seed})
-        if alone.settings["uniform"] is not None:
+        if alone.settings.uniform is not None:
             raise ValueError("uniform: expected seed and position, which make each step differ; leave it out of params")
-        for name, value in alone.settings.items():
+        for name, value in vars(alone.settings).items():
             if isinstance(value, np.ndarray) and value.ndim and name not in ("allowed", "logit_bias"):
                 raise ValueError(f"{name}: expected one value for the row, got shape {value.shape}")
         for name, value in penalties.items():
@@ -244,16 +246,17 @@ class Sampler:
         allowed, packed = alone.allowed()
         if allowed is not None:
             allowed = unpacked(allowed, self.vocabulary) if packed else allowed.view(np.bool_)
-        settings = alone.settings | {"seed": source["seed"][0], "position": source["position"][0]}
-        settings |= {"allowed": allowed, "logit_bias": bias}
+        start = source["position"][0]
+        settings = alone.settings.updated(
+            {"seed": source["seed"][0], "position": start, "allowed": allowed, "logit_bias": bias}
+        )
         if stream is None:
-            of_params = seed is None and alone.settings["seed"] is not None
-            stream = self._free_stream(settings["seed"]) if of_params else 0
-        settings["stream"] = np.uint64(stream)
+            of_params = seed is None and alone.settings.seed is not None
+            stream = self._free_stream(source["seed"][0]) if of_params else 0
         history = np.concatenate([prompt, output])
         slot = self._histories.admit(history, np.isin(history, breakers), 0 if count_prompt else prompt.size)
         ids = frozenset(breakers.tolist())
-        row = _Row(self._admitted, slot, settings, before, with_windows(own), ids, own_bans)
+        row = _Row(self._admitted, slot, settings, np.uint64(stream), before, with_windows(own), ids, own_bans)
         active = self._with([*self._active.rows, row], np.append(self._active.position, position))
         # No function is called between the two, so that no signal's handler runs there.
         self._active = active
@@ -262,7 +265,7 @@ class Sampler:
 
     def _free_stream(self, seed: np.uint64) -> int:
         """Return the lowest stream that no active row with this seed draws from."""
-        taken = {int(row.settings["stream"]) for row in self._active.rows if row.settings["seed"] == seed}
+        taken = {int(row.stream) for row in self._active.rows if row.settings.seed == seed}
         return next(stream for stream in count() if stream not in taken)
 
     def _prompt(self, prompt_tokens: AnyArray, unknown_tokens: UnknownTokens, looked_at: bool) -> tuple[Array, int]:
@@ -374,7 +377,7 @@ class Sampler:
         """
         at = self._place(handle)
         active, histories, row = self._active, self._histories, self._active.rows[at]
-        start, this, slots = row.settings["position"], slice(at, at + 1), active.slots[at : at + 1]
+        start, this, slots = row.settings.position, slice(at, at + 1), active.slots[at : at + 1]
         present = int((active.position[this] - start)[0])
         length = _check.integer(length, "length", row.prompt, present)
         less = present - length
@@ -431,13 +434,13 @@ class Sampler:
         tokens = np.empty((rows, 1), np.int64)
         processed = None if n is None else Ranked.empty(tokens, n)
         for group in active.groups:
-            settings = group.settings | {"position": active.position[group.rows]}
+            changes: dict[str, Any] = {"position": active.position[group.rows]}
             if mask is not None:
-                settings["allowed"] = self._both(group.settings["allowed"], mask[group.rows])
-            run = ready(operand._replace(data=operand.data[group.rows]), settings)
+                changes["allowed"] = self._both(group.settings.allowed, mask[group.rows])
+            run = ready(operand._replace(data=operand.data[group.rows]), group.settings.updated(changes))
             own = histories.of(active.slots[group.rows]) if active.penalized else None
             status = np.zeros(rows, np.int64)
-            source = run.source() | {"stream": group.settings["stream"]}
+            source: dict[str, Any] = run.source() | {"stream": group.streams}
             native, drawn = run.native(status[group.rows], own, **source), tokens[group.rows]
             if not _native.sample(native, 1, True, drawn, None, None):
                 self._fail(run, status)
@@ -496,7 +499,7 @@ class Sampler:
         banned = {}
         for at in active.banning:
             row = active.rows[at]
-            length = int((active.position[at : at + 1] - row.settings["position"])[0])
+            length = int((active.position[at : at + 1] - row.settings.position)[0])
             ids = row.bans.next(self._histories.tokens_of(row.slot), length - row.prompt)
             if ids.size:
                 banned[at] = ids
@@ -519,7 +522,7 @@ class Sampler:
     def _with(self, rows: list[_Row], position: Array) -> _Active:
         """Batch the settings of these rows, so that a step has nothing to do with them."""
         penalties = {name: np.array([row.penalties[name] for row in rows]) for name in with_windows(DEFAULTS)}
-        before = {group.handles: group.settings for group in self._active.groups}
+        before = {group.handles: group for group in self._active.groups}
         runs = [list(run) for _, run in groupby(rows, _Row.kind)]
         if len(rows) < _ROWS_PER_CALL * len(runs):
             runs = [list(run) for _, run in groupby(rows, _Row.words)]
@@ -527,25 +530,28 @@ class Sampler:
         for members in runs:
             handles = tuple(row.handle for row in members)
             start, end = end, end + len(members)
-            settings = before[handles] if handles in before else self._batched(members)
-            groups.append(_Group(handles, slice(start, end), settings))
+            if handles in before:
+                groups.append(before[handles]._replace(rows=slice(start, end)))
+            else:
+                streams = np.array([row.stream for row in members])
+                groups.append(_Group(handles, slice(start, end), self._batched(members), streams))
         slots = np.array([row.slot for row in rows], np.int64)
         penalized = any(on.any() for on in penalizes(penalties))
         banning = tuple(at for at, row in enumerate(rows) if row.bans.any())
         return _Active(tuple(rows), tuple(groups), slots, position, penalties, penalized, banning)
 
     def _batched(self, members: list[_Row]) -> Settings:
-        off: Settings = OFF | {
+        off: dict[str, Any] = OFF | {
             "allowed": np.full(self.vocabulary, True),
             "logit_bias": np.zeros(self.vocabulary, np.float32),
         }
-        batched: Settings = {}
-        for name, first in members[0].settings.items():
-            values = [row.settings[name] for row in members]
+        batched: dict[str, Any] = {}
+        for name, first in vars(members[0].settings).items():
+            values = [getattr(row.settings, name) for row in members]
             if name in _WORDS:
                 batched[name] = first
             elif all(value is None for value in values):
                 batched[name] = None
             else:
                 batched[name] = np.array([off[name] if value is None else value for value in values])
-        return batched
+        return Settings.of(batched)

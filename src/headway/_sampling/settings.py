@@ -12,9 +12,8 @@ from .. import _arrays
 from .._check import no_such, shown
 from .checks import Check, Integers, Reading, Reals, allowed, choice, logit_bias
 from .dialects import DIALECTS, rules
+from .options import Settings
 from .stages import NUMBER, NUMBER_OR_NONE, OF_STAGES, Option
-
-Settings = dict[str, Any]  # checked options, as the kernels want them
 
 _WHOLE = "an integer from 0 to 2^64 - 1"
 OPTIONS = (
@@ -95,19 +94,23 @@ DEFAULTS = {option.name: option.default for option in OPTIONS}
 _OF_A_CALL = ("seed", "position", "uniform")  # which differ from call to call
 
 
-def checked(options: Mapping[str, Any], dialect: str | None = None) -> Settings:
-    """Check options one by one; the dialect that is among them, or the one given, says what numbers mean."""
-    name = CHECKS["dialect"]("dialect", options.get("dialect", dialect), ())
-    readings: Mapping[str, tuple[Reading, ...]] = DIALECTS[name].readings if name else {}
-    settings = {}
+def checked(options: Mapping[str, Any], dialect: str | None = None) -> dict[str, Any]:
+    """Return the options that are given as `Settings` has them, checked one by one.
+
+    The dialect that is among them, or the one given, says what numbers mean.
+    """
+    if "dialect" in options:
+        dialect = CHECKS["dialect"]("dialect", options["dialect"], ())
+    readings: Mapping[str, tuple[Reading, ...]] = {} if dialect is None else DIALECTS[dialect].readings
+    out = {}
     for name, value in options.items():
         if name not in CHECKS:
             raise TypeError(no_such(name, value, "option", CHECKS))
         if type(value) in (float, int) and name not in _OF_A_CALL:
-            settings[name] = _checked_number(name, isinstance(value, int), value, readings.get(name, ()))
+            out[name] = _checked_number(name, isinstance(value, int), value, readings.get(name, ()))
         else:
-            settings[name] = CHECKS[name](name, value, readings.get(name, ()))
-    return settings
+            out[name] = CHECKS[name](name, value, readings.get(name, ()))
+    return out
 
 
 @lru_cache(4096)
@@ -118,24 +121,25 @@ def _checked_number(name: str, whole: bool, value: float, readings: tuple[Readin
 
 def check_together(settings: Settings) -> None:
     """Check what options say about each other."""
-    if settings["uniform"] is not None:
+    if settings.uniform is not None:
         for name in ("seed", "position"):
-            if settings[name] is not None:
+            if getattr(settings, name) is not None:
                 raise ValueError(f"uniform: expected no {name} beside it, got both; leave one of them out")
-        coin = settings["xtc_probability"]
+        coin = settings.xtc_probability
         if coin is not None and ((coin > 0) & (coin < 1)).any():
             raise ValueError(
                 "uniform: expected xtc_probability 0 or 1 beside it, got another: its coin needs a random number of "
                 "its own; use seed"
             )
-    dialect = settings["dialect"]
+    dialect = settings.dialect
     if dialect is None:
         return
-    for name in sorted(rules(dialect, settings["nucleus"]).lacks()):
-        if settings[name] is not None and name != "temperature" and np.any(settings[name] != DEFAULTS[name]):
+    for name in sorted(rules(dialect, settings.nucleus).lacks()):
+        value = getattr(settings, name)
+        if value is not None and name != "temperature" and np.any(value != DEFAULTS[name]):
             raise ValueError(f"{name}: expected none in dialect {dialect!r}, which has no such filter; leave it out")
     for name, own in (("ties", "lowest_id"), ("nucleus", "after_top_k")):
-        if settings[name] != own and (name, dialect) != ("nucleus", "flashinfer"):
+        if getattr(settings, name) != own and (name, dialect) != ("nucleus", "flashinfer"):
             raise ValueError(
                 f"{name}: expected none beside dialect {dialect!r}, which decides it; leave one of them out"
             )
@@ -198,7 +202,7 @@ class Params:
 
     @cached_property
     def _settings(self) -> Settings:
-        return checked(self._fields())
+        return Settings.of(checked(self._fields()))
 
     def _fields(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in CHECKS}
@@ -209,10 +213,10 @@ class Params:
 
     def _key(self) -> tuple[Any, ...]:
         key = {name: identity(value) for name, value in self._fields().items()}
-        allowed = self._settings["allowed"]
+        allowed = self._settings.allowed
         if allowed is not None and allowed.dtype == np.int64:  # ids, of which the order says nothing
             key["allowed"] = frozenset(allowed.tolist())
-        key["xtc_special_tokens"] = self._settings["xtc_special_tokens"]
+        key["xtc_special_tokens"] = self._settings.xtc_special_tokens
         return tuple(key.values())
 
     def __eq__(self, other: object) -> bool:
@@ -232,17 +236,17 @@ class Params:
         return partial(type(self), **self._given()), ()
 
 
-_CHECKED_DEFAULTS = checked(DEFAULTS)
+_DEFAULT_SETTINGS = Settings.of(checked(DEFAULTS))
 
 
 def resolve(params: Params | None, options: Mapping[str, Any]) -> Settings:
     """Return the settings of one call: the keywords, then params, then the defaults."""
     if params is None:
-        settings = _CHECKED_DEFAULTS | checked(options)
+        settings = _DEFAULT_SETTINGS.updated(checked(options))
     elif isinstance(params, Params) and "dialect" in options:  # it says what the numbers of params mean too
-        settings = checked({**params._fields(), **options})
+        settings = Settings.of(checked({**params._fields(), **options}))
     elif isinstance(params, Params):
-        settings = params._settings | checked(options, params._settings["dialect"])
+        settings = params._settings.updated(checked(options, params._settings.dialect))
     else:
         raise TypeError(f"params: expected SamplingParams, got {shown(params)}; options are keywords, temperature=0.7")
     check_together(settings)

@@ -11,9 +11,9 @@ from .. import _check, _native
 from .._check import shown
 from .._signatures import AnyArray, Unpack
 from .call import Call, prepare, random_source
+from .options import Settings
 from .params import SamplingOptions, SamplingParams, shows_sampling_options
 from .rows import Array, in_row, known_ids, lengths_within
-from .settings import Settings
 
 __all__ = ["Verified", "verify_draft"]
 
@@ -76,7 +76,7 @@ def verify_draft(
     run = prepare(target_logits, params, options, "target_logits")
     if run.data.ndim < 2 or run.lead[-1] < 1:
         raise ValueError(f"target_logits: expected an array (..., n + 1, V), got shape {run.data.shape}")
-    if run.settings["uniform"] is not None:
+    if run.settings.uniform is not None:
         raise ValueError("uniform: expected seed and position, which give as many words as it takes; leave it out")
     lead, n = run.lead[:-1], run.lead[-1] - 1
     drafted = np.full(math.prod(lead), n)
@@ -136,7 +136,8 @@ def _per_place(run: Call, places: int) -> Call:
         of_target = value.ndim > 1 and value.shape[-2] == places + 1
         return value[..., :places, :] if of_target else value
 
-    return run._replace(settings={name: spread(name, value) for name, value in run.settings.items()})
+    given = vars(run.settings)
+    return run._replace(settings=Settings.of({name: spread(name, value) for name, value in given.items()}))
 
 
 def _source(settings: Settings, lead: tuple[int, ...], places: int) -> dict[str, Any]:

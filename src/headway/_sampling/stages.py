@@ -18,7 +18,7 @@ from .checks import Check, Integers, Reals, token_ids
 from .rows import Array
 
 OR_NONE = "use None to switch it off"
-NUMBER, NUMBER_OR_NONE = "ArrayLike", "ArrayLike | None"  # types, as params.py has them
+NUMBER, NUMBER_OR_NONE = "ArrayLike", "ArrayLike | None"  # types, as options.py has them
 
 
 @dataclass(frozen=True)
