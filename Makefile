@@ -58,8 +58,8 @@ bench: $(VENV)/bench
 # A build of its own, of the best table for this machine. The sanitizers' libraries of GCC must be loaded before Python,
 # whose leaks are not ours. ThreadSanitizer watches the pool in a program without Python.
 SANITIZED := SKBUILD_BUILD_DIR=build/sanitize VENV=$(VENV)-sanitize
-SANITIZE_TESTS := tests/test_races.py tests/test_attention.py tests/test_layers.py tests/test_cache.py \
-  tests/test_sampling.py tests/test_serving.py
+SANITIZE_TESTS := tests/test_races.py $(patsubst %,tests/attention/test_%.py,attention layers cache) \
+  $(patsubst %,tests/sampling/test_%.py,sample penalties logprobs speculative sampler)
 PRELOAD = $(foreach library,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(library).so))
 sanitize: $(VENV)/demo build/sanitize/hammer
 	build/sanitize/hammer

@@ -11,6 +11,14 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 BOS, EOS = 256, 257  # after the 256 bytes
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 260,

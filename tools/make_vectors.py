@@ -95,7 +95,7 @@ def support(row: Row, parameters: Parameters, dialect: str | None = None) -> lis
         return None
     try:
         options = SamplingParams(dialect=name, nucleus=nucleus, seed=0, **parameters)  # type: ignore[arg-type]
-        return np.flatnonzero(reference.weights(row, options)).tolist()
+        return np.flatnonzero(reference.masses(row, options)).tolist()
     except (ValueError, IndexError):  # an id outside of the vocabulary is no more than an index to the reference
         return "error"
 
@@ -633,7 +633,7 @@ def level_2() -> dict[str, tuple[str, list[Case]]]:
 def masses(identity: str, comment: str, logits: Any, flags: str = "", **parameters: Any) -> Case:
     """A case of level 3: the masses in hex, 0 for what was removed."""
     row = np.array(logits, np.float32)
-    weights = reference.weights(row, seed=0, **parameters)
+    weights = reference.masses(row, seed=0, **parameters)
     return described(identity, comment, row, flags.split(), parameters) | {
         "masses": repeated(f"{weight:x}" for weight in weights.tolist())
     }

@@ -42,22 +42,22 @@ class Mutant(NamedTuple):
 
 
 def tests(*names: str) -> tuple[str, ...]:
-    """Files of tests."""
-    return tuple(f"tests/test_{name}.py" for name in names)
+    """Files of tests, wherever in tests/ they are."""
+    return tuple(str(path.relative_to(ROOT)) for name in names for path in (ROOT / "tests").rglob(f"test_{name}.py"))
 
 
 BITS = ("tests/test_machine.py::test_the_bits_are_those_recorded_for_this_version_of_the_contract",)
-ATTENTION = tests("semantics", "attention", "attention_laws")
+ATTENTION = tests("attention_semantics", "attention", "attention_laws")
 RANGE = tests("attention_range")
-PARTS = tests("attention_laws", "attention", "semantics")
+PARTS = tests("attention_laws", "attention", "attention_semantics")
 CACHE = tests("cache")
 LAYERS = tests("layers")
-SAMPLING = tests("sampling_semantics", "sampling")
-STAGES = tests("sampling_semantics", "vectors", "sampling")
+SAMPLING = tests("sampling_semantics", "sample")
+STAGES = tests("sampling_semantics", "vectors", "sample")
 DIALECTS = tests("dialects", "sampling_semantics", "vectors")
-SERVING = tests("serving_semantics", "serving")
+SERVING = tests("serving_semantics", "penalties", "logprobs", "speculative", "sampler")
 INTERRUPT = tests("interrupt")
-LM = tests("lm")
+LM = tests("model", "checkpoint", "text")
 
 MUTANTS = [
     # Attention: which keys a row reaches.
@@ -249,7 +249,7 @@ MUTANTS = [
     Mutant(f"{CORE}/sampling/sampling.h", "if (here <= target) {", "if (here < target) {", SAMPLING),
     Mutant(f"{CORE}/sampling/sampling.h", "one[i] <= target)", "one[i] < target)", SAMPLING),
     Mutant(f"{CORE}/sampling/sampling.h", "weight[i] <= target)", "weight[i] < target)", SAMPLING),
-    Mutant(f"{CORE}/sampling/sampling.h", "    total -= weight[i];\n", "", (*SERVING, *tests("sampling_statistics"))),
+    Mutant(f"{CORE}/sampling/sampling.h", "    total -= weight[i];\n", "", (*SERVING, *tests("sample_statistics"))),
     Mutant(f"{CORE}/ground/rng.h", "round < 10;", "round < 9;", SAMPLING),
     Mutant(f"{CORE}/ground/rng.h", "x[0] = high1 ^ x[1] ^ seed;", "x[0] = high1 ^ x[1] ^ stream;", SAMPLING),
     Mutant(f"{CORE}/ground/rng.h", "block{{position, draw, 0, 0}}", "block{{draw, position, 0, 0}}", SAMPLING),
@@ -429,7 +429,7 @@ MUTANTS = [
         f"{PYTHON}/_sampling/rows.py",
         "0 <= ids.min() <= ids.max() < vocabulary):",
         "0 <= ids.min() <= ids.max() <= vocabulary):",
-        tests("sampling_errors", "sampling"),
+        tests("sampling_errors", "sample"),
     ),
     Mutant(f"{PYTHON}/_sampling/logprobs.py", "np.argsort(-keys[part],", "np.argsort(keys[part],", SERVING),
     Mutant(

@@ -1,6 +1,6 @@
 // A row as tokens with masses: weights = round(2^s exp((z - max z) / T)), by float32 operations that are each rounded
 // on their own (no fused ones: NumPy must be able to follow). Everything after is exact integer arithmetic, so lanes
-// and the order of a sum cannot matter. reference/sampling.py says the same thing in one page.
+// and the order of a sum cannot matter. reference/_sampling/masses.py says the same in one page.
 #pragma once
 #include "../ground/rows.h"
 
@@ -149,7 +149,7 @@ constexpr int64_t kPart = 128; // blocks: some 4 microseconds of work
 
 // Elementary functions, for the few numbers that need them -------------------------------------------------------
 
-// The same operations in the same order as reference/sampling.py's _log and _exp, and nothing fused.
+// The same operations in the same order as log and exp of reference/_sampling/masses.py, and nothing fused.
 inline double power_of_two(int64_t n) { // n > -1023
   const int64_t u = (n + 1023) << 52;
   double p;
@@ -207,7 +207,7 @@ inline float inverse_temperature(double t) {
   return inverse < 0x1p-126 ? 0.0f : float(inverse > largest ? largest : inverse);
 }
 
-// The same operations in the same order as reference/sampling.py's _exponents and _weights.
+// The same operations in the same order as exponents and masses_of of reference/_sampling/masses.py.
 
 // x within -40, where the weight is 0 already, and 0. As whole numbers, the bits of -0 and of what is below it come in
 // this order: one comparison cuts off what is below -40, and makes -40 of what cannot be, NaN and positive numbers:

@@ -9,12 +9,13 @@ from .params import SamplingOptions, SamplingParams, shows_sampling_options
 from .penalties import Penalties, penalize
 from .sample import filter_logits, probabilities, sample
 from .sampler import Drawn, Sampler
-from .settings import CHECKS
+from .settings import CHECKS, DEFAULTS
 from .speculative import Verified, verify_draft
 from .stages import OFF, STAGES
 
 __all__ = [
     "CHECKS",
+    "DEFAULTS",
     "DIALECTS",
     "NUCLEUS",
     "OFF",

@@ -1,7 +1,8 @@
 """In which order sampling's stages run, here and in other libraries. A dialect is data: the tables below are all of it.
 
 The kernel and `headway.reference` both follow these tables; docs/semantics.md says the same in words. What is said
-about the other libraries was read from their sources; tests/test_dialects.py compares with those that are installed.
+about the other libraries was read from their sources; tests/sampling/test_dialects.py compares with those that are
+installed.
 """
 
 from __future__ import annotations

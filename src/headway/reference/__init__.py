@@ -1,7 +1,7 @@
 """The definition: every operation of headway once more, in plain NumPy and float64, written to be read.
 
 Nothing here is fast and nothing is clever. A docstring is the formula, and the body is the formula again, one
-step a line. The compiled library is tested against this file: where the two disagree, one of them has a bug.
+step a line. The compiled library is tested against these files: where the two disagree, one of them has a bug.
 Arguments are hardly checked here; that is the public functions' task.
 
 The alphabet of shapes, the same everywhere in headway:
@@ -17,25 +17,18 @@ question to S keys. How well a key answers is a number, the score. `softmax` tur
 weights: positive, and 1 in total. The result is the average of the keys' values under those weights.
 """
 
-from .attention import (
-    AttentionState,
-    KVCache,
-    allowed_keys,
-    attention,
-    attention_weights,
-    linear,
-    merge_attention,
-    multi_head_attention,
-    partial_attention,
-    rms_norm,
-    rotary,
-    scores,
-    softmax,
-    swiglu,
-)
-from .explanation import explain
-from .sampling import filter_logits, philox, probabilities, sample, weights
-from .serving import Sampler, logprobs, penalize, verify_draft
+from ._attention.attention import allowed_keys, attention, attention_weights, scores, softmax
+from ._attention.cache import KVCache
+from ._attention.layers import linear, rms_norm, rotary, swiglu
+from ._attention.multihead import multi_head_attention
+from ._attention.partial import AttentionState, merge_attention, partial_attention
+from ._sampling.explain import explain
+from ._sampling.logprobs import logprobs
+from ._sampling.penalties import penalize
+from ._sampling.rng import philox
+from ._sampling.sample import filter_logits, masses, probabilities, sample
+from ._sampling.sampler import Sampler
+from ._sampling.speculative import verify_draft
 
 __all__ = [
     "AttentionState",
@@ -48,6 +41,7 @@ __all__ = [
     "filter_logits",
     "linear",
     "logprobs",
+    "masses",
     "merge_attention",
     "multi_head_attention",
     "partial_attention",
@@ -61,5 +55,4 @@ __all__ = [
     "softmax",
     "swiglu",
     "verify_draft",
-    "weights",
 ]

@@ -49,9 +49,9 @@ Q, K, V = RNG.normal(size=(4, 3, 8)), RNG.normal(size=(2, 5, 8)), RNG.normal(siz
 
 
 def test_every_sentence_has_a_test() -> None:
-    document = (Path(__file__).parent.parent / "docs" / "semantics.md").read_text()
+    document = (Path(__file__).parents[2] / "docs" / "semantics.md").read_text()
     sentences = {int(n) for n in re.findall(r"^- \*\*A(\d+)\*\* ", document, re.MULTILINE)}
-    files = [path.read_text() for path in Path(__file__).parent.glob("test_*.py")]
+    files = [path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py")]
     tests = {int(n) for text in files for n in re.findall(r"^def test_a(\d+)_", text, re.MULTILINE)}
     assert len(sentences) >= 40
     assert sentences == set(range(1, len(sentences) + 1))

@@ -13,7 +13,7 @@ from oracles import CHUNK, DTYPES, UNIT, same_bits, wide
 
 import headway as hw
 from headway import reference
-from headway.reference.attention import allowed_keys
+from headway.reference import allowed_keys
 
 LARGEST = {"float64": float(np.finfo("d").max), "float32": float(np.finfo("f").max), "bfloat16": 2.0**127 * 1.9921875}
 LARGEST["float16"] = 65504.0

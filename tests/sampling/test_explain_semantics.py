@@ -31,7 +31,7 @@ def boundary(stage: Any) -> tuple[int, int]:
 
 
 def test_every_sentence_has_a_test() -> None:
-    document = (Path(__file__).parent.parent / "docs" / "semantics.md").read_text()
+    document = (Path(__file__).parents[2] / "docs" / "semantics.md").read_text()
     sentences = {int(n) for n in re.findall(r"^- \*\*E(\d+)\*\* ", document, re.MULTILINE)}
     tests = {int(m[1]) for name in globals() if (m := re.match(r"test_e(\d+)_", name))}
     assert len(sentences) >= 18
@@ -82,8 +82,8 @@ def test_e3_counts() -> None:
 def test_e4_masses() -> None:
     best = 2**44
     temperature, top_k, top_p = hw.explain(TENTHS, temperature=0.5, top_k=3, top_p=0.9).stages
-    w = reference.weights(TENTHS).tolist()
-    cold = reference.weights(TENTHS, temperature=0.5).tolist()
+    w = reference.masses(TENTHS).tolist()
+    cold = reference.masses(TENTHS, temperature=0.5).tolist()
     assert cold[0] == best
     assert (temperature.mass_before, temperature.mass_after, temperature.kept_mass) == (sum(w), sum(cold), 1.0)
     assert (top_k.mass_before, top_k.mass_after) == (sum(cold), sum(cold[:3]))
@@ -150,7 +150,7 @@ def test_e9_notes() -> None:
 
 def test_e10_masses_and_the_head() -> None:
     found = hw.explain(TIED, top_k=3, temperature=0.5, top=2)
-    weights = reference.weights(TIED, top_k=3, temperature=0.5)
+    weights = reference.masses(TIED, top_k=3, temperature=0.5)
     assert (found.masses.tolist(), found.masses.dtype) == (weights.tolist(), np.dtype(np.int64))
     assert found.kept.tolist() == [0, 2, 3]
     assert [(one.token, one.probability) for one in found.head] == [(i, weights[i] / weights.sum()) for i in (0, 2)]

@@ -1,6 +1,6 @@
 """The part "Around the draw" of docs/semantics.md, sentence by sentence: test_p7_... says that sentence P7 holds.
 
-Small numbers on purpose: a sentence should be checkable by eye. test_serving.py searches widely.
+Small numbers on purpose: a sentence should be checkable by eye. test_penalties.py and its neighbours search widely.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROWS = (RNG.standard_normal((2, 3, 70)) * 2).astype(np.float32)
 
 
 def test_every_sentence_has_a_test() -> None:
-    document = (Path(__file__).parent.parent / "docs" / "semantics.md").read_text()
+    document = (Path(__file__).parents[2] / "docs" / "semantics.md").read_text()
     sentences = {int(n) for n in re.findall(r"^- \*\*P(\d+)\*\* ", document, re.MULTILINE)}
     tests = {int(m[1]) for name in globals() if (m := re.match(r"test_p(\d+)_", name))}
     assert len(sentences) >= 36

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import DTYPES
-from test_sampling import KINDS, make_logits, make_options
+from test_sample import KINDS, make_logits, make_options
 
 import headway as hw
 from headway import _native, reference
@@ -37,7 +37,7 @@ def test_it_says_what_the_sampler_does(data: st.DataObject) -> None:
             hw.explain(logits, **options)
         return
     found = hw.explain(logits, **options)
-    masses = reference.weights(logits, **options)[0]
+    masses = reference.masses(logits, **options)[0]
     np.testing.assert_array_equal(found.masses, masses)
     np.testing.assert_array_equal(np.sort(found.kept), np.flatnonzero(masses))
     shares = (found.masses / found.masses.sum()).astype(want.dtype)

@@ -43,7 +43,7 @@ def masses(logits: Any, **options: Any) -> list[float]:
 
 
 def test_every_sentence_has_a_test() -> None:
-    document = (Path(__file__).parent.parent / "docs" / "semantics.md").read_text()
+    document = (Path(__file__).parents[2] / "docs" / "semantics.md").read_text()
     sentences = {int(n) for n in re.findall(r"^- \*\*S(\d+)\*\* ", document, re.MULTILINE)}
     tests = {int(m[1]) for name in globals() if (m := re.match(r"test_s(\d+)_", name))}
     assert len(sentences) >= 38

@@ -1,6 +1,6 @@
 """Sampling: the kernels against the reference in bits, laws, random numbers, precision, bad input.
 
-What each option means is in test_sampling_semantics.py; frequencies are in test_sampling_statistics.py.
+What each option means is in test_sampling_semantics.py; frequencies are in test_sample_statistics.py.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import DTYPES, laid_out, same_bits
+from test_sample_statistics import chi_square, power
 
 import headway as hw
 from headway import reference
 from headway._sampling.dialects import DIALECTS, rules
+from headway.reference._sampling.call import through_stages
 
 FUNCTIONS = ("sample", "probabilities", "filter_logits")
 LAST = 1 - 2.0**-53  # the largest number below 1
@@ -72,6 +74,14 @@ def make_logits(kind: str, dtype: str, shape: tuple[int, ...], rng: np.random.Ge
         rows = np.where(np.isneginf(rows), rows, np.clip(rows, -6e4, 6e4))
     with np.errstate(over="ignore"):
         return rows.astype(DTYPES[dtype])
+
+
+COMMON = ["normal", "few values", "extremes", "subnormal", "bans", "zeros of both signs"]
+
+
+def draw_logits(data: st.DataObject, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Logits of a common kind, of any type."""
+    return make_logits(data.draw(st.sampled_from(COMMON)), data.draw(st.sampled_from(list(DTYPES))), shape, rng)
 
 
 P = st.sampled_from([0.9, 0.5, 1.0, 1e-9, 5e-324, LAST, 0.1]) | st.floats(0, 1, exclude_min=True)
@@ -253,7 +263,7 @@ def test_what_just_reaches_a_weight_whatever_block_it_is_in(V: int, temperature:
             own = np.arange(64 * b, min(V, 64 * b + 64))
             logits[rng.choice(own, min(own.size, int(rng.integers(0, 3))), replace=False)] = rng.choice(near)
         logits[int(rng.integers(V))] = near[-1] + (offset == 0)
-        weights = reference.weights(logits, temperature=temperature)
+        weights = reference.masses(logits, temperature=temperature)
         whole, least = int(weights.sum()), int(rng.choice(weights[weights > 2**20]))
         for w in (least, least - 1, least + 1):
             share = w / int(weights.max())
@@ -512,7 +522,7 @@ def test_no_seed_is_fresh_entropy() -> None:
 
 def exact_intervals(logits: np.ndarray, **options: Any) -> list[Fraction]:
     """The ends of the tokens' intervals, from the reference's whole numbers."""
-    weights = reference.sampling._rows(logits, None, {"seed": 0, **options})[0].final_weights().tolist()
+    weights = through_stages(logits, None, {"seed": 0, **options})[0].final_masses().tolist()
     total, ends, running = sum(weights), [], 0
     for w in weights:
         running += w
@@ -787,9 +797,62 @@ def test_params_check_at_once(options: dict[str, Any]) -> None:
 def test_no_fused_operation_in_the_sampling_objects() -> None:
     """NumPy has no fused multiply-add. The other objects of the same build have them, so the search can find one."""
     fused = {"x86_64": "vfmadd", "aarch64": "fmla"}.get(platform.machine())
-    objects = sorted(Path(__file__).parents[1].glob("build/*/CMakeFiles/headway_*.dir/src/core/isa*.cpp.o"))
+    objects = sorted(Path(__file__).parents[2].glob("build/*/CMakeFiles/headway_*.dir/src/core/isa*.cpp.o"))
     if fused is None or shutil.which("objdump") is None or not objects:
         pytest.skip("needs objdump and the build folder of an editable installation")
     found = {path: fused in subprocess.check_output(["objdump", "-d", path], text=True) for path in objects}
     assert any(found.values())
     assert not any(hit for path, hit in found.items() if path.name == "isa_sampling.cpp.o")
+
+
+# Several draws ------------------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_several_draws_equal_the_reference(data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    rows, V, n = (
+        data.draw(st.integers(1, 3)),
+        data.draw(st.sampled_from([1, 5, 64, 65, 300])),
+        data.draw(st.integers(1, 7)),
+    )
+    logits = draw_logits(data, (rows, V), rng)
+    options = make_options(data.draw, V, rows, rng)
+    replacement = data.draw(st.booleans())
+    if data.draw(st.booleans()):
+        del options["seed"], options["position"]
+        options["uniform"] = rng.random((rows, n))
+        if "xtc_probability" in options:
+            options["xtc_probability"] = np.round(options["xtc_probability"])  # its coin has no number of its own
+    try:
+        left = (reference.masses(logits, **{**options, "uniform": None}) > 0).sum(-1)
+    except ValueError:  # the bias bans what was left
+        return
+    if not replacement and (left < n).any():
+        with pytest.raises(
+            ValueError, match=rf"^num_samples: expected at most {left[left < n][0]} without replacement"
+        ):
+            hw.sample(logits, num_samples=n, replacement=False, **options)
+        return
+    got = hw.sample(logits, num_samples=n, replacement=replacement, **options)
+    assert same_bits(got, reference.sample(logits, num_samples=n, replacement=replacement, **options))
+
+
+def test_draws_are_independent_and_cost_no_scan_each() -> None:
+    """All pairs of the first two of 200,000 draws, with and without replacement, beside their exact probabilities."""
+    p = np.array([0.4, 0.3, 0.2, 0.1])
+    logits = np.broadcast_to(np.log(p).astype(np.float32), (200_000, 4))
+    pairs = {True: np.outer(p, p), False: np.outer(p, p) / (1 - p)[:, None] * (1 - np.eye(4))}
+    for replacement, exact in pairs.items():
+        drawn = hw.sample(logits, num_samples=2, replacement=replacement, seed=5)
+        counts = np.bincount(drawn[:, 0] * 4 + drawn[:, 1], minlength=16)
+        possible = exact.ravel() > 0
+        assert counts[~possible].sum() == 0
+        statistic, limit = chi_square(counts[possible], exact.ravel()[possible])
+        assert statistic < limit
+        other = (pairs[True] * (1 - np.eye(4)) / (1 - (p**2).sum())).ravel()  # pairs that differ, of independent draws
+        if not replacement:
+            assert power(200_000, exact.ravel()[possible], other[possible]) > 0.999
+            statistic, limit = chi_square(counts[possible], other[possible])
+            assert statistic > limit

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._sampling import OFF, Step
-from . import sampling
-from .sampling import AnyArray, _Row
+from ..._sampling import OFF, Step
+from .call import through_stages
+from .masses import AnyArray, floats, keys
+from .stages import STAGES, Row, below_best, coin, deviation, distance_from_entropy, least_eta
 
 _NO_LIMIT = 2**63 - 1  # what a top_k without limit is read as
 
@@ -64,9 +65,9 @@ def explain(logits: Any, params: Any = None, **options: Any) -> Facts:
     >>> facts.removed(1)
     ('top_k', 4.0, 2.0)
     """
-    seen: list[tuple[_Row, Step, float]] = []
-    (final,) = sampling._rows(
-        sampling._floats(logits).reshape(1, -1),
+    seen: list[tuple[Row, Step, float]] = []
+    (final,) = through_stages(
+        floats(logits).reshape(1, -1),
         params,
         options,
         watch=lambda row, step, value: seen.append((copy.copy(row), step, value)),
@@ -83,8 +84,8 @@ def explain(logits: Any, params: Any = None, **options: Any) -> Facts:
 class _Look(NamedTuple):
     """A row before and after one stage."""
 
-    before: _Row
-    after: _Row
+    before: Row
+    after: Row
     step: Step
     value: float
 
@@ -135,15 +136,15 @@ class _Look(NamedTuple):
         """How many tokens the stage would leave under another rule."""
         row = copy.copy(self.before)
         row.floor = floor
-        sampling._STAGES[step.option](row, self.value, step)
+        STAGES[step.option](row, self.value, step)
         return int(row.ids.size)
 
     def order(self) -> tuple[AnyArray, AnyArray]:
         """The places of tokens in the stage's order, what it keeps first, and what makes two of them equal."""
         row = self.before
-        key = ~sampling._keys(row.z)
+        key = ~keys(row.z)
         if self.step.option == "typical_p":
-            key = sampling._keys(sampling._distance(row))
+            key = keys(distance_from_entropy(row))
         ids = -row.ids if self.step.ties == "highest_id" else row.ids
         order = np.lexsort((ids, key))
         return (order[::-1] if self.step.option == "xtc_probability" else order), key
@@ -156,10 +157,10 @@ class _Look(NamedTuple):
         if self.step.option == "temperature" and row.settings["dynamic_temperature_range"]:
             return self.after.temperature
         if self.step.option == "top_n_sigma":
-            return sampling._deviation(row)
+            return deviation(row)
         if self.step.option == "eta_cutoff":
-            return sampling._eta(row, self.value) / row.total
-        return sampling._coin(row) if self.step.option == "xtc_probability" else None
+            return least_eta(row, self.value) / row.total
+        return coin(row) if self.step.option == "xtc_probability" else None
 
     def removed(self, token: int) -> bool:
         return bool(token in self.before.ids and token not in self.after.ids)
@@ -177,11 +178,11 @@ class _Look(NamedTuple):
         if option == "epsilon_cutoff":
             return share, Fraction(self.value)
         if option == "eta_cutoff":
-            return share, Fraction(sampling._eta(row, self.value), row.total)
+            return share, Fraction(least_eta(row, self.value), row.total)
         if option == "xtc_probability":
             return share, Fraction(row.settings["xtc_threshold"])
         if option == "top_n_sigma":
-            return Fraction(-float(sampling._below(row)[place])), Fraction(self.value * sampling._deviation(row))
+            return Fraction(-float(below_best(row)[place])), Fraction(self.value * deviation(row))
         order, _ = self.order()
         earlier = order[: int(np.flatnonzero(order == place)[0])]
         if option == "top_k":
