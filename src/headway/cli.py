@@ -1,8 +1,8 @@
 """The `headway` command: generate, sample, explain, attend, info.
 
 Exit status: 0, 2 for bad input or what the system refuses (with one line on standard error), 130 after Ctrl-C, 141
-where the reader of the output went away. Nothing is imported before the command that needs it runs, so help is quick
-and `info` works without the `lm` extra.
+where the reader of the output went away. What an extra brings is imported by the command that needs it, so `info` works
+without any.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+from headway._sampling import OPTIONS, Choice, Integers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -217,19 +219,7 @@ _OPTIONAL_INPUTS = (
     "kv_lengths",
 )
 _ATTENTION_OPTIONS = ("num_heads", "num_kv_heads", "causal", "window", "scale", "softcap", "decimals")
-_SAMPLING_NUMBERS = {  # and what they are: the help of each
-    "dynamic_temperature_range": "let the temperature go so far up and down with the entropy",
-    "dynamic_temperature_exponent": "how it depends on the entropy as a share of the largest",
-    "top_n_sigma": "keep logits up to N standard deviations below the best",
-    "typical_p": "keep the tokens whose surprise is nearest to the entropy, up to the mass P",
-    "epsilon_cutoff": "keep tokens of at least this probability",
-    "eta_cutoff": "the same, with a bound that falls with the entropy",
-    "xtc_probability": "with this probability remove all but the last of the tokens above the threshold",
-    "xtc_threshold": "the probability from which xtc counts a token",
-    "min_tokens_to_keep": "leave at least N tokens",
-}
-_SAMPLING_DEFAULTS = {"dynamic_temperature_exponent": "1", "xtc_threshold": "0.1", "min_tokens_to_keep": "1"}
-_SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "ties", "nucleus", "dialect", *_SAMPLING_NUMBERS)
+_SAMPLING_OPTIONS = tuple(option.name for option in OPTIONS if option.flag)
 _TEXT_OPTIONS: dict[str, tuple[type, str, str]] = {  # of what type each is, its help, and what it is unless given
     "repetition": (float, "divide positive logits of tokens that occurred by this, multiply others", "1, off"),
     "frequency": (float, "subtract this from the logit of a token for each time it was drawn", "0, off"),
@@ -238,10 +228,10 @@ _TEXT_OPTIONS: dict[str, tuple[type, str, str]] = {  # of what type each is, its
     "dry_base": (float, "by how much the penalty grows with each token of the repetition", "1.75"),
     "dry_allowed_length": (int, "the shortest repetition that is penalized, in tokens", "2"),
     "dry_breakers": (int, "the id of a token that no repetition goes across; repeatable", "none"),
-    "window": (int, "how many tokens, the last ones, the penalties look at", "all"),
-    "repetition_window": (int, "the same for the repetition penalty alone", "the window"),
-    "frequency_window": (int, "the same for frequency and presence alone", "the window"),
-    "dry_window": (int, "the same for DRY alone", "the window"),
+    "window": (int, "the number of tokens, the last ones, that the penalties look at", "all"),
+    "repetition_window": (int, "the window of the repetition penalty", "the window"),
+    "frequency_window": (int, "the window of frequency and presence", "the window"),
+    "dry_window": (int, "the window of DRY", "the window"),
     "no_repeat_ngram": (int, "let no N tokens come twice", "off"),
     "min_tokens": (int, "let the text not end before N tokens", "0"),
 }
@@ -429,7 +419,7 @@ def _named(label: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _as_typed(arguments: argparse.Namespace, source: str) -> Iterator[None]:
     """Say what the library refuses in the words of the command line: flags, and the file that an array is from."""
-    flags = {name: f"--{name.replace('_', '-')}" for name in vars(arguments)} | {"token": "--why"}
+    flags = {name: _flag(name) for name in vars(arguments)} | {"token": "--why"}
     if arguments.run is _generate:
         flags["prompt"] = "PROMPT"
 
@@ -533,10 +523,10 @@ def _parser() -> _Parser:
         metavar="N",
         help="draw at most N tokens (default: %(default)s)",
     )
-    _add_sampling(generate, temperature="0.8", top_p="0.95")
+    _add_sampling(generate, temperature=0.8, top_p=0.95)
     for name, (kind, text, default) in _TEXT_OPTIONS.items():
         generate.add_argument(
-            f"--{name.replace('_', '-')}",
+            _flag(name),
             type=kind,
             action="append" if name == "dry_breakers" else "store",
             metavar="ID" if name == "dry_breakers" else "N" if kind is int else "X",
@@ -624,50 +614,25 @@ def _parser() -> _Parser:
     return parser
 
 
-def _add_sampling(parser: argparse.ArgumentParser, *, temperature: str = "1", top_p: str = "off") -> None:
-    """Add the options of sampling; temperature and top_p say what these are unless given, for help alone."""
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        metavar="T",
-        help=f"0 always takes the likeliest token (default: {temperature})",
-    )
-    parser.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens (default: off)")
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help=f"keep the likeliest tokens that reach the mass P; 1 is off (default: {top_p})",
-    )
-    parser.add_argument(
-        "--min-p", type=float, metavar="P", help="keep tokens of P times the highest mass (default: off)"
-    )
-    for name, text in _SAMPLING_NUMBERS.items():
-        whole = name == "min_tokens_to_keep"
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=int if whole else float,
-            metavar="N" if whole or name == "top_n_sigma" else "X",
-            help=f"{text} (default: {_SAMPLING_DEFAULTS.get(name, 'off')})",
-        )
-    parser.add_argument(
-        "--dialect",
-        choices=["hf", "vllm", "llama.cpp", "flashinfer", "sglang", "mlx"],
-        help="follow this library's order, ties and boundaries (default: headway's own)",
-    )
-    parser.add_argument(
-        "--ties",
-        choices=["lowest_id", "keep"],
-        default="lowest_id",
-        help="at the K-th token keep exactly K, or all its ties (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--nucleus",
-        choices=["after_top_k", "joint"],
-        default="after_top_k",
-        help="measure P over what top-k left, or over all (default: %(default)s)",
-    )
+def _add_sampling(parser: argparse.ArgumentParser, **defaults: float) -> None:
+    """Add the options of sampling. Defaults that the command has instead of those of `sample` are for help alone."""
+    for option in OPTIONS:
+        if not option.flag:
+            continue
+        default = defaults.get(option.name, option.default)
+        if isinstance(option.check, Choice):
+            kind: dict[str, Any] = {"choices": [word for word in option.check.choices if word is not None]}
+            shown = "headway's own" if default is None else default
+        else:
+            kind = {"type": int if isinstance(option.check, Integers) else float, "metavar": option.metavar}
+            shown = "off" if default is None else f"{default:g}"
+        parser.add_argument(_flag(option.name), help=f"{option.flag} (default: {shown})", **kind)
     parser.add_argument("--seed", type=int, metavar="N", help="makes the result repeatable (default: a fresh one)")
+
+
+def _flag(name: str) -> str:
+    """Return how the command spells an option."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _window_side(text: str) -> int | None:

@@ -1,7 +1,7 @@
 """Next-token sampling, and what a serving loop needs beside it."""
 
 from .bans import Bans
-from .checks import Reading
+from .checks import Choice, Integers, Reading
 from .dialects import DIALECTS, NUCLEUS, OPTIONAL, Step, dialects, rules
 from .explain import Explanation, explain
 from .logprobs import Logprobs, logprobs
@@ -9,7 +9,7 @@ from .params import SamplingOptions, SamplingParams, shows_sampling_options
 from .penalties import Penalties, penalize
 from .sample import filter_logits, probabilities, sample
 from .sampler import Drawn, Sampler
-from .settings import CHECKS, DEFAULTS
+from .settings import CHECKS, DEFAULTS, OPTIONS
 from .speculative import Verified, verify_draft
 from .stages import OFF, STAGES
 
@@ -20,10 +20,13 @@ __all__ = [
     "NUCLEUS",
     "OFF",
     "OPTIONAL",
+    "OPTIONS",
     "STAGES",
     "Bans",
+    "Choice",
     "Drawn",
     "Explanation",
+    "Integers",
     "Logprobs",
     "Penalties",
     "Reading",

@@ -163,13 +163,16 @@ def _reading(value: float, readings: tuple[Reading, ...]) -> Reading | None:
     return next((reading for reading in readings if reading.low <= value <= reading.high), None)
 
 
-def choice(*choices: str | None) -> Callable[[str, Any, tuple[Reading, ...]], str | None]:
-    def check(name: str, value: Any, readings: tuple[Reading, ...] = ()) -> str | None:
-        if (value is not None and not isinstance(value, str)) or value not in choices:
-            raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {shown(value)}")
-        return value
+@dataclass(frozen=True)
+class Choice:
+    """Which words an option may be; None, where it is one of them, is headway's own way."""
 
-    return check
+    choices: tuple[str | None, ...]
+
+    def __call__(self, name: str, value: Any, readings: tuple[Reading, ...] = ()) -> str | None:
+        if (value is not None and not isinstance(value, str)) or value not in self.choices:
+            raise ValueError(f"{name}: expected {' or '.join(map(repr, self.choices))}, got {shown(value)}")
+        return value
 
 
 _BOOLEANS = {bool, np.bool_}

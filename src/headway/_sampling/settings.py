@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import _arrays
 from .._check import no_such, shown
-from .checks import Check, Integers, Reading, Reals, allowed, choice, logit_bias
+from .checks import Check, Choice, Integers, Reading, Reals, allowed, logit_bias
 from .dialects import DIALECTS, rules
 from .options import Settings
 from .stages import NUMBER, NUMBER_OR_NONE, OF_STAGES, Option
@@ -25,6 +25,7 @@ OPTIONS = (
         NUMBER,
         "at least 1. Every stage leaves so many tokens, where there are so many.",
         "leave at least N tokens",
+        "N",
     ),
     Option(
         "allowed",
@@ -44,7 +45,7 @@ OPTIONS = (
     ),
     Option(
         "ties",
-        choice("lowest_id", "keep"),
+        Choice(("lowest_id", "keep")),
         "lowest_id",
         'Literal["lowest_id", "keep"]',
         '"lowest_id", exactly k tokens; "keep", also all tokens equal to the k-th.',
@@ -52,7 +53,7 @@ OPTIONS = (
     ),
     Option(
         "nucleus",
-        choice("after_top_k", "joint"),
+        Choice(("after_top_k", "joint")),
         "after_top_k",
         'Literal["after_top_k", "joint"]',
         '"after_top_k" measures top_p over what top_k left, "joint" over all tokens that are not banned.',
@@ -60,7 +61,7 @@ OPTIONS = (
     ),
     Option(
         "dialect",
-        choice(None, *DIALECTS),
+        Choice((None, *DIALECTS)),
         None,
         f"Literal[{', '.join(repr(name).replace(chr(39), chr(34)) for name in DIALECTS)}] | None",
         'None, or the library whose order, ties, boundaries and zeros to follow: "hf" (transformers), "vllm", '

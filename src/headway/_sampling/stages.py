@@ -27,7 +27,7 @@ class Option:
 
     type, default: as a type checker and a reader see them.
     says: what it is, for SamplingParams.
-    flag: what the help of the command says, "" where the command has no such flag.
+    flag: what the help of the command says, "" where the command has no such flag. metavar: of the flag's value.
     off: the number that switches it off for a row, None where there is none.
     """
 
@@ -37,6 +37,7 @@ class Option:
     type: str
     says: str
     flag: str = ""
+    metavar: str = "X"
     off: float | None = None
 
 
@@ -125,6 +126,7 @@ _TEMPERATURE = Option(
     NUMBER,
     "finite, >= 0. Logits are divided by it. 0 is argmax, the lowest id among equal logits.",
     "0 always takes the likeliest token",
+    "T",
     off=1.0,
 )
 _GREEDY = Stage("greedy", (_TEMPERATURE,), ("temperature",))
@@ -138,7 +140,7 @@ _TEMPERATURE_STAGE = Stage(
             None,
             NUMBER_OR_NONE,
             "the temperature goes from temperature - range to temperature + range with the entropy.",
-            "let the temperature go so far up and down with the entropy",
+            "let the temperature go up and down by X with the entropy",
             off=0.0,
         ),
         Option(
@@ -147,7 +149,7 @@ _TEMPERATURE_STAGE = Stage(
             1.0,
             NUMBER,
             "of the entropy's share of the largest possible, which says how far; 1 unless given.",
-            "how it depends on the entropy as a share of the largest",
+            "the exponent of the entropy's share of the largest entropy, which moves the temperature",
         ),
     ),
     ("temperature", "dynamic_temperature_range", "dynamic_temperature_exponent"),
@@ -170,6 +172,7 @@ _TOP_N_SIGMA = Stage(
             NUMBER_OR_NONE,
             "above 0. Keeps logits up to n standard deviations below the best one (Tang et al., 2024).",
             "keep logits up to N standard deviations below the best",
+            "N",
             off=inf,
         ),
     ),
@@ -194,6 +197,7 @@ _TOP_K = Stage(
             NUMBER_OR_NONE,
             "at least 1. Keeps the k best tokens: logit descending, id ascending (Fan et al., 2018).",
             "keep the K likeliest tokens",
+            "K",
             off=inf,
         ),
     ),
@@ -220,6 +224,7 @@ _TOP_P = Stage(
             NUMBER_OR_NONE,
             "in (0, 1]. Keeps a token iff the mass strictly before it is below p (Holtzman et al., 2020); 1 is off.",
             "keep the likeliest tokens that reach the mass P; 1 is off",
+            "P",
             off=1.0,
         ),
     ),
@@ -243,6 +248,7 @@ _MIN_P = Stage(
             NUMBER_OR_NONE,
             "in [0, 1]. Keeps a token iff it has at least min_p times the best one's mass (Nguyen et al., 2024).",
             "keep tokens of P times the highest mass",
+            "P",
             off=0.0,
         ),
     ),
@@ -272,6 +278,7 @@ _TYPICAL_P = Stage(
             NUMBER_OR_NONE,
             "in (0, 1]. As top_p, in the order of how far surprise is from the entropy (Meister et al., 2022).",
             "keep the tokens whose surprise is nearest to the entropy, up to the mass P",
+            "P",
             off=1.0,
         ),
     ),
@@ -313,7 +320,7 @@ _ETA_CUTOFF = Stage(
             None,
             NUMBER_OR_NONE,
             "in [0, 1]. The same with min(eta, sqrt(eta) exp(-entropy)) as the share.",
-            "the same, with a bound that falls with the entropy",
+            "keep tokens of at least this probability, or of sqrt(X) exp(-entropy) where that is lower",
             off=0.0,
         ),
     ),
@@ -339,7 +346,7 @@ _XTC = Stage(
             None,
             NUMBER_OR_NONE,
             "in [0, 1]. With this probability removes all but the last of the tokens that reach the threshold.",
-            "with this probability remove all but the last of the tokens above the threshold",
+            "with this probability remove the likeliest tokens, all above the threshold but the last",
             off=0.0,
         ),
         Option(
