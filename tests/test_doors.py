@@ -8,6 +8,7 @@ with the argument's name. Numbers read by their bits (bfloat16 1.0 as 16256) are
 from __future__ import annotations
 
 import array
+import contextlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -18,6 +19,9 @@ import numpy as np
 import pytest
 
 import headway as hw
+from headway import _sampling
+from headway._sampling import Integers
+from headway._sampling.checks import Reals
 
 V = 4
 FLOATS = ["float64", "float32", "float16", "bfloat16"]
@@ -163,27 +167,27 @@ for name, good in (("x", X), ("weight", [1, 2, 3, 4])):
 for name in ("gate", "up"):
     door(hw.swiglu, name, AS_FLOATS, X, **{"gate": X, "up": X, name: None})
 
+
 # Options: what they do shows in the distribution, in the draw, or in both.
+def of_option(option: Any) -> tuple[list[str], list[float]]:
+    """What kinds of numbers an option takes, and two numbers that it accepts, the first of which does something."""
+    for good in ([1, 2], [1, 0], [1, 1]):
+        with contextlib.suppress(ValueError):
+            option.check(option.name, good, ())
+            return WHOLE if isinstance(option.check, Integers) else AS_FLOATS, good
+    raise ValueError(f"{option.name} takes none of these")
+
+
 OPTIONS: dict[str, tuple[list[str], list[float]]] = {
-    "temperature": (AS_FLOATS, [1, 2]),
-    "dynamic_temperature_range": (AS_FLOATS, [1, 0]),
-    "dynamic_temperature_exponent": (AS_FLOATS, [1, 2]),
-    "top_n_sigma": (AS_FLOATS, [1, 2]),
-    "top_k": (WHOLE, [1, 2]),
-    "top_p": (AS_FLOATS, [1, 1]),
-    "min_p": (AS_FLOATS, [1, 0]),
-    "typical_p": (AS_FLOATS, [1, 1]),
-    "epsilon_cutoff": (AS_FLOATS, [0, 1]),
-    "eta_cutoff": (AS_FLOATS, [0, 1]),
-    "xtc_probability": (AS_FLOATS, [1, 0]),
-    "xtc_threshold": (AS_FLOATS, [0, 1]),
     "xtc_special_tokens": (WHOLE, [1, 3]),
-    "min_tokens_to_keep": (WHOLE, [1, 3]),
-    "seed": (WHOLE, [1, 2]),
-    "position": (WHOLE, [1, 2]),
     "uniform": (AS_FLOATS, [0, 0]),
     "logit_bias": (AS_FLOATS, [0, 1, 2, 3]),
     "allowed": (["bool"], [0, 1, 1, 0]),
+}
+OPTIONS |= {
+    option.name: of_option(option)
+    for option in _sampling.OPTIONS
+    if option.name not in OPTIONS and isinstance(option.check, (Integers, Reals))
 }
 BESIDE: dict[str, dict[str, Any]] = {
     "dynamic_temperature_exponent": {"dynamic_temperature_range": 1.0},

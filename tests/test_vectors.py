@@ -26,6 +26,7 @@ import pytest
 import headway as hw
 from headway import reference
 from headway._sampling.dialects import DIALECTS, rules
+from headway._sampling.settings import OPTIONS
 
 ROOT = Path(__file__).parent.parent
 VECTORS = ROOT / "vectors"
@@ -90,6 +91,8 @@ def test_the_schema(name: str) -> None:
         *DIALECTS,
         "flashinfer-joint",
     }
+    of_a_call = {"ties", "nucleus", "dialect", "seed", "position", "uniform", "xtc_special_tokens"}
+    assert list(schema["$defs"]["parameters"]["properties"]) == [o.name for o in OPTIONS if o.name not in of_a_call]
     key = {"masses": "masses", "draws": "seed"}.get(name, "expected")
     for spoilt in ({"result": "perhaps"}, {"id": "Spaces and no dot"}, {"logits": "3f8"}, {"parameters": {"top_q": 1}}):
         broken = json.loads(json.dumps(FILES[name]))

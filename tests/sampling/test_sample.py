@@ -25,6 +25,7 @@ from test_sample_statistics import chi_square, power
 import headway as hw
 from headway import reference
 from headway._sampling.dialects import DIALECTS, rules
+from headway._sampling.stages import OF_STAGES
 from headway.reference._sampling.call import through_stages
 
 FUNCTIONS = ("sample", "probabilities", "filter_logits")
@@ -89,8 +90,8 @@ SHARE = P | st.just(0.0)
 
 
 def stages(V: int) -> dict[str, st.SearchStrategy[Any]]:
-    """Every option that may be one per row."""
-    return {
+    """Every option of a stage that may be one per row."""
+    often = {
         "temperature": st.sampled_from(TEMPERATURES) | st.floats(0.01, 10),
         "dynamic_temperature_range": st.sampled_from([0.0, 0.5, 3.0, 1e-40, 1.7e308]) | st.floats(0, 5),
         "dynamic_temperature_exponent": st.sampled_from([1.0, 5e-324, 0.5, 1.7e308]) | st.floats(0.1, 5),
@@ -105,6 +106,19 @@ def stages(V: int) -> dict[str, st.SearchStrategy[Any]]:
         "xtc_threshold": st.sampled_from([0.0, 0.1, 0.5, 1.0, 1e-4]) | st.floats(0, 0.5),
         "min_tokens_to_keep": st.sampled_from([1, 2, 3, 40, max(1, V - 1), V, 10**15]),
     }
+    rest = [option for option in OF_STAGES if option.name not in often and option.name != "xtc_special_tokens"]
+    return often | {option.name: st.sampled_from([x for x in ANY if accepts(option, x)]) for option in rest}
+
+
+ANY = [1.0, 0.5, 0.0, 0.1, 1e-9, 5e-324, LAST, 2.0, 5.0, 1e30, 1.7e308, INF, 1, 2, 50, 10**15]
+
+
+def accepts(option: Any, value: float) -> bool:
+    try:
+        option.check(option.name, value, ())
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def make_options(draw: Any, V: int, rows: int, rng: np.random.Generator) -> dict[str, Any]:

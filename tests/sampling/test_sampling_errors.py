@@ -18,6 +18,9 @@ import pytest
 from oracles import same_bits
 
 import headway as hw
+from headway._sampling.checks import Integers, Reals
+from headway._sampling.settings import OPTIONS
+from headway._sampling.stages import OFF
 
 NAN, INF = np.nan, np.inf
 V = 5
@@ -51,20 +54,10 @@ each = pytest.mark.parametrize(("name", "function", "shape"), CASES)
 each_batch = pytest.mark.parametrize(("name", "function", "shape"), [case for case in CASES if case.values[2]])
 
 GOOD: dict[str, Any] = {
-    "temperature": 1.0,
-    "dynamic_temperature_range": 0.1,
-    "dynamic_temperature_exponent": 1.0,
-    "top_n_sigma": 1.0,
-    "top_k": 2,
-    "top_p": 0.5,
-    "min_p": 0.1,
-    "typical_p": 0.5,
-    "epsilon_cutoff": 0.01,
-    "eta_cutoff": 0.01,
-    "xtc_probability": 1.0,
-    "xtc_threshold": 0.1,
-    "min_tokens_to_keep": 1,
-}
+    option.name: 2 if isinstance(option.check, Integers) else 0.5
+    for option in OPTIONS
+    if isinstance(option.check, (Integers, Reals)) and option.name not in ("seed", "position", "uniform")
+} | {"xtc_probability": 1.0}
 DRAWS = {"seed": 3, "position": 1, "uniform": 0.5}
 PENALTIES: dict[str, Any] = {
     "repetition": 1.1,
@@ -153,7 +146,7 @@ def test_numbers_that_are_none(name: str, function: Function, shape: tuple[int, 
     logits = rows(shape)
     for option in GOOD:
         bad = [*NO_NUMBERS, -1.5, -(2**70), NAN, -INF, [[0.5], [0.5, 0.5]], np.ma.array([0.5]), np.longdouble("nan")]
-        bad += [] if option == "top_n_sigma" else [INF]
+        bad += [] if OFF.get(option) == INF and isinstance(GOOD[option], float) else [INF]
         for value in bad:
             if value is not None or option in NEVER_NONE:
                 refused_here_or_there(option, lambda option=option, value=value: function(logits, **{option: value}))

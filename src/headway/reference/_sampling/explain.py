@@ -187,4 +187,6 @@ class _Look(NamedTuple):
         earlier = order[: int(np.flatnonzero(order == place)[0])]
         if option == "top_k":
             return Fraction(earlier.size + 1), Fraction(max(int(self.value), row.floor))
-        return Fraction(int(row.mass[earlier].sum()), row.total), Fraction(self.value)
+        if option in ("top_p", "typical_p"):
+            return Fraction(int(row.mass[earlier].sum()), row.total), Fraction(self.value)
+        raise NotImplementedError(f"{option}: what it measures is not written here")
