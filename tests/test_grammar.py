@@ -85,6 +85,11 @@ CALLS: dict[str, Call] = {
     "Sampler.history": Call(lambda **call: sampler().history(**call), {"handle": 0}),
     "Sampler.force": Call(lambda **call: sampler().force(**call), {"handle": 0, "token": 1}),
     "Sampler.truncate": Call(lambda **call: sampler().truncate(**call), {"handle": 0, "length": 0}),
+    "Sampler.fork": Call(lambda **call: sampler().fork(**call), {"handle": 0}),
+    "Sampler.verify": Call(
+        lambda **call: sampler().verify(**call),
+        {"target_logits": np.stack([LOGITS[:1]] * 2, 1), "draft_tokens": [[1]]},
+    ),
     "attention_map": Call(lambda **call: drawing().attention_map(**call), {"weights": np.abs(X)}),
     "filter_stages": Call(lambda **call: drawing().filter_stages(**call), {"explanation": hw.explain(LOGITS[0])}),
     "set_num_threads": Call(hw.set_num_threads, {"n": hw.get_num_threads()}),
@@ -103,6 +108,8 @@ METHODS = {
     "Sampler.history": hw.Sampler.history,
     "Sampler.force": hw.Sampler.force,
     "Sampler.truncate": hw.Sampler.truncate,
+    "Sampler.fork": hw.Sampler.fork,
+    "Sampler.verify": hw.Sampler.verify,
 }
 
 

@@ -244,7 +244,8 @@ def test_a42_a_signal_never_leaves_a_cache_taken_or_half_changed(alarm: Callable
 def test_a42_a_signal_never_leaves_a_sampler_half_changed(alarm: Callable[[], None]) -> None:
     """Whatever ended early, each row goes on as a row alone that nothing interrupts."""
     rng = np.random.default_rng(2)
-    logits = normal(9, 300)
+    logits, drafted = normal(12, 300), normal(12, 3, 300)
+    drafted[:, 0, 0] += 4  # the first drafted token is accepted now and then
     options: Any = {"frequency": 0.5, "dry_multiplier": 0.8, "dry_breakers": [5]}
     sampler, alone = hw.Sampler(300), {}
 
@@ -257,7 +258,9 @@ def test_a42_a_signal_never_leaves_a_sampler_half_changed(alarm: Callable[[], No
     def calls() -> None:
         for _ in range(3):
             sampler.step(logits[: len(sampler.handles)])
+        sampler.verify(drafted[: len(sampler.handles)], np.zeros((len(sampler.handles), 2), int))
         sampler.force(sampler.handles[0], 5)
+        alone[sampler.fork(sampler.handles[0], seed=7)] = (7, alone[sampler.handles[0]][1])
         sampler.truncate(sampler.handles[-1], len(alone[sampler.handles[-1]][1]))
         if len(sampler.handles) > 5:
             sampler.retire(sampler.handles[int(rng.integers(len(sampler.handles)))])

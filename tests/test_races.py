@@ -86,6 +86,13 @@ def steps(a: Inputs) -> Any:
     return [sampler.step(a["logits"], allowed=a["allowed"]) for _ in range(2)]
 
 
+def verified(a: Inputs) -> Any:
+    sampler = hw.Sampler(V // 4)
+    for i in range(ROWS):
+        sampler.admit(hw.SamplingParams(temperature=0.9), [1, 2, 1], seed=i, frequency=0.1, dry_multiplier=0.8)
+    return sampler.verify(**a)
+
+
 def penalized(a: Inputs) -> Any:
     return hw.penalize(
         a["logits"],
@@ -182,6 +189,16 @@ CASES = {
     "Sampler": Case(
         LOGITS | {"prompt": ids(V, N), "allowed": np.random.default_rng(9).random((ROWS, V)) < 0.5},
         steps,
+    ),
+    "Sampler, drafts": Case(
+        {
+            "target_logits": normal(ROWS, 5, V // 4),
+            "draft_logits": normal(ROWS, 4, V // 4),
+            "draft_tokens": ids(9, ROWS, 4),
+            "lengths": ids(5, ROWS),
+            "allowed": np.random.default_rng(9).random((ROWS, 5, V // 4)) < 0.9,
+        },
+        verified,
     ),
     "explain": Case(
         {"logits": normal(2000), "allowed": np.random.default_rng(9).random(2000) < 0.5},

@@ -491,7 +491,9 @@ bool verify(Rows& target, Rows* draft, const In& tokens, const In& lengths, cons
   t.target = target.task();
   if (tokens.ndim() != 2 || tokens.itemsize() != 8) throw std::invalid_argument("tokens: wrong shape or dtype");
   t.rows = int64_t(tokens.shape(0)), t.n = int64_t(tokens.shape(1));
-  if (t.target.batch.size() != t.rows * (t.n + 1)) throw std::invalid_argument("target: wrong number of rows");
+  t.places = t.rows ? t.target.batch.size() / t.rows : t.n;
+  if (t.target.batch.size() != t.rows * t.places || (t.places != t.n && t.places != t.n + 1))
+    throw std::invalid_argument("target: wrong number of rows");
   if (draft) t.draft = draft->task();
   if (draft && (t.draft.batch.size() != t.rows * t.n || t.draft.V != t.target.V))
     throw std::invalid_argument("draft: wrong shape");
@@ -499,7 +501,7 @@ bool verify(Rows& target, Rows* draft, const In& tokens, const In& lengths, cons
   t.tokens = static_cast<const int64_t*>(tokens.data());
   t.lengths = rows_in<int64_t>(lengths, "lengths", t.rows);
   for (int64_t i = 0; i < t.rows; ++i)
-    if (t.lengths[i] < 0 || t.lengths[i] > t.n) throw std::invalid_argument("lengths: out of range");
+    if (t.lengths[i] < -1 || t.lengths[i] > t.n) throw std::invalid_argument("lengths: out of range");
   t.accepted = rows_out<int64_t>(accepted, "accepted", t.rows, 8);
   t.next = rows_out<int64_t>(next, "next", t.rows, 8);
   run(kernels().sampling->verify, t);

@@ -187,12 +187,13 @@ struct Ranking {
 
 // Speculative decoding of n tokens a row.
 struct Verification {
-  Sampling target; // n + 1 rows for each row of this; without outputs, but with status
-  Sampling draft;  // n rows for each; logits absent: the draft has no choice
-  int64_t rows, n;
+  Sampling target;          // `places` rows for each row of this; without outputs, but with status
+  Sampling draft;           // n rows for each; logits absent: the draft has no choice
+  int64_t rows, n, places;  // places: n, or n + 1 with the one that draws the token after n accepted ones
   const int64_t* tokens;    // (rows, n)
   const int64_t* lengths;   // (rows): how many of them were drafted, from 0 to n; the others are not looked at
-  int64_t *accepted, *next; // (rows)
+                            // -1: nothing of the row is
+  int64_t *accepted, *next; // (rows); next is -1 where no place was left to draw it at
 };
 
 // How a kernel cuts its task, and the memory that it needs. Units may run in any order on any thread. The cut may

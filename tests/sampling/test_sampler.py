@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import Any
 
@@ -41,7 +42,7 @@ def test_a_sampler_equals_row_by_row_sampling(data: st.DataObject) -> None:
     alone: dict[int, hw.Sampler] = {}
     prompts: dict[int, int] = {}
     for _ in range(data.draw(st.integers(1, 25))):
-        action = data.draw(st.sampled_from(["admit", "step", "step", "retire", "force", "truncate"]))
+        action = data.draw(st.sampled_from(["admit", "step", "step", "retire", "force", "truncate", "fork"]))
         if action == "admit":
             dialect = data.draw(st.sampled_from([None, None, "hf", "llama.cpp", "mlx"]))
             filters = {name: data.draw(st.sampled_from(values)) for name, values in FILTERS.items()}
@@ -76,7 +77,7 @@ def test_a_sampler_equals_row_by_row_sampling(data: st.DataObject) -> None:
             if data.draw(st.booleans()):
                 call |= {"dry_multiplier": 0.8, "dry_allowed_length": 1, "dry_breakers": [0]}
             if data.draw(st.booleans()):  # which leave at least one token
-                call |= {"stop_tokens": [1], "min_tokens": 4, "banned_sequences": [[1, 0], [2, 2, 2]]}
+                call |= {"stop_tokens": [1], "min_tokens": 4, "banned_sequences": [[1, 0], [0, 0, 0]]}
             handle = sampler.admit(params, **call)
             prompts[handle] = len(call["prompt_tokens"])
             assert other.admit(params, **call) == handle
@@ -92,8 +93,17 @@ def test_a_sampler_equals_row_by_row_sampling(data: st.DataObject) -> None:
             handle, one = list(alone.items())[at]
             length = len(other.history(handle))
             number = data.draw(st.integers(0, V - 1) if action == "force" else st.integers(prompts[handle], length))
-            for each, row in ((sampler, handle), (other, handle), (one, 0)):
+            for each, row in ((sampler, handle), (other, handle), (one, one.handles[0])):
                 getattr(each, action)(row, number)
+        elif action == "fork" and alone:
+            parent = data.draw(st.sampled_from(list(alone)))
+            own = data.draw(st.sampled_from([{}, {"stream": 5}, {"seed": 3}, {"seed": 3, "stream": 2**64 - 1}]))
+            handle = sampler.fork(parent, **own)
+            assert other.fork(parent, **own) == handle
+            alone[handle], prompts[handle] = copy.deepcopy(alone[parent]), prompts[parent]
+            (old,) = alone[handle].handles
+            alone[handle].fork(old, seed=other.rows[handle]["seed"], stream=other.rows[handle]["stream"])
+            alone[handle].retire(old)
         elif action == "step":
             logits = (rng.standard_normal((len(alone), V)) * 2).astype(DTYPES[data.draw(st.sampled_from(list(DTYPES)))])
             kinds = [None, np.arange(V) != 3, np.full(-(-V // 32), -6, np.int32), [0, 2, 3]]
@@ -112,6 +122,69 @@ def test_a_sampler_equals_row_by_row_sampling(data: st.DataObject) -> None:
                 assert same_bits(drawn, want)
             for token, row, mask, one in zip(drawn, logits, masks, alone.values(), strict=True):
                 assert one.step(row[None], allowed=[mask])[0] == token
+
+
+@given(st.data())
+@settings(max_examples=120)
+def test_verified_drafts_equal_the_reference(data: st.DataObject) -> None:
+    """Drafts of any lengths, of rows with penalties and bans, drawn as they say or as a row of the target draws."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    V, rows, n = data.draw(st.sampled_from([4, 70])), data.draw(st.integers(1, 5)), data.draw(st.integers(0, 4))
+    sampler, other, *alone = hw.Sampler(V), reference.Sampler(V), *(hw.Sampler(V) for _ in range(rows))
+    for i in range(rows):
+        dialect = data.draw(st.sampled_from([None, "hf", "llama.cpp"]))
+        params = hw.SamplingParams(
+            temperature=data.draw(st.sampled_from([0.7, 1.5])),
+            top_p=data.draw(st.sampled_from([None, 0.8])),
+            dialect=dialect,
+            allowed=data.draw(st.sampled_from([None, [0, 2, 3]])),
+            position=data.draw(st.sampled_from([None, 7])),
+        )
+        call: dict[str, Any] = {
+            "prompt_tokens": rng.integers(0, V, int(rng.integers(90))),
+            "seed": int(rng.integers(9)),
+        }
+        if data.draw(st.booleans()):
+            call |= {"repetition": 1.3, "frequency": 0.4, "window": data.draw(st.sampled_from([None, 5]))}
+        if data.draw(st.booleans()):
+            call |= {"dry_multiplier": 0.8, "dry_allowed_length": 1, "dry_breakers": [0]}
+        if data.draw(st.booleans()):
+            call |= {"stop_tokens": [1], "min_tokens": 4, "banned_sequences": [[1, 0], [0, 0, 0]]}
+        for each in (sampler, other, alone[i]):
+            each.admit(params, **call)
+    for _ in range(2):  # the second time after what the first has accepted
+        dtype = DTYPES[data.draw(st.sampled_from(list(DTYPES)))]
+        target, draft = ((rng.standard_normal((rows, k, V)) * 2).astype(dtype) for k in (n + 1, n))
+        lengths = data.draw(st.none() | st.just(rng.integers(0, n + 1, rows)))
+        given: dict[str, Any] = {"lengths": lengths}
+        drafts_by = copy.deepcopy(sampler)
+        own = data.draw(st.sampled_from(["none", "rows", "params"]))
+        if own == "none":  # a draft without a choice: now and then what the target draws
+            guesses = [drafts_by.step(target[:, i]) for i in range(n)]
+        elif own == "rows":
+            given["draft_logits"], guesses = draft, [drafts_by.step(draft[:, i]) for i in range(n)]
+        else:
+            given |= {"draft_logits": draft, "draft_params": hw.SamplingParams(temperature=1.3)}
+            guesses = [hw.sample(draft[:, i], temperature=1.3, seed=i) for i in range(n)]
+        tokens = np.array(guesses, np.int64).reshape(n, rows).T
+        if lengths is not None:  # padding
+            behind = np.arange(n) >= lengths[:, None]
+            tokens[behind], draft[behind], target[:, 1:][behind] = -1, np.nan, np.nan
+        if own != "rows" and data.draw(st.booleans()):
+            some = np.arange(V) != 3
+            given["allowed"] = [None if rng.random() < 0.4 else [some] * (n + 1) for _ in range(rows)]
+        got, want = sampler.verify(target, tokens, **given), other.verify(target, tokens, **given)
+        assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+        for i, one in enumerate(alone):
+            row = {name: x if name == "draft_params" or x is None else x[i : i + 1] for name, x in given.items()}
+            same = one.verify(target[i : i + 1], tokens[i : i + 1], **row)
+            assert all(same_bits(a[i : i + 1], b) for a, b in zip(got, same, strict=True))
+        for handle in range(rows):
+            assert sampler.history(handle).tolist() == other.history(handle).tolist()
+        after = rng.standard_normal((rows, V))
+        assert same_bits(sampler.step(after), other.step(after))
+        for i, one in enumerate(alone):
+            one.step(after[i : i + 1])
 
 
 @given(st.lists(st.integers(0, 3), max_size=12), st.data())

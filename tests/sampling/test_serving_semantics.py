@@ -763,6 +763,148 @@ def test_p50_tokens_that_are_pushed_and_taken_back() -> None:
             call(2)
 
 
+def test_p52_forks() -> None:
+    """A fork is the row that would be admitted; it and its parent go their own ways."""
+    rows, prompt = ROWS.reshape(6, 70), [3, 70, 3, 5]
+    params = hw.SamplingParams(seed=5, temperature=2.0, position=9)
+    options: dict[str, Any] = {"unknown_tokens": "ignore", "no_repeat_ngram": 2, **PENALTIES}
+    for own, stream in (({}, 1), ({"stream": 2**64 - 1}, 2**64 - 1), ({"seed": 8}, 0), ({"seed": 8, "stream": 4}, 4)):
+        sampler, other = hw.Sampler(70), hw.Sampler(70)
+        parent = sampler.admit(params, prompt, **options)
+        drawn = [int(sampler.step(rows[:1])[0]) for _ in range(70)]
+        assert sampler.fork(parent, **own) == 1
+        assert sampler.handles == [0, 1]
+        assert sampler.history(1).tolist() == [3, 3, 5, *drawn]
+        for seed, k in ((5, 0), (own.get("seed", 5), stream)):
+            other.admit(params, prompt, drawn, seed=seed, stream=k, **options)
+        for _ in range(20):
+            assert sampler.step(rows[:2]).tolist() == other.step(rows[:2]).tolist()
+        sampler.retire(parent)
+        other.retire(0)
+        assert sampler.step(rows[:1]).tolist() == other.step(rows[:1]).tolist()
+    sampler = hw.Sampler(70)
+    answers = [sampler.admit(params, prompt, **options)]
+    answers += [sampler.fork(answers[0]) for _ in range(2)]
+    batch = [hw.Sampler(70) for _ in range(3)]
+    for stream, one in enumerate(batch):
+        one.admit(params, prompt, stream=stream, seed=5, **options)
+    for _ in range(5):
+        assert sampler.step(rows[:3]).tolist() == [one.step(rows[i : i + 1])[0] for i, one in enumerate(batch)]
+    with pytest.raises(ValueError, match=r"^handle: expected one of the active rows, \[0, 1, 2\], got 9"):
+        sampler.fork(9)
+    with pytest.raises(ValueError, match=r"^seed: expected an integer from 0 to 18446744073709551615, got -1"):
+        sampler.fork(0, seed=-1)
+
+
+def test_p53_drafts_in_a_step() -> None:
+    """By hand: the logits of each place are penalized and banned as a step would do it, then verified."""
+    rng, n, prompt = np.random.default_rng(2), 3, [4, 4, 7]
+    target = (rng.standard_normal((2, n + 1, 70)) * 2).astype(np.float32)
+    draft = (target[:, :n] + rng.standard_normal((2, n, 70))).astype(np.float32)
+    params, penalties = hw.SamplingParams(temperature=0.8, top_p=0.95), {"repetition": 1.4, "frequency": 0.3}
+    seen = set()
+    for seed in range(40):
+        sampler = hw.Sampler(70)
+        for i in range(2):
+            sampler.admit(params, prompt, seed=seed + 100 * i, stop_tokens=range(20), min_tokens=2, **penalties)
+        drafting = copy.deepcopy(sampler)
+        tokens = np.stack([drafting.step(draft[:, i]) for i in range(n)], 1)
+        got = sampler.verify(target, tokens, draft)
+        for i in range(2):
+            histories = [[*prompt, *tokens[i, :k].tolist()] for k in range(n + 1)]
+            p, q = (hw.penalize(z[i], histories[: len(z[i])], prompt_lengths=3, **penalties) for z in (target, draft))
+            for z in (p, q):
+                z[:2, :20] = -np.inf  # before the output has two tokens
+            want = hw.verify_draft(p, q, tokens[i], params, seed=seed + 100 * i, position=3)
+            assert (got.accepted[i], got.next_token[i]) == (want.accepted, want.next_token)
+            assert got.tokens[i].tolist() == want.tokens.tolist()
+            assert sampler.history(i).tolist() == [*prompt, *(t for t in want.tokens.tolist() if t >= 0)]
+            seen.add(want.accepted)
+        after = [hw.penalize(target[i, 0], sampler.history(i), prompt_lengths=3, **penalties) for i in range(2)]
+        for i, z in enumerate(after):
+            if len(sampler.history(i)) < 5:
+                z[:20] = -np.inf
+        drawn = [
+            hw.sample(z, params, seed=seed + 100 * i, position=len(sampler.history(i))) for i, z in enumerate(after)
+        ]
+        assert sampler.step(target[:, 0]).tolist() == drawn
+    assert seen == set(range(n + 1))
+
+
+def test_p53_lengths_masks_params_and_errors() -> None:
+    greedy = hw.SamplingParams(temperature=0)
+
+    def fresh() -> hw.Sampler:
+        sampler = hw.Sampler(4)
+        sampler.admit(greedy, [0], presence=1.5)
+        sampler.admit(greedy, [0])
+        return sampler
+
+    target = np.array([[FOUR] * 3] * 2)
+    got = fresh().verify(target, [[0, 1], [-1, -1]], lengths=[2, 0])  # 0, then 0 with presence is below 1
+    assert got.tokens.tolist() == [[0, 1, 0], [0, -1, -1]]
+    assert got.accepted.tolist() == [2, 0]
+    assert fresh().verify(target[:, :1], np.zeros((2, 0), int)).tokens.tolist() == [[0], [0]]
+    some = np.array([False, True, True, True])
+    packed_some = np.array([[[-2]] * 3] * 2, np.int32)
+    for masks in ([None, [some] * 3], np.stack([np.ones((3, 4), bool), np.tile(some, (3, 1))]), [None, [[1, 2]] * 3]):
+        assert fresh().verify(target, [[0, 1], [0, 0]], allowed=masks).tokens.tolist() == [[0, 1, 0], [1, -1, -1]]
+    assert fresh().verify(target, [[1, 0], [1, 1]], allowed=packed_some).tokens.tolist() == [[1, 3, -1], [1, 1, 1]]
+    uniform = np.zeros((2, 2, 4))
+    got = fresh().verify(target, [[0, 1], [0, 3]], uniform, draft_params=hw.SamplingParams(allowed=[0, 1, 3]))
+    assert got.tokens.tolist() == [[0, 1, 0], [0, 0, -1]]
+    nan, sampler = target.copy(), fresh()
+    nan[1, 1, 2] = NAN
+    before = pickle.dumps(sampler)
+    for call, message in (
+        (
+            lambda: sampler.verify(nan, [[0, 1], [0, 0]]),
+            r"^target_logits: .*NaN at token 2 in row \(1, 1\).*handle is 1",
+        ),
+        (lambda: sampler.verify(target, [[0, 1], [0, 4]]), r"^draft_tokens: expected ids from 0 to 3, got 4"),
+        (lambda: sampler.verify(target, [[0], [0]]), r"^draft_tokens: expected shape \(2, 2\)"),
+        (
+            lambda: sampler.verify(target[:1], [[0, 1]]),
+            r"^target_logits: expected shape \(2, n \+ 1, 4\), .*\(1, 3, 4\)",
+        ),
+        (
+            lambda: sampler.verify(target, [[0, 1], [0, 0]], uniform[:, :1]),
+            r"^draft_logits: expected shape \(2, 2, 4\)",
+        ),
+        (
+            lambda: sampler.verify(target, [[0, 1], [3, 0]], uniform),
+            r"^draft_tokens: expected tokens that the draft can draw, got 3 in row \(1, 0\).*handle is 1",
+        ),
+        (lambda: sampler.verify(target, [[0, 1], [0, 0]], lengths=[3, 0]), r"^lengths: expected integers from 0 to 2"),
+        (
+            lambda: sampler.verify(target, [[0, 1], [0, 0]], draft_params=greedy),
+            r"^draft_params: expected draft_logits",
+        ),
+        (
+            lambda: sampler.verify(target, [[0, 1], [0, 0]], uniform, draft_params=hw.SamplingParams(seed=1)),
+            r"^draft_params: expected no seed",
+        ),
+        (
+            lambda: sampler.verify(target, [[0, 1], [0, 0]], uniform, draft_params=hw.SamplingParams(top_k=[1, 2])),
+            r"^draft_params: expected one top_k for all rows, got shape \(2,\)",
+        ),
+        (lambda: sampler.verify(target, [[0, 1], [0, 0]], allowed=[None]), r"^allowed: expected 2 lists"),
+        (
+            lambda: sampler.verify(target, [[0, 1], [0, 0]], allowed=[None, [some]]),
+            r"^allowed\[1\]: expected 3 masks, one for each place of the row, got 1",
+        ),
+        (
+            lambda: sampler.verify(target, [[0, 1], [0, 0]], allowed=np.ones((2, 4), bool)),
+            r"^allowed: expected a mask for",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+        assert pickle.loads(pickle.dumps(sampler)).step(target[:, 0]).tolist() == [0, 0]
+        assert sampler.history(0).tolist() == pickle.loads(before).history(0).tolist()
+    assert sampler.verify(target, [[0, 1], [0, 3]]).tokens.tolist() == [[0, 1, 0], [0, 0, -1]]
+
+
 def test_p51_bans() -> None:
     """Alone and together, with masks of both kinds; beside rows without bans."""
 
@@ -942,7 +1084,7 @@ COPIED: dict[str, Callable[[np.ndarray], Any]] = {
     "tokens of logprobs": lambda x: import_module("headway._sampling.logprobs")._tokens(
         x, prepare(np.zeros(9), None, {})
     ),
-    "draft_tokens": lambda x: import_module("headway._sampling.speculative")._draft_tokens(x, np.array([2]), (), 2, 9),
+    "draft_tokens": lambda x: import_module("headway._sampling.speculative").draft_ids(x, np.array([2]), (), 2, 9),
     **{name: lambda x, name=name, check=check: check(name, x) for name, check in penalties.CHECKS.items()},
     **{
         name: lambda x, name=name, check=check: check(name, x, ())

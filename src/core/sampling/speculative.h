@@ -31,7 +31,7 @@ template <class Visit> void each_residual(const Tokens& target, const Tokens& dr
 }
 
 inline Plan plan_verification(const Verification& task, int64_t) {
-  Plan plan{task.rows, 0, saturating_product(task.rows, task.n + 1, task.target.V, 16)};
+  Plan plan{task.rows, 0, saturating_product(task.rows, task.places, task.target.V, 16)};
   plan.team = plan.units == 1;
   Workspace(Arena{nullptr}, task.target.V, &plan.workspace);
   plan.workspace *= 2;
@@ -42,15 +42,18 @@ inline void run_verification(const Verification& task, const Plan& plan, int64_t
   char* own = static_cast<char*>(memory.own);
   const Workspace space(Arena{own}, task.target.V, nullptr, memory.team);
   const Workspace draft_space(Arena{own + plan.workspace / 2}, task.target.V, nullptr, memory.team);
+  task.accepted[index] = 0, task.next[index] = -1;
+  if (task.lengths[index] < 0) return;
   for (int64_t i = 0; !memory.stop->after(16 * task.target.V); ++i) {
-    const int64_t at = index * (task.n + 1) + i, draft_at = index * task.n + i;
+    task.accepted[index] = i;
+    if (i == task.places) return;
+    const int64_t at = index * task.places + i, draft_at = index * task.n + i;
     Row row{task.target, at, space};
     if (!begin(row)) return;
     filter(row);
     weigh(row.tokens, row);
     const Tokens& target = row.tokens;
     const RandomBlock random = random_block(task.target, at);
-    task.accepted[index] = i;
     if (i == task.lengths[index]) {
       task.next[index] = draw(row, random.word[0]);
       return;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import numpy as np
@@ -47,10 +48,40 @@ class Histories:
         self.counted[slot] = self.distinct[slot] = 0
         return slot
 
+    def fork(self, slot: int) -> int:
+        """Give a row a slot and places, with the tokens and counts of another."""
+        first, n = self.first[slot], self.length[slot]
+        new = self.admit(self.tokens[first : first + n], self.breaks[first : first + n], self.prompt[slot])
+        to = self.first[new]
+        for name in _COUNTED:
+            array = getattr(self, name)
+            array[to : to + n] = array[first : first + n]
+        self.distinct[new], self.counted[new] = self.distinct[slot], self.counted[slot]
+        return new
+
     def retire(self, slot: int) -> None:
         """Take a row's slot and places back."""
         self._left.setdefault(int(self.room[slot]), []).append(int(self.first[slot]))
         self._slots.append(slot)
+
+    def ahead(self, slots: Array) -> Histories:
+        """Return histories that go on from these, for tokens that may yet be refused. The places are shared.
+
+        What is counted of these rows is theirs from now on: if they are dropped, the rows are counted anew.
+        """
+        ahead = copy.copy(self)
+        for name in _OF_SLOTS:
+            setattr(ahead, name, getattr(self, name).copy())
+        ahead._left = {room: list(places) for room, places in self._left.items()}
+        ahead._slots = list(self._slots)
+        self.counted[slots] = 0
+        return ahead
+
+    def beside(self) -> Histories:
+        """Return the same histories, with memory of their own for the logits that penalties change."""
+        beside = copy.copy(self)
+        beside.logit = np.empty_like(self.logit)
+        return beside
 
     def write(self, slots: Array, tokens: Array, breaks: Array) -> None:
         """Put one token behind those of each of these rows, where it counts once `length` says so.
@@ -72,11 +103,9 @@ class Histories:
         first = self.first[slot]
         return self.tokens[first : first + self.length[slot]]
 
-    def penalize(self, data: Array, slots: Array, settings: Mapping[str, Array]) -> _native.Histories:
+    def penalize(self, data: Array, slots: Array, settings: Mapping[str, Array]) -> None:
         """Find the logits that penalties change in data (rows, V), the settings (rows,)."""
-        rows = self.of(slots)
-        _native.penalize(data, rows, **settings)
-        return rows
+        _native.penalize(data, self.of(slots), **settings)
 
     def of(self, slots: Array) -> _native.Histories:
         """Return these rows as the kernels take them."""
@@ -113,4 +142,5 @@ class Histories:
 
 _LEAST_ROOM = 64
 _OF_SLOTS = ("first", "room", "length", "prompt", "counted", "distinct")
-_OF_PLACES = ("tokens", "breaks", "id", "times", "same", "logit")
+_COUNTED = ("id", "times", "same")
+_OF_PLACES = ("tokens", "breaks", *_COUNTED, "logit")

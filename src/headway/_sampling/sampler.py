@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import threading
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count, groupby
 from typing import Any, NamedTuple, cast
 
@@ -33,8 +34,9 @@ from .penalties import (
     shows_penalties,
     with_windows,
 )
-from .rows import Array, mask_bytes, unpacked
-from .settings import CHECKS
+from .rows import Array, lengths_within, mask_bytes, unpacked
+from .settings import CHECKS, resolve
+from .speculative import Verified, chains, check_draft_params, draft_ids, fail_draft
 from .stages import OFF
 
 __all__ = ["Drawn", "Sampler"]
@@ -75,6 +77,27 @@ class _Row(NamedTuple):
     def kind(self) -> tuple[Any, ...]:
         """Return what rows should share to be sampled by one call: those without a mask or bias (V,) get none."""
         return *self.words(), self.settings.allowed is None, self.settings.logit_bias is None
+
+
+def _masks(own: Any, name: str) -> Sequence[Any] | None:
+    """Return the masks of a row's places, each to be checked."""
+    if own is None:
+        return None
+    if isinstance(own, (list, tuple)):
+        return _arrays.items(own, name)
+    array: Array = CHECKS["allowed"](name, own, ())
+    if array.ndim != 2:
+        raise ValueError(f"{name}: expected a mask for each place of the row, got shape {array.shape}")
+    return list(array)
+
+
+@contextlib.contextmanager
+def _of_row(row: _Row) -> Iterator[None]:
+    """Let an error say the row's handle."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}; the row's handle is {row.handle}") from None
 
 
 class _Group(NamedTuple):
@@ -263,7 +286,7 @@ class Sampler:
         self._admitted += 1
         return row.handle
 
-    def _free_stream(self, seed: np.uint64) -> int:
+    def _free_stream(self, seed: Any) -> int:
         """Return the lowest stream that no active row with this seed draws from."""
         taken = {int(row.stream) for row in self._active.rows if row.settings.seed == seed}
         return next(stream for stream in count() if stream not in taken)
@@ -325,6 +348,52 @@ class Sampler:
         array([3, 3, 1])
         """
         return self._histories.tokens_of(self._active.rows[self._place(handle)].slot).copy()
+
+    @_check.public
+    @_in_turn
+    def fork(self, handle: int, *, seed: int | None = None, stream: int | None = None) -> int:
+        """Add a row behind the others that goes on from where another is, and return its handle.
+
+        The new row has the params, penalties, bans, prompt and output of the other. From here on each goes its own way,
+        as the answers of a best-of-n or the beams of a search do. It is the row that
+        `admit(params, prompt_tokens, output_tokens, seed=seed, stream=stream, ...)` would add.
+
+        Args:
+            handle: an active row.
+            seed: of the new row, a whole number below 2^64; None is the other row's.
+            stream: of the seed, a whole number below 2^64. None is the lowest that no active row with the other row's
+                seed has, and 0 beside a seed of its own.
+
+        Returns:
+            The new row's handle.
+
+        Raises:
+            TypeError, ValueError: a handle of no active row; a seed or stream that is no such number.
+
+        >>> import headway as hw
+        >>> sampler = hw.Sampler(4)
+        >>> row = sampler.admit(hw.SamplingParams(seed=4), [3, 3])
+        >>> twin = sampler.fork(row)
+        >>> sampler.step([[0.0, 0.0, 0.0, 0.0]] * 2)
+        array([1, 3])
+        >>> sampler.history(twin)
+        array([3, 3, 3])
+        """
+        at = self._place(handle)
+        row, position = self._active.rows[at], self._active.position
+        settings = row.settings
+        if seed is not None:
+            settings = settings.updated({"seed": np.uint64(_check.integer(seed, "seed", 0, 2**64 - 1))})
+        if stream is None:
+            stream = self._free_stream(settings.seed) if seed is None else 0
+        stream = _check.integer(stream, "stream", 0, 2**64 - 1)
+        slot = self._histories.fork(row.slot)
+        new = row._replace(handle=self._admitted, slot=slot, settings=settings, stream=np.uint64(stream))
+        active = self._with([*self._active.rows, new], np.append(position, position[at]))
+        # No function is called between the two, so that no signal's handler runs there.
+        self._active = active
+        self._admitted += 1
+        return new.handle
 
     @_check.public
     @_in_turn
@@ -421,26 +490,21 @@ class Sampler:
         """
         n = None if logprobs is None else _check.integer(logprobs, "logprobs", 0, self.vocabulary)
         operand = _arrays.unwrap(logits, "logits")
-        active = self._active
+        active, histories = self._active, self._histories
         rows = len(active.rows)
         if operand.data.shape != (rows, self.vocabulary):
             raise ValueError(
                 f"logits: expected shape {(rows, self.vocabulary)}, a row for each active one, got {operand.data.shape}"
             )
-        mask = self._without_banned(self._mask(allowed))
-        histories = self._histories
+        mask = self._without_banned(self._mask(allowed), histories, active.position)
         if active.penalized:
             histories.penalize(operand.data, active.slots, active.penalties)
         tokens = np.empty((rows, 1), np.int64)
         processed = None if n is None else Ranked.empty(tokens, n)
         for group in active.groups:
-            changes: dict[str, Any] = {"position": active.position[group.rows]}
-            if mask is not None:
-                changes["allowed"] = self._both(group.settings.allowed, mask[group.rows])
-            run = ready(operand._replace(data=operand.data[group.rows]), group.settings.updated(changes))
+            run, source = self._call(group, operand, active.position, mask)
             own = histories.of(active.slots[group.rows]) if active.penalized else None
             status = np.zeros(rows, np.int64)
-            source: dict[str, Any] = run.source() | {"stream": group.streams}
             native, drawn = run.native(status[group.rows], own, **source), tokens[group.rows]
             if not _native.sample(native, 1, True, drawn, None, None):
                 self._fail(run, status)
@@ -453,19 +517,197 @@ class Sampler:
                 self._fail(run, status)
             top = (rows, n) if n else None
             result = Drawn(result, *(found.wrapped(operand, (rows,), top) for found in (raw, processed)))
-        breaks = [token in row.breakers for token, row in zip(tokens[:, 0].tolist(), active.rows)]
-        histories.write(active.slots, tokens[:, 0], np.array(breaks, np.bool_))
+        histories.write(active.slots, tokens[:, 0], self._breaks(tokens[:, 0]))
         # No function is called between the two, so that no signal's handler runs there: both happen, or neither.
         histories.length[active.slots] += 1
         active.position[...] += _ONE
         return result
 
+    @_check.public
+    @_in_turn
+    def verify(
+        self,
+        target_logits: AnyArray,
+        draft_tokens: AnyArray,
+        draft_logits: AnyArray | None = None,
+        *,
+        lengths: AnyArray | None = None,
+        draft_params: SamplingParams | None = None,
+        allowed: Any = None,
+    ) -> Verified:
+        """Take a step of several tokens: accept or replace what a draft proposes for each active row.
+
+        What comes out is distributed as the steps of the target alone would be (`verify_draft` has the sources), and
+        the accepted tokens and the next one are then in the row's history. At each place the penalties, bans and
+        positions are those after the drafted tokens before it; they hold for the draft's logits too, unless
+        draft_params are given. So a draft that a `Sampler` with the same rows drew from draft_logits is verified as it
+        was drawn. A row for which nothing was drafted takes an ordinary step. Where a row has an error, no row goes on.
+
+        Args:
+            target_logits: (rows, n + 1, V), in the order of `handles`: what the target says after 0, 1, ... n of the
+                drafted tokens.
+            draft_tokens: (rows, n), ids.
+            draft_logits: (rows, n, V), what the draft was drawn from; None where the draft has no choice (a lookup, a
+                greedy model).
+            lengths: (rows,), from 0 to n: how many tokens of each row were drafted; None is all n. What stands behind
+                them, tokens and logits, is padding and not looked at.
+            draft_params: how the draft was drawn, where that was with other params and without penalties and bans; no
+                seed, position or uniform, and one value for each option.
+            allowed: which tokens each place may have, of those that the params allow: bool (rows, n + 1, V); int32
+                or uint32 (rows, n + 1, ceil(V / 32)), packed as `step` takes them; or a list with, for each row, None
+                or a list of masks, one for each of its places.
+
+        Returns:
+            `Verified`: accepted (rows,), next_token (rows,), tokens (rows, n + 1), of the kind of target_logits.
+
+        Raises:
+            TypeError, ValueError: what `step` and `verify_draft` raise, with the row and its handle.
+
+        >>> import headway as hw
+        >>> sampler = hw.Sampler(3)
+        >>> row = sampler.admit(hw.SamplingParams(temperature=0), [0])
+        >>> sampler.verify([[[0.0, 2.0, 1.0], [3.0, 1.0, 0.0], [1.0, 2.0, 5.0]]], [[1, 2]])
+        Verified(accepted=array([1]), next_token=array([0]), tokens=array([[ 1,  0, -1]]))
+        >>> sampler.history(row)
+        array([0, 1, 0])
+        """
+        active, V = self._active, self.vocabulary
+        rows, operand = len(active.rows), _arrays.unwrap(target_logits, "target_logits")
+        shape = operand.data.shape
+        if len(shape) != 3 or shape[0] != rows or shape[1] < 1 or shape[2] != V:
+            raise ValueError(
+                f"target_logits: expected shape ({rows}, n + 1, {V}), a row for each active one, got {shape}"
+            )
+        n = shape[1] - 1
+        drafted = np.full(rows, n)
+        if lengths is not None:
+            drafted = lengths_within("lengths", lengths, (rows,), drafted, "draft_tokens")
+        tokens = draft_ids(draft_tokens, drafted, (rows,), n, V)
+        draft = None if draft_logits is None else _arrays.unwrap(draft_logits, "draft_logits")
+        if draft is not None and draft.data.shape != (rows, n, V):
+            raise ValueError(
+                f"draft_logits: expected shape {(rows, n, V)} beside target_logits of {shape}, got {draft.data.shape}"
+            )
+        of_draft = self._of_draft(draft_params, draft is not None)
+        masks = self._masks_of_places(allowed, drafted, n + 1)
+
+        histories = self._histories.ahead(active.slots)
+        accepted, next_token = np.zeros(rows, np.int64), np.full(rows, -1)
+        for i in range(n + 1):
+            goes_on = next_token < 0
+            if not goes_on.any():
+                break
+            asked = np.where(goes_on, i < drafted, -1)
+            token = tokens[:, i] if i < n else np.zeros(rows, np.int64)
+            took, after = np.zeros((2, rows), np.int64)
+            position = active.position + np.uint64(i)
+            mask = self._without_banned(masks[i], histories, position)
+            here = operand._replace(data=operand.data[:, i])
+            there = None if draft is None or i == n else draft._replace(data=draft.data[:, i])
+            beside = histories.beside() if there is not None and of_draft is None else histories
+            if active.penalized:
+                histories.penalize(here.data, active.slots, active.penalties)
+                if there is not None and of_draft is None:
+                    beside.penalize(there.data, active.slots, active.penalties)
+            for group in active.groups:
+                part = group.rows
+                status, draft_status = np.zeros((2, rows), np.int64)
+                slots = active.slots[part]
+                run, source = self._call(group, here, position, mask, "target_logits")
+                native = run.native(status[part], histories.of(slots) if active.penalized else None, **source)
+                other, of_other = None, None
+                if there is not None and of_draft is None:
+                    other, _ = self._call(group, there, position, mask, "draft_logits")
+                    own = beside.of(slots) if active.penalized else None
+                    of_other = other.native(np.zeros_like(slots), own, **source)
+                elif there is not None and of_draft is not None:
+                    other = ready(there._replace(data=there.data[part]), of_draft, "draft_logits")
+                    of_other = other.native(np.zeros_like(slots), **source)
+                drafts = np.ascontiguousarray(token[part, None]), asked[part]
+                if not _native.verify(native, of_other, *drafts, draft_status[part], took[part], after[part]):
+                    self._fail_at(i, n, run, status, other, draft_status)
+            next_token = np.where(goes_on & (took == 0), after, next_token)
+            took = goes_on & (took == 1)
+            accepted += took
+            histories.write(active.slots[took], token[took], self._breaks(token)[took])
+            histories.length[active.slots[took]] += 1
+        histories.write(active.slots, next_token, self._breaks(next_token))
+        histories.length[active.slots] += 1
+        found = accepted, next_token, chains(tokens, accepted, next_token)
+        result = Verified(*(operand.wrap(array, "int64") for array in found))
+        went = active._replace(position=active.position + (accepted + 1).astype(np.uint64))
+        # No function is called between the two, so that no signal's handler runs there: both happen, or neither.
+        self._histories = histories
+        self._active = went
+        return result
+
+    def _fail_at(self, i: int, n: int, run: Call, status: Array, draft: Call | None, draft_status: Array) -> None:
+        """Raise what is wrong with place i of a row."""
+        of_draft = draft_status.any()
+        places = np.zeros((len(status), n if of_draft else n + 1), np.int64)
+        places[:, i] = draft_status if of_draft else status
+        with _of_row(self._active.rows[int(places[:, i].nonzero()[0][0])]):
+            if of_draft:
+                fail_draft(draft and draft._replace(lead=places.shape), places.reshape(-1), places.shape)
+            run._replace(lead=places.shape).fail(places.reshape(-1))
+
+    def _of_draft(self, params: SamplingParams | None, has_logits: bool) -> Settings | None:
+        """Return the settings of a draft, None where they are those of each row."""
+        if params is None:
+            return None
+        if not has_logits:
+            raise ValueError("draft_params: expected draft_logits to apply them to, got None; leave one of them out")
+        check_draft_params(params)
+        settings = resolve(params, {})
+        for name, value in vars(settings).items():
+            if isinstance(value, np.ndarray) and value.ndim > (name in ("allowed", "logit_bias")):
+                raise ValueError(f"draft_params: expected one {name} for all rows, got shape {value.shape}")
+        return settings
+
+    def _masks_of_places(self, allowed: Any, drafted: Array, places: int) -> list[Array | None]:
+        """Return the masks of each place, as `_mask` returns those of a step."""
+        if allowed is None:
+            return [None] * places
+        rows = len(drafted)
+        if isinstance(allowed, (list, tuple)):
+            if len(allowed) != rows:
+                raise ValueError(
+                    f"allowed: expected {rows} lists of masks, one for each active row, got {len(allowed)}"
+                )
+            each = [_masks(own, f"allowed[{r}]") for r, own in enumerate(_arrays.items(allowed, "allowed"))]
+            for r, (own, count) in enumerate(zip(each, drafted.tolist())):
+                if own is not None and len(own) <= count:
+                    raise ValueError(
+                        f"allowed[{r}]: expected {count + 1} masks, one for each place of the row, got {len(own)}"
+                    )
+            return [
+                self._mask([None if own is None or i >= len(own) else own[i] for own in each]) for i in range(places)
+            ]
+        array: Array = CHECKS["allowed"]("allowed", allowed, ())
+        if array.ndim != 3 or array.shape[:2] != (rows, places):
+            raise ValueError(
+                f"allowed: expected a mask for each place of each row, of shape ({rows}, {places}, ...), got shape "
+                f"{array.shape}"
+            )
+        return [self._mask(array[:, i]) for i in range(places)]
+
+    def _call(
+        self, group: _Group, operand: _arrays.Operand, position: Array, mask: Array | None, name: str = "logits"
+    ) -> tuple[Call, dict[str, Any]]:
+        """Return the call that samples a group, of operand (rows, V), and the source of its random numbers."""
+        changes: dict[str, Any] = {"position": position[group.rows]}
+        if mask is not None:
+            changes["allowed"] = self._both(group.settings.allowed, mask[group.rows])
+        run = ready(operand._replace(data=operand.data[group.rows]), group.settings.updated(changes), name)
+        return run, run.source() | {"stream": group.streams}
+
+    def _breaks(self, tokens: Array) -> Array:
+        """Return whether the token of each row is a breaker there."""
+        return np.array([token in row.breakers for token, row in zip(tokens.tolist(), self._active.rows)], np.bool_)
+
     def _fail(self, run: Call, status: Array) -> None:
-        row = self._active.rows[int(status.nonzero()[0][0])]
-        try:
+        with _of_row(self._active.rows[int(status.nonzero()[0][0])]):
             run._replace(lead=status.shape).fail(status)
-        except ValueError as error:
-            raise ValueError(f"{error}; the row's handle is {row.handle}") from None
 
     def _mask(self, allowed: Any) -> Array | None:
         """Return a step's masks: bool (rows, V), or uint32 (rows, ceil(V / 32))."""
@@ -493,14 +735,14 @@ class Sampler:
             )
         return own
 
-    def _without_banned(self, mask: Array | None) -> Array | None:
-        """Return a step's masks, without what rows have banned after their histories."""
+    def _without_banned(self, mask: Array | None, histories: Histories, position: Array) -> Array | None:
+        """Return a step's masks, without what rows have banned after these histories, at these positions."""
         active = self._active
         banned = {}
         for at in active.banning:
             row = active.rows[at]
-            length = int((active.position[at : at + 1] - row.settings.position)[0])
-            ids = row.bans.next(self._histories.tokens_of(row.slot), length - row.prompt)
+            length = int((position[at : at + 1] - row.settings.position)[0])
+            ids = row.bans.next(histories.tokens_of(row.slot), length - row.prompt)
             if ids.size:
                 banned[at] = ids
         if not banned:

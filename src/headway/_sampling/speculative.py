@@ -82,7 +82,7 @@ def verify_draft(
     drafted = np.full(math.prod(lead), n)
     if lengths is not None:
         drafted = lengths_within("lengths", lengths, lead, drafted, "draft_tokens")
-    tokens = _draft_tokens(draft_tokens, drafted, lead, n, run.vocabulary)
+    tokens = draft_ids(draft_tokens, drafted, lead, n, run.vocabulary)
     rows = len(tokens)
     source = _source(run.settings, lead, n + 1)
     draft, draft_rows = None, None
@@ -90,13 +90,10 @@ def verify_draft(
         if draft_params is not None:
             raise ValueError("draft_params: expected draft_logits to apply them to, got None; leave one of them out")
     else:
-        own = draft_params is not None
-        if own and not isinstance(draft_params, SamplingParams):
-            raise TypeError(f"draft_params: expected SamplingParams, got {shown(draft_params)}")
-        for name in ("seed", "position", "uniform"):
-            if own and getattr(draft_params, name) is not None:
-                raise ValueError(f"draft_params: expected no {name}, got one; seed and position are those of the row")
-        draft = prepare(draft_logits, draft_params if own else params, {} if own else options, "draft_logits")
+        if draft_params is not None:
+            check_draft_params(draft_params)
+            params, options = draft_params, {}
+        draft = prepare(draft_logits, params, options, "draft_logits")
         if draft.data.shape != (*lead, n, run.vocabulary):
             raise ValueError(
                 f"draft_logits: expected shape {(*lead, n, run.vocabulary)} beside target_logits of {run.data.shape}, "
@@ -114,14 +111,21 @@ def verify_draft(
         if not _native.verify(target_rows, draft_rows, tokens, drafted, draft_status, accepted, next_token):
             if not draft_status.any():
                 run.fail(status)
-            _fail(draft, draft_status, (*lead, n))
-    chain = np.full((rows, n + 1), -1, np.int64)
-    chain[:, :n] = np.where(np.arange(n) < accepted[:, None], tokens, -1)
-    np.put_along_axis(chain, accepted[:, None], next_token[:, None], -1)
+            fail_draft(draft, draft_status, (*lead, n))
+    chain = chains(tokens, accepted, next_token)
     if not lead:
         return Verified(int(accepted[0]), int(next_token[0]), run.operand.wrap(chain[0], "int64"))
     arrays = accepted.reshape(lead), next_token.reshape(lead), chain.reshape(*lead, n + 1)
     return Verified(*(run.operand.wrap(a, "int64") for a in arrays))
+
+
+def check_draft_params(params: SamplingParams) -> None:
+    """Check that params of a draft say nothing of what the row's own say."""
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"draft_params: expected SamplingParams, got {shown(params)}")
+    for name in ("seed", "position", "uniform"):
+        if getattr(params, name) is not None:
+            raise ValueError(f"draft_params: expected no {name}, got one; seed and position are those of the row")
 
 
 def _per_place(run: Call, places: int) -> Call:
@@ -140,6 +144,15 @@ def _per_place(run: Call, places: int) -> Call:
     return run._replace(settings=Settings.of({name: spread(name, value) for name, value in given.items()}))
 
 
+def chains(tokens: Array, accepted: Array, next_token: Array) -> Array:
+    """Return the accepted tokens of each row, the next one, then -1: (rows, n + 1)."""
+    rows, n = tokens.shape
+    chain = np.full((rows, n + 1), -1, np.int64)
+    chain[:, :n] = np.where(np.arange(n) < accepted[:, None], tokens, -1)
+    np.put_along_axis(chain, accepted[:, None], next_token[:, None], -1)
+    return chain
+
+
 def _source(settings: Settings, lead: tuple[int, ...], places: int) -> dict[str, Any]:
     """Return the seed, the stream and the position of each place."""
     source, rows = random_source(settings, lead), math.prod(lead)
@@ -153,7 +166,7 @@ def _of_draft(source: dict[str, Any], n: int) -> dict[str, Any]:
     return {name: numbers.reshape(-1, n + 1)[:, :n].reshape(-1) for name, numbers in source.items()}
 
 
-def _draft_tokens(tokens: AnyArray, lengths: Array, lead: tuple[int, ...], n: int, vocabulary: int) -> Array:
+def draft_ids(tokens: AnyArray, lengths: Array, lead: tuple[int, ...], n: int, vocabulary: int) -> Array:
     """Return the tokens (rows, n), checked where they count, in memory that nobody else writes to."""
     try:
         given = _check.whole(tokens, "draft_tokens", "token ids")
@@ -175,7 +188,7 @@ def _draft_tokens(tokens: AnyArray, lengths: Array, lead: tuple[int, ...], n: in
     return ids.astype(np.int64, copy=False)
 
 
-def _fail(draft: Call | None, status: Array, shape: tuple[int, ...]) -> None:
+def fail_draft(draft: Call | None, status: Array, shape: tuple[int, ...]) -> None:
     """Raise what is wrong with the first drafted token that has a fault."""
     at = int(status.nonzero()[0][0])
     token, fault = divmod(int(status[at]), _native.SAMPLING_FAULTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from .masses import AnyArray, float32, floats
 from .penalties import penalize
 from .rng import draw_from, philox
 from .sample import masses
+from .speculative import Verified, verify_row
 
 
 class Drawn(NamedTuple):
@@ -21,6 +23,19 @@ class Drawn(NamedTuple):
     tokens: AnyArray
     raw: Logprobs
     processed: Logprobs
+
+
+class Lazy(Sequence[AnyArray]):
+    """What a function gives for each place, when it is asked for: errors come from what is looked at alone."""
+
+    def __init__(self, length: int, function: Callable[[int], AnyArray]) -> None:
+        self.length, self.function = length, function
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.function(place)
 
 
 class Sampler:
@@ -56,8 +71,7 @@ class Sampler:
         of_params = getattr(params, "seed", None) if seed is None else None
         if of_params is not None:
             seed = of_params
-            taken = {row["stream"] for row in self.rows.values() if row["seed"] == seed}
-            free = min(set(range(len(taken) + 1)) - taken)
+            free = self.free_stream(seed)
         else:
             free = 0
         self.rows[self.admitted] = {
@@ -85,14 +99,8 @@ class Sampler:
         """
         tokens, filtered, final = [], np.full(np.shape(logits), -np.inf), np.zeros(np.shape(logits), np.int64)
         for i, (z, (handle, row)) in enumerate(zip(floats(logits), self.rows.items(), strict=True)):
-            penalized = penalize(z, row["history"], **row["penalties"])
-            mask = None if allowed is None else mask_of(allowed[i], z.shape)
-            if mask is not None:
-                penalized[~mask] = -np.inf
-            penalized[self.banned(handle)] = -np.inf
-            # As row number `stream` of a batch with this seed.
-            position = (row["start"] + len(row["history"])) % 2**64
-            block = philox(int(row["seed"]), int(row["stream"]), position)
+            penalized = self.changed(handle, z, None if allowed is None else allowed[i])
+            block = self.block(row, len(row["history"]))
             (drawn,) = through_stages(penalized, row["params"], {}, [block])
             filtered[i, drawn.ids], final[i] = drawn.z, drawn.final_masses()
             tokens.append(draw_from(final[i], block[0]))
@@ -105,16 +113,101 @@ class Sampler:
         raw = of_distribution(z.dtype, float32(z), masses(z), drawn_tokens, top, False)
         return Drawn(drawn_tokens, raw, of_distribution(z.dtype, filtered, final, drawn_tokens, top, True))
 
+    def fork(self, handle: int, *, seed: Any = None, stream: int | None = None) -> int:
+        """Add a row that goes on from where another is, in a stream of its own."""
+        row = {**self.rows[handle], "history": list(self.rows[handle]["history"])}
+        row["stream"] = self.free_stream(row["seed"]) if seed is None else 0
+        if seed is not None:
+            row["seed"] = seed
+        if stream is not None:
+            row["stream"] = stream
+        self.rows[self.admitted] = row
+        self.admitted += 1
+        return self.admitted - 1
+
+    def free_stream(self, seed: Any) -> int:
+        """The lowest stream that no row with this seed has."""
+        taken = {row["stream"] for row in self.rows.values() if row["seed"] == seed}
+        return min(set(range(len(taken) + 1)) - taken)
+
+    def verify(
+        self,
+        target_logits: Any,
+        draft_tokens: Any,
+        draft_logits: Any = None,
+        *,
+        lengths: Any = None,
+        draft_params: Any = None,
+        allowed: Any = None,
+    ) -> Verified:
+        """For each row, what `verify_draft` makes of its places, each penalized and banned after the tokens before it.
+
+        target_logits (rows, n + 1, V), draft_logits (rows, n, V) or None, draft_tokens (rows, n), of which the first
+        lengths (rows,) count; allowed holds for each row a mask for each place, or None.
+        """
+        target, tokens = floats(target_logits), np.asarray(draft_tokens, np.int64)
+        rows, n = target.shape[0], target.shape[1] - 1
+        counts = np.broadcast_to(n if lengths is None else np.asarray(lengths), (rows,))
+        drafts = [None] * rows if draft_logits is None else list(floats(draft_logits))
+        masks = [None] * rows if allowed is None else allowed
+        found = [
+            self.verify_one(handle, target[i], tokens[i, : counts[i]].tolist(), drafts[i], draft_params, masks[i])
+            for i, handle in enumerate(self.rows)
+        ]
+        chain = np.full((rows, n + 1), -1, np.int64)
+        for i, (handle, (count, token)) in enumerate(zip(self.rows, found)):
+            chain[i, : count + 1] = [*tokens[i, :count], token]
+            self.rows[handle]["history"] += chain[i, : count + 1].tolist()
+        accepted, following = (np.array([pair[j] for pair in found], np.int64) for j in range(2))
+        return Verified(accepted, following, chain)
+
+    def verify_one(
+        self, handle: int, target: AnyArray, tokens: list[int], draft: AnyArray | None, draft_params: Any, masks: Any
+    ) -> tuple[int, int]:
+        """How many tokens of a row are accepted, and the next one; target (places, V), draft (places - 1, V)."""
+        row = self.rows[handle]
+        start = len(row["history"])
+        blocks = [self.block(row, start + place) for place in range(len(tokens) + 1)]
+
+        def masses_of_row(logits: AnyArray, place: int) -> AnyArray:
+            changed = self.changed(handle, logits, None if masks is None else masks[place], tokens[:place])
+            return through_stages(changed, row["params"], {}, [blocks[place]])[0].final_masses()
+
+        def masses_of_draft(place: int) -> AnyArray:
+            if draft is None:  # all is the drafted token's
+                return np.asarray(np.arange(self.vocabulary) == tokens[place], np.int64)
+            if draft_params is None:
+                return masses_of_row(draft[place], place)
+            return through_stages(draft[place], draft_params, {}, [blocks[place]])[0].final_masses()
+
+        p = Lazy(len(tokens) + 1, lambda place: masses_of_row(target[place], place))
+        return verify_row(p, Lazy(len(tokens), masses_of_draft), tokens, blocks)
+
     def retire(self, handle: int) -> None:
         """Remove a row."""
         del self.rows[handle]
 
-    def banned(self, handle: int) -> list[int]:
-        """The tokens that a row may not draw next."""
+    def changed(self, handle: int, z: AnyArray, allowed: Any, more: Sequence[int] = ()) -> AnyArray:
+        """Logits (V,) with the penalties of a row's history and more tokens, -inf where a token is banned."""
+        row = self.rows[handle]
+        penalized = penalize(z, [*row["history"], *more], **row["penalties"])
+        mask = mask_of(allowed, z.shape)
+        if mask is not None:
+            penalized[~mask] = -np.inf
+        penalized[self.banned(handle, more)] = -np.inf
+        return penalized
+
+    def block(self, row: dict[str, Any], length: int) -> tuple[int, ...]:
+        """The random words after so many tokens: those of row number `stream` of a batch with this seed."""
+        return philox(int(row["seed"]), int(row["stream"]), (row["start"] + length) % 2**64)
+
+    def banned(self, handle: int, more: Sequence[int] = ()) -> list[int]:
+        """The tokens that a row may not draw next, after its history and more tokens."""
         row = self.rows[handle]
         stop_tokens, min_tokens, sequences, n = row["bans"]
-        history = [token for token in row["history"] if 0 <= token < self.vocabulary]
-        found = {token for token in stop_tokens if len(row["history"]) - row["prompt"] < min_tokens}
+        sequence = [*row["history"], *more]
+        history = [token for token in sequence if 0 <= token < self.vocabulary]
+        found = {token for token in stop_tokens if len(sequence) - row["prompt"] < min_tokens}
         found |= {last for *before, last in sequences if history[len(history) - len(before) :] == before}
         if n is not None:
             runs = [history[i : i + n] for i in range(len(history) - n + 1)]
