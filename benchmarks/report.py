@@ -167,7 +167,7 @@ def plot(stored: Stored) -> None:
     colours |= {"JAX": "#c58b1b", "NumPy": "#8aa399"}
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10.5, 3.4), width_ratios=(4, 4, 3))
     prefill, limits = stored["rows"].get("prefill", {}), stored["machine"]["limits"]
-    for axes, suffix, title in ((left, "", "prefill, D = 64"), (middle, ", causal", "prefill, causal")):
+    for axes, suffix, title in ((left, "", "prefill, D = 64"), (middle, ", causal", "prefill, causal, D = 64")):
         chosen = {
             L: prefill.get(f"{2 if L == 16384 else 12} heads, L={L}, D=64{suffix}")
             for L in (16, 128, 512, 2048, 4096, 16384)
@@ -188,7 +188,7 @@ def plot(stored: Stored) -> None:
         axes.set_xscale("log", base=2)
         axes.set_ylim(0, max(limits.get("fma", 0) * 1.12, 1))
         axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xlabel("L")
+        axes.set_xlabel("sequence length L")
         axes.set_ylabel("GFLOP/s")
     decode = {name: e for name, e in stored["rows"].get("decode", {}).items() if "S=4096" in name or "S=32768" in name}
     decode = {name: e for name, e in decode.items() if name.startswith(("32 over", "8 over 8", "64 over"))}

@@ -297,11 +297,11 @@ class Library(NamedTuple):
     reasons: Mapping[str, str] = {}
 
 
-SUMS = "the sum runs in float32"
+SUMS = "sums are float32"
 UNSTABLE = r"boundaries\.top_p-(48-of-64|256)"
-UNSTABLE_WHY = "more than 16 equal logits, and the sort is not stable: other ids"
+UNSTABLE_WHY = "of more than 16 equal logits other ids stay, because the sort is not stable"
 HIGHEST = "top_p: of equal logits the highest ids stay"
-UNCHECKED = "logits are not looked at: what comes of NaN, +inf and no token at all is drawn from"
+UNCHECKED = "logits are not checked: the library draws from what NaN, +inf and no token at all give"
 
 LIBRARIES = (
     Library("headway", "headway", "native", headway),
@@ -313,12 +313,14 @@ LIBRARIES = (
         {
             UNSTABLE: UNSTABLE_WHY,
             r"(ties|boundaries)\.(top_k-)?top_p.*|precision\.top_p-below": HIGHEST,
-            r"ties\.top_k.*": "top_k: all that equal the k-th stay",
-            r".*\.typical_p.*": "typical_p: all as typical as the last stay",
-            r".*\.epsilon_cutoff.*": "epsilon_cutoff: where none has enough, all that equal the best stay",
-            r"precision\.top_p-above": "p becomes a float32",
-            r"extremes\.temperature-subnormal": "dividing by it overflows, and torch.multinomial refuses NaN",
-            r"extremes\.hidden-nan": "-inf is added to what is not allowed: NaN stays NaN",
+            r"ties\.top_k.*": "top_k: all tokens that equal the k-th stay",
+            r".*\.typical_p.*": "typical_p: all tokens as typical as the last stay",
+            r".*\.epsilon_cutoff.*": "epsilon_cutoff: where no token has enough, all that equal the best stay",
+            r"precision\.top_p-above": "p is rounded to float32",
+            r"extremes\.temperature-subnormal": (
+                "division by the temperature overflows, and torch.multinomial refuses NaN"
+            ),
+            r"extremes\.hidden-nan": "-inf is added to logits that are not allowed: NaN stays NaN",
             r"errors\.temperature-infinity": "any float above 0 is a temperature",
             r"errors\.top_p-nan": "NaN < 1 is false, so the filter is off",
         },
@@ -332,9 +334,9 @@ LIBRARIES = (
             r"order\.top_p-min_p|combinations\..*": "min_p comes before top_k and top_p",
             UNSTABLE: UNSTABLE_WHY,
             r"(ties|boundaries)\.(top_k-)?top_p.*|precision\.top_p-below": HIGHEST,
-            r"ties\.top_k.*": "top_k: all that equal the k-th stay",
-            r"precision\.top_p-above": "p becomes a float32",
-            r"precision\.top_p-tail": "1 - p is formed in float32, where it is off by 0.7 %",
+            r"ties\.top_k.*": "top_k: all tokens that equal the k-th stay",
+            r"precision\.top_p-above": "p is rounded to float32",
+            r"precision\.top_p-tail": "1 - p is computed in float32, where its error is 0.7 %",
             r"extremes\.temperature-huge.*": "temperatures above 2 are refused",
             r"extremes\.temperature-(tiny|small|subnormal)": "SamplingParams give 0.01 to the Sampler, "
             "which would take the best token",
@@ -355,10 +357,10 @@ LIBRARIES = (
             ),
             r".*\.(min_tokens-all|top_k)": "top_k does not heed min_tokens_to_keep",
             r"precision\.top_p-tail": SUMS,
-            r"precision\.top_p-above": "p becomes a float32",
+            r"precision\.top_p-above": "p is rounded to float32",
             r"(ties|boundaries|precision)\..*": "which of equal logits stay is arbitrary, for no sort is stable "
             "(typical_p: one more stays, before which there is exactly p)",
-            r"errors\..*": "neither logits nor numbers are looked at",
+            r"errors\..*": "neither logits nor numbers are checked",
         },
     ),
     Library(
@@ -367,9 +369,13 @@ LIBRARIES = (
         "sglang",
         sglang,
         {
-            r"order\..*|combinations\..*|.*top_k-top_p|.*after-top_k": "p is measured over all tokens, not those left",
+            r"order\..*|combinations\..*|.*top_k-top_p|.*after-top_k": (
+                "p is measured over all tokens, not over those that top_k left"
+            ),
             UNSTABLE: UNSTABLE_WHY,
-            r"boundaries\..*|precision\.top_p-below": "what has exactly p before it stays; p becomes a float32",
+            r"boundaries\..*|precision\.top_p-below": (
+                "a token before which the mass is exactly p stays; p is rounded to float32"
+            ),
             r"precision\.top_p-tail": SUMS,
             r"precision\.top_k-subnormal|extremes\..*": "probabilities are sorted, not logits: here they are equal",
         },
@@ -384,15 +390,17 @@ LIBRARIES = (
             r"min_tokens_to_keep\..*|boundaries\.min_tokens.*|ties\.min_tokens": "only min_p heeds min_tokens_to_keep",
             r".*\.tempered.*|order\.temperature.*|extremes\.temperature-huge.*": "the temperature comes last",
             r"combinations\..*": "the temperature comes last, and top_k after top_p and min_p",
-            r"(ties|boundaries)\.(top_k-)?top_p.*|precision\.top_p-below": "top_p: all that equal the last stay",
-            r"(ties|boundaries)\.xtc.*": "xtc counts what is above the threshold; all that equal the last stay",
+            r"(ties|boundaries)\.(top_k-)?top_p.*|precision\.top_p-below": "top_p: all tokens that equal the last stay",
+            r"(ties|boundaries)\.xtc.*": (
+                "xtc counts the tokens above the threshold; all that equal the last of these stay"
+            ),
             r"precision\.top_p-tail": SUMS,
             r"precision\.top_k-subnormal": "log-probabilities are sorted, not logits: here they are equal",
             r"off\..*|extremes\.one-token-top_k": "top_k of V or more is refused",
             r"zero\.temperature-negative": "a negative temperature turns the order around",
             r"extremes\.temperature-subnormal": "1 / temperature overflows",
-            r"extremes\.top_p-smallest": "p becomes 0 in float32, and then nothing goes",
-            r"errors\..*": "logits are not looked at, nor whether a number is NaN",
+            r"extremes\.top_p-smallest": "p is 0 in float32, and no token goes",
+            r"errors\..*": "logits are not checked, nor are numbers for NaN",
         },
     ),
 )
@@ -401,23 +409,28 @@ LIBRARIES = (
 
 HEAD = """# Which cases installed libraries pass
 
-`make conformance` runs these libraries on levels 1 and 2 of the [vectors](../vectors) {version} and writes this
-page, unless one that it has is not installed. Each is run twice: against the native contract, and against its own
-dialect, its rules as its source states them. Levels 3 and 4 are headway's own arithmetic; headway passes them
-(`tests/test_vectors.py`), and nobody else is asked to.
+`make conformance` runs these libraries on levels 1 and 2 of the [vectors](../vectors) {version} and
+writes this page, unless a library that the page has is not installed. Each library is held to two
+sets of rules: to the native contract, which is headway's, and to its own dialect, which is what its
+source states. Levels 3 and 4 are the arithmetic of headway: headway passes them
+(`tests/test_vectors.py`), and no other library is asked to.
 
-Each library runs its own code, from the parameters that a user gives to the distribution that it draws from;
-`tools/conformance.py` has the adapters. NaN counts as a token that can be drawn, and any exception as a refusal.
-What a library has no option for is not expressible. **A failure is a difference, not a verdict**: at ties, for one,
-the native contract is one choice among several.
+Each library runs its own code, from the parameters that a user gives to the distribution that it
+draws from; `tools/conformance.py` has the adapters. NaN counts as a token that can be drawn, and
+any exception as a refusal. A parameter that a library does not have is not expressible. **A failure
+is a difference, not a verdict**: at ties, for example, the native contract is one choice among
+several.
 """
 
 NOTES = """
-transformers: the processors that `generate` makes. vLLM: `v1.sample.sampler.Sampler` in plain PyTorch; its Triton
-and FlashInfer paths need a GPU and may differ. SGLang: the sampler in plain PyTorch. llama.cpp: the default chain
-of its command line tools. mlx-lm: `make_sampler` on the CPU. The sorts of transformers, vLLM, SGLang, llama.cpp and
-mlx-lm are not stable; a dialect's answer is that of a stable one. torch.multinomial, with which transformers and
-SGLang draw, refuses NaN on the CPU. FlashInfer's kernels need a GPU: not run here.
+These parts of the libraries were run. transformers: the processors that `generate` makes. vLLM:
+`v1.sample.sampler.Sampler` in plain PyTorch; its Triton and FlashInfer paths need a GPU and may
+differ. SGLang: the sampler in plain PyTorch. llama.cpp: the default chain of its command line
+tools. mlx-lm: `make_sampler` on the CPU. FlashInfer's kernels need a GPU and were not run.
+
+The sorts of transformers, vLLM, SGLang, llama.cpp and mlx-lm are not stable; the answer of a
+dialect is that of a stable sort. torch.multinomial, with which transformers and SGLang draw,
+refuses NaN on the CPU.
 """
 
 
@@ -483,7 +496,7 @@ def failures(library: Library, found: list[Result]) -> str:
             by_reason.setdefault(next(fits, what_differs(result)), []).append(
                 f"**{name}**" if result.own == "failed" else name
             )
-    return "\n".join(f"- {reason}: {', '.join(ids)}" for reason, ids in by_reason.items())
+    return "\n".join(f"- *{reason}*: {', '.join(ids)}" for reason, ids in by_reason.items())
 
 
 def version() -> str:
@@ -534,7 +547,7 @@ def page() -> str:
             for level, group in groups
         ]
         parts.append(f"## {title}\n\n" + table(["group", *(library.name for library, _ in there)], rows) + "\n")
-    parts.append("## What fails, and why\n\nBold: not by the library's own rules either.\n")
+    parts.append("## What fails, and why\n\nBold cases fail by the rules of the library itself, too.\n")
     for library, found in there:
         if text := failures(library, found):
             parts.append(f"### {library.name}\n\n{text}\n")

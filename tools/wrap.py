@@ -1,6 +1,6 @@
 """Wrap the prose of the pages at 100 columns; --check says which pages are not wrapped, and fails.
 
-Code, tables, headings and comments stay as they are, and so do the pages that other tools write.
+Code, tables, headings and comments stay as they are, and so do pages and parts of pages that other tools write.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 WIDTH = 100
-WRITTEN_BY_TOOLS = {"api.md", "conformance.md", "performance.md"}
+WRITTEN_BY_TOOLS = {"api.md", "conformance.md"}
 
+FLAGS = re.MULTILINE | re.DOTALL
 VERBATIM = re.compile(r"\||#|<|!\[|    ")
 ITEM = re.compile(r"(- |\d+\. )")
 CODE = re.compile(r"`[^`]+`")  # is never broken
@@ -24,7 +25,7 @@ BEGINS = re.compile(r" (?=(?:[-+*#>|=]+|\d+[.)])(?: |$))")
 
 def wrapped(text: str) -> str:
     """Return a page whose prose is wrapped."""
-    parts = re.split(r"(^```.*?^```\n|^<!--.*?-->\n)", text, flags=re.MULTILINE | re.DOTALL)
+    parts = re.split(r"(^```.*?^```\n|^<!-- measured: begin.*?measured: end -->\n|^<!--.*?-->\n)", text, flags=FLAGS)
     return "".join(part if part.startswith(("```", "<!--")) else "\n".join(lines(part)) for part in parts)
 
 

@@ -263,6 +263,10 @@ def test_s14_nucleus() -> None:
     assert kept(LOGS, top_k=2, top_p=0.95, nucleus="joint") == [0, 1]
     assert kept(LOGS, top_k=3, top_p=0.3, nucleus="joint") == [0]
     assert kept(LOGS, top_p=0.5, nucleus="joint", allowed=[1, 2, 3]) == [1]  # 0.3 of 0.6
+    spread = [3.0, 2.9, 0.0, -1.0, -1.2, -1.3, -1.4]  # the best has 0.496 of all, and 0.525 of the first two
+    assert kept(spread, top_n_sigma=1.0) == [0, 1]
+    assert kept(spread, top_p=0.51, nucleus="joint") == [0, 1]
+    assert kept(spread, top_p=0.51, nucleus="joint", top_n_sigma=1.0) == [0]
 
 
 def test_s15_min_p() -> None:

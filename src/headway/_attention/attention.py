@@ -1,4 +1,4 @@
-"""Scaled dot-product attention, and its weights.
+"""Scaled dot-product attention, and its weights. docs/architecture.md says where a new option goes.
 
 Shapes: ... any number of leading batch axes, H query heads, G key/value heads (G divides H), L queries, S keys,
 D head size of q and k, E head size of v.

@@ -1,8 +1,9 @@
 """Next-token sampling: one token, the distribution it is drawn from, and the logits that are left.
 
 Every function takes logits of shape (..., V), V the vocabulary, and the same options. Biases and bans come first, then
-the stages in the order of `dialects.py`; then the draw. `docs/semantics.md` says what each means to the last bit,
-`headway.reference` says it in NumPy, and the kernels in `src/core/sampling/sampling.h` give those same bits.
+the stages of `stages.py` in the order of `dialects.py`; then the draw. docs/semantics.md says what each means to the
+last bit, `headway.reference` says it in NumPy, and the kernels in `src/core/sampling/sampling.h` give those same bits.
+docs/architecture.md says where a new filter goes.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """The Llama architecture on headway's attention, linear maps and sampling, and text from it.
 
+`Session._run` is the architecture; docs/architecture.md says where another one goes.
+
 Touvron et al. 2023 (arXiv:2302.13971): RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) before each block,
 rotary positions (Su et al. 2021, arXiv:2104.09864), grouped-query attention (Ainslie et al. 2023,
 arXiv:2305.13245), SwiGLU (Shazeer 2020, arXiv:2002.05202). Arithmetic is float32. Shapes: L tokens, M model
