@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 import runpy
+import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import headway
+import headway.lm
+import headway.plot
 
 ROOT = Path(__file__).parent.parent
 PAGES = {str(page.relative_to(ROOT)): page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
@@ -70,6 +76,48 @@ def anchors(text: str) -> set[str]:
         anchor = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
         found.append(anchor + (f"-{found.count(anchor)}" if anchor in found else ""))
     return set(found)
+
+
+# Attributes of what a function returns, and numbers that are set by a constructor that nobody calls, need no sections.
+NO_ARGS = {"Explanation", "TextStream", "TextOptions", "dialects"}
+
+
+def faces() -> Iterator[tuple[str, Any]]:
+    """Yield every public function and class, and the public methods and properties of the classes."""
+    for module in (headway, headway.lm, headway.plot):
+        for name in module.__all__:
+            face = getattr(module, name)
+            if not inspect.isfunction(face) and not inspect.isclass(face):
+                continue
+            yield name, face
+            for own, method in vars(face).items() if inspect.isclass(face) else ():
+                for part in ("fget", "func", "__func__"):
+                    method = getattr(method, part, method)
+                if inspect.isfunction(method) and not own.startswith("_"):
+                    yield f"{name}.{own}", method
+
+
+@pytest.mark.parametrize(("name", "face"), list(faces()), ids=lambda value: value if isinstance(value, str) else "")
+def test_docstrings_have_their_sections(name: str, face: Any) -> None:
+    """Args with each parameter, Returns, Raises where arguments can be wrong, and an example."""
+    text = inspect.getdoc(face) or ""
+    assert ">>> " in text, "an example"
+    hints = {} if inspect.isclass(face) else typing.get_type_hints(face)
+    assert "Returns:" in text or hints.get("return", type(None)) is type(None)
+    listed = re.findall(r"^    (\**\w+(?:, \**\w+)*):", text.partition("Args:")[2], re.MULTILINE)
+    arguments = {argument for line in listed for argument in line.split(", ")}
+    shown = [] if name in NO_ARGS else [p for p in inspect.signature(face).parameters if p not in ("self", "_wrap")]
+    if "**options" in arguments or "**penalties" in arguments:  # which stand for those of a TypedDict
+        shown = [p for p in shown if p in own_parameters(face)]
+    assert set(shown) <= arguments, "Args"
+    made = inspect.isclass(face) and not hasattr(face.__init__, "__wrapped__")  # by a function, not by the user
+    assert "Raises:" in text or not shown or made, "Raises"
+
+
+def own_parameters(face: Any) -> tuple[str, ...]:
+    """Name the parameters that a function's code spells out."""
+    code = inspect.unwrap(face).__code__
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
 def test_the_page_of_names_is_fresh() -> None:

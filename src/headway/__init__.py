@@ -16,12 +16,15 @@ from ._attention import (
     swiglu,
 )
 from ._sampling import (
+    Candidate,
     Drawn,
     Explanation,
     Logprobs,
     Sampler,
     SamplingParams,
+    Stage,
     Verified,
+    Why,
     dialects,
     explain,
     filter_logits,
@@ -35,6 +38,7 @@ from .runtime import Info, get_num_threads, info, set_num_threads
 
 __all__ = [
     "AttentionState",
+    "Candidate",
     "Drawn",
     "Explanation",
     "Info",
@@ -42,7 +46,9 @@ __all__ = [
     "Logprobs",
     "Sampler",
     "SamplingParams",
+    "Stage",
     "Verified",
+    "Why",
     "attention",
     "attention_weights",
     "dialects",

@@ -33,7 +33,7 @@ def attention_map(weights: Any, tokens: Sequence[str] | None = None, *, columns:
 
     Args:
         weights: (H, L, S) or (L, S), from `attention_weights`.
-        tokens: S words for the axes; queries count as the last L of them.
+        tokens: S texts for the axes; queries count as the last L of them.
         columns: panels in a row.
 
     Returns:
@@ -86,7 +86,15 @@ def attention_map(weights: Any, tokens: Sequence[str] | None = None, *, columns:
 def filter_stages(explanation: Explained) -> Figure:
     """Draw what `headway.explain` found: how many tokens and how much mass each stage left, and the final head.
 
-    Raises ImportError where matplotlib is missing.
+    Args:
+        explanation: what `headway.explain` returned.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        TypeError: something else than an explanation.
 
     >>> import headway as hw
     >>> from headway.plot import filter_stages

@@ -11,10 +11,18 @@ __all__ = ["Info", "get_num_threads", "info", "set_num_threads"]
 
 @dataclass(frozen=True)
 class Info:
-    """What this process computes with. Only ``isa`` and ``num_threads`` differ between machines; no result does.
+    """What this process computes with. Only isa and num_threads differ between machines; no result does.
 
-    ``isa`` is the instruction set in use, one of ``isas``, which this machine can run, best first. ``chunk_length``
-    is the number of keys that share one maximum: partial attention must be split at its multiples.
+    Args:
+        version: of headway.
+        isa: the instruction set in use.
+        isas: those that this machine can run, the best first.
+        num_threads: how many threads a call may use.
+        chunk_length: the number of keys that share one maximum; partial attention must be split at its multiples.
+
+    >>> import headway as hw
+    >>> hw.info().isa in hw.info().isas
+    True
     """
 
     version: str
@@ -28,8 +36,14 @@ class Info:
 def info() -> Info:
     """Return what headway runs on.
 
-    The instruction set is chosen at the first call: the best, or the one that the environment variable
-    ``HEADWAY_ISA`` names. Raises ValueError where that names none of this machine's.
+    The instruction set is chosen at the first call: the best, or the one that the environment variable ``HEADWAY_ISA``
+    names.
+
+    Returns:
+        An `Info`.
+
+    Raises:
+        ValueError: ``HEADWAY_ISA`` names no instruction set of this machine.
 
     >>> import headway as hw
     >>> hw.info().chunk_length
@@ -44,14 +58,26 @@ def info() -> Info:
 def get_num_threads() -> int:
     """Return how many threads a call may use.
 
-    At the start that is ``HEADWAY_NUM_THREADS``, or the number of processors that the process may use.
+    Returns:
+        At the start ``HEADWAY_NUM_THREADS``, or the number of processors that the process may use; then what
+        `set_num_threads` said last.
+
+    >>> import headway as hw
+    >>> hw.get_num_threads() >= 1
+    True
     """
     return _native.get_num_threads()
 
 
 @_check.public
 def set_num_threads(n: int) -> None:
-    """Set how many threads a call may use, from 1 to 1024. No result depends on it.
+    """Set how many threads a call may use. No result depends on it.
+
+    Args:
+        n: from 1 to 1024.
+
+    Raises:
+        TypeError, ValueError: an n that is no such number.
 
     >>> import headway as hw
     >>> before = hw.get_num_threads()

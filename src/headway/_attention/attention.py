@@ -98,10 +98,21 @@ def attention_weights(q: Tensor, k: AnyArray, **options: Unpack[WeightOptions]) 
 @_check.public
 @shows_options(WeightOptions, DEFAULTS)
 def attention_weights(q: AnyArray, k: AnyArray, **options: Unpack[WeightOptions]) -> Any:
-    """Return the weights (..., H, L, S) that `attention` gives to the values, for looking at.
+    """Return the weights that `attention` gives to the values, for looking at.
 
-    The arguments are those of `attention`. Rows sum to 1, less what a sink takes; a row that may attend to nothing
-    is 0. This array is the L x S one that attention itself never makes.
+    This is the L x S array that attention itself never makes.
+
+    Args:
+        q: queries (..., H, L, D).
+        k: keys (..., G, S, D).
+        **options: mask, bias, causal, window, scale, softcap, sinks and kv_lengths, which `attention` explains.
+
+    Returns:
+        (..., H, L, S) of q's kind, in the type that q and k promote to. Rows sum to 1, less what a sink takes; a row
+        that may attend to nothing is 0.
+
+    Raises:
+        TypeError, ValueError: as `attention`.
 
     >>> import numpy as np, headway as hw
     >>> hw.attention_weights(np.zeros((1, 2, 4)), np.zeros((1, 2, 4)), causal=True)

@@ -40,6 +40,9 @@ class KVCache:
         dtype: float64, float32, float16 or bfloat16 (by name, or as a NumPy type): how keys and values are stored.
         capacity: how many tokens to make room for at the start; the cache grows when it must.
 
+    Raises:
+        TypeError, ValueError: they name the argument, what was expected and what came.
+
     A cache belongs to one thread at a time: where two calls meet, the second is a RuntimeError and changes nothing. Its
     forks are caches of their own.
 
@@ -98,7 +101,17 @@ class KVCache:
     @property
     @_alone
     def keys(self) -> NDArray[Any]:
-        """A copy of the keys (..., G, S, D)."""
+        """A copy of the keys.
+
+        Returns:
+            (..., G, S, D), in the cache's type.
+
+        >>> import numpy as np, headway as hw
+        >>> cache = hw.KVCache(1, 2)
+        >>> cache.append(np.ones((1, 3, 2)), np.zeros((1, 3, 2)))
+        >>> cache.keys.shape
+        (1, 3, 2)
+        """
         panels = np.moveaxis(self._panels, -1, -2)  # (..., G, panels, 16, D)
         rows = panels.reshape(*self._batch, self._heads, panels.shape[-3] * LANES, self._key_size)
         keys: NDArray[Any] = as_numpy(rows[..., : self._length, :].copy(), self._dtype)
@@ -107,16 +120,39 @@ class KVCache:
     @property
     @_alone
     def values(self) -> NDArray[Any]:
-        """A copy of the values (..., G, S, E)."""
+        """A copy of the values.
+
+        Returns:
+            (..., G, S, E), in the cache's type.
+
+        >>> import numpy as np, headway as hw
+        >>> cache = hw.KVCache(1, 2)
+        >>> cache.append(np.ones((1, 3, 2)), np.zeros((1, 3, 2)))
+        >>> cache.values.shape
+        (1, 3, 2)
+        """
         values: NDArray[Any] = as_numpy(self._values[..., : self._length, :].copy(), self._dtype)
         return values
 
     @_check.public
     @_alone
     def append(self, k: AnyArray, v: AnyArray) -> None:
-        """Add the keys (..., G, L, D) and values (..., G, L, E) of L more tokens, converted to the cache's type.
+        """Add the keys and values of L more tokens, converted to the cache's type.
 
-        Raises ValueError where a shape does not fit; the cache is then as it was.
+        Args:
+            k: (..., G, L, D).
+            v: (..., G, L, E).
+
+        Raises:
+            TypeError: not an array of floating numbers.
+            ValueError: shapes that do not fit; the cache is then as it was.
+            RuntimeError: another call of this cache is under way.
+
+        >>> import numpy as np, headway as hw
+        >>> cache = hw.KVCache(1, 2)
+        >>> cache.append(np.ones((1, 3, 2)), np.zeros((1, 3, 2)))
+        >>> len(cache)
+        3
         """
         new_keys, new_values = self._stored(k, "k", self._key_size), self._stored(v, "v", self._value_size)
         count = new_keys.shape[-2]
@@ -155,8 +191,25 @@ class KVCache:
     def attend(self, q: AnyArray, *, return_lse: bool = False, **options: Unpack[AttentionOptions]) -> Any:
         """Attend to the cache: `attention(q, cache.keys, cache.values, ...)` without the copies.
 
-        The queries (..., H, L, D) count as the last L tokens of the cache, causally, unless causal says otherwise.
-        The other options are those of `attention`.
+        Args:
+            q: queries (..., H, L, D), which count as the last L tokens of the cache, causally, unless causal says
+                otherwise.
+            return_lse: also return the log-sum-exp of each row's scores.
+            **options: mask, bias, causal, window, scale, softcap, sinks, kv_lengths and precision, which `attention`
+                explains; causal is "bottom_right" unless given.
+
+        Returns:
+            (..., H, L, E) of q's kind; with return_lse a pair, the second (..., H, L).
+
+        Raises:
+            TypeError, ValueError: as `attention`.
+            RuntimeError: another call of this cache is under way.
+
+        >>> import numpy as np, headway as hw
+        >>> cache = hw.KVCache(1, 2)
+        >>> cache.append(np.ones((1, 3, 2)), np.zeros((1, 3, 2)))
+        >>> cache.attend(np.ones((1, 1, 2))).tolist()
+        [[[0.0, 0.0]]]
         """
         batch = self._batch
         stored = Operand(self._panels, self._dtype, as_numpy)
@@ -169,12 +222,42 @@ class KVCache:
     @_check.public
     @_alone
     def truncate(self, length: int) -> None:
-        """Forget all tokens but the first ``length``."""
+        """Forget all tokens but the first.
+
+        Args:
+            length: how many to keep, at most as many as there are.
+
+        Raises:
+            TypeError, ValueError: a length that is no such number.
+            RuntimeError: another call of this cache is under way.
+
+        >>> import numpy as np, headway as hw
+        >>> cache = hw.KVCache(1, 2)
+        >>> cache.append(np.ones((1, 3, 2)), np.zeros((1, 3, 2)))
+        >>> cache.truncate(1)
+        >>> len(cache)
+        1
+        """
         self._length = _check.integer(length, "length", 0, self._length)
 
     @_check.public
     def fork(self) -> KVCache:
-        """Return a second cache with the same tokens. They share memory until either is written to."""
+        """Return a second cache with the same tokens. They share memory until either is written to.
+
+        Returns:
+            A cache of its own.
+
+        Raises:
+            RuntimeError: another call of this cache is under way.
+
+        >>> import numpy as np, headway as hw
+        >>> cache = hw.KVCache(1, 2)
+        >>> cache.append(np.ones((1, 3, 2)), np.zeros((1, 3, 2)))
+        >>> twin = cache.fork()
+        >>> twin.append(np.ones((1, 1, 2)), np.zeros((1, 1, 2)))
+        >>> len(cache), len(twin)
+        (3, 4)
+        """
         twin = object.__new__(type(self))
         twin.__setstate__(self.__getstate__())
         return twin

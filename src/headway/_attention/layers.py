@@ -1,4 +1,4 @@
-"""What a transformer layer needs besides attention, under the same contract of bits."""
+"""The other operations of a transformer layer, under the same contract of bits."""
 
 from __future__ import annotations
 
@@ -95,6 +95,10 @@ def rotary(
     Returns:
         (..., L, D), of x's kind and type.
 
+    Raises:
+        TypeError: not an array of floating numbers; positions that are no integers.
+        ValueError: an odd D, shapes that do not fit, an angle of 2^24 or more.
+
     >>> import numpy as np, headway as hw
     >>> np.round(hw.rotary(np.array([[1.0, 0.0]]), positions=[1]), 4)
     array([[0.5403, 0.8415]])
@@ -146,6 +150,10 @@ def rms_norm(x: AnyArray, weight: AnyArray, *, eps: float = 1e-6) -> Any:
     Returns:
         (..., M) of x's kind, in the type that x and weight promote to.
 
+    Raises:
+        TypeError: not an array of floating numbers.
+        ValueError: shapes that do not fit; an eps that is not above 0.
+
     >>> import numpy as np, headway as hw
     >>> hw.rms_norm(np.array([3.0, -3.0]), np.array([1.0, 2.0]), eps=1e-12).round(6)
     array([ 1., -2.])
@@ -173,7 +181,16 @@ def swiglu(gate: Tensor, up: AnyArray) -> Tensor: ...
 def swiglu(gate: AnyArray, up: AnyArray) -> Any:
     """Return gate * sigmoid(gate) * up, the gated unit of Llama's feed-forward layer (Shazeer, 2020).
 
-    gate and up have one shape; the result has it too, in the type that they promote to.
+    Args:
+        gate: (...), of any shape.
+        up: of the same shape.
+
+    Returns:
+        Of that shape and gate's kind, in the type that both promote to.
+
+    Raises:
+        TypeError: not an array of floating numbers.
+        ValueError: two shapes.
 
     >>> import numpy as np, headway as hw
     >>> hw.swiglu(np.array([0.0, 1.0]), np.array([2.0, 2.0])).round(6)

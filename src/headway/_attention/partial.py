@@ -26,9 +26,21 @@ CHUNK: int = _native.CHUNK
 class AttentionState:
     """What a part of the keys contributes to attention: the result of `partial_attention`.
 
-    A few nodes of the fixed tree over chunks of keys, each a maximum, a total weight (..., H, L) and an unnormalised
-    weighted sum (..., H, L, E) per row. States pickle, so that parts can be computed anywhere; a state that has
-    been unpickled gives NumPy arrays.
+    A few nodes of the fixed tree over chunks of keys. States pickle, so that parts can be computed anywhere; a state
+    that has been unpickled gives NumPy arrays.
+
+    Args:
+        maximum: (nodes, ..., H, L), the largest score of each row.
+        total_weight: (nodes, ..., H, L), the sum of exp(score - maximum).
+        weighted_sum: (nodes, ..., H, L, E), the same sum with the values as factors.
+        chunks: the first chunk of each node; None for a state of another library's result.
+        end: the chunk after the last.
+        dtype: of the result.
+
+    >>> import numpy as np, headway as hw
+    >>> state = hw.partial_attention(np.zeros((1, 1, 4)), np.zeros((1, 600, 4)), np.ones((1, 600, 4)))
+    >>> state.chunks, state.end, state.total_weight[:, 0, 0].tolist()
+    ((0,), 2, [600.0])
     """
 
     maximum: NDArray[Any]  # (nodes, ..., H, L)
@@ -45,10 +57,27 @@ class AttentionState:
     @staticmethod
     @_check.public
     def from_lse(out: AnyArray, lse: AnyArray) -> AttentionState:
-        """Make a state of another library's partial result: out (..., H, L, E), lse (..., H, L), natural logarithm.
+        """Make a state of another library's partial result.
 
-        A row without keys has the lse -inf. One whose lse is NaN makes the merged row NaN; +inf is an error. Merging is
-        exact up to rounding; the promise of equal bits holds for states from `partial_attention` alone.
+        Merging such states is exact up to rounding; the promise of equal bits holds for states from `partial_attention`
+        alone.
+
+        Args:
+            out: (..., H, L, E), the attention over the part.
+            lse: (..., H, L), the log-sum-exp of each row's scores, natural logarithm; -inf for a row without keys. A
+                row whose lse is NaN makes the merged row NaN.
+
+        Returns:
+            A state for `merge_attention`.
+
+        Raises:
+            TypeError: not an array of floating numbers.
+            ValueError: shapes that do not fit; an lse of +inf.
+
+        >>> import numpy as np, headway as hw
+        >>> out, lse = np.ones((1, 1, 2)), np.zeros((1, 1))
+        >>> hw.merge_attention([hw.AttentionState.from_lse(out, lse), hw.AttentionState.from_lse(3 * out, lse)])
+        array([[[2., 2.]]])
         """
         result, logs = unwrap(out, "out"), unwrap(lse, "lse")
         if result.data.ndim < 3 or logs.data.shape != result.data.shape[:-1]:
@@ -92,6 +121,10 @@ def partial_attention(
 
     Returns:
         A state. `merge_attention` of the states of all parts equals `attention` over the whole, bit for bit.
+
+    Raises:
+        TypeError, ValueError: as `attention`; a key_offset that is no multiple of the chunk length; causal or window
+            that say too little for a part.
 
     >>> import numpy as np, headway as hw
     >>> q, k, v = np.random.default_rng(0).normal(size=(3, 1, 1000, 8))
@@ -149,6 +182,16 @@ def merge_attention(
     Returns:
         (..., H, L, E), and (..., H, L) with return_lse: the bits of `attention` over the whole. Rows with an infinite
         score may differ by rounding, and what leaves the range of the computing type in a part is infinite.
+
+    Raises:
+        TypeError: something else than states.
+        ValueError: states of different shapes or types, or of parts that overlap; sinks of another shape.
+
+    >>> import numpy as np, headway as hw
+    >>> q, k, v = np.random.default_rng(0).normal(size=(3, 1, 1000, 8))
+    >>> parts = [hw.partial_attention(q, k[:, i : i + 512], v[:, i : i + 512], key_offset=i) for i in (0, 512)]
+    >>> bool((hw.merge_attention(parts) == hw.attention(q, k, v)).all())
+    True
     """
     if isinstance(states, AttentionState):
         raise TypeError("states: expected a list of AttentionState, got one alone; pass `[states]`")

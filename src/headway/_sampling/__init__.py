@@ -3,7 +3,7 @@
 from .bans import Bans
 from .checks import Choice, Integers, Reading
 from .dialects import DIALECTS, NUCLEUS, OPTIONAL, Step, dialects, rules
-from .explain import Explanation, explain
+from .explain import Candidate, Explanation, Stage, Why, explain
 from .logprobs import Logprobs, logprobs
 from .params import SamplingOptions, SamplingParams, shows_sampling_options
 from .penalties import Penalties, penalize
@@ -23,6 +23,7 @@ __all__ = [
     "OPTIONS",
     "STAGES",
     "Bans",
+    "Candidate",
     "Choice",
     "Drawn",
     "Explanation",
@@ -33,8 +34,10 @@ __all__ = [
     "Sampler",
     "SamplingOptions",
     "SamplingParams",
+    "Stage",
     "Step",
     "Verified",
+    "Why",
     "dialects",
     "explain",
     "filter_logits",

@@ -38,7 +38,14 @@ Words = Callable[[int], str]
 class Candidate:
     """A token and its probability: at a boundary that of the stage, in the head the final one.
 
-    word: its text, "" where no tokens were given.
+    Args:
+        token: its id.
+        probability: from 0 to 1.
+        word: its text, "" where no tokens were given.
+
+    >>> import headway as hw
+    >>> hw.explain([3.0, 2.0, 1.0], top_k=1).head[0]
+    Candidate(token=0, probability=1.0, word='')
     """
 
     token: int
@@ -48,19 +55,30 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage did.
+    """What one stage did to a row.
 
-    option, value: the option that switches it on.
-    before, after: how many tokens came in, and how many stayed.
-    mass_before, mass_after: whole numbers; the mass that came in, and how much of it stayed. At `temperature` the
-        masses are measured anew: there the second is the whole at the new temperature.
-    last_kept, first_removed: the tokens on both sides of the boundary, in the order of the stage; None where it
-        removed none. xtc removes the best: there the first is the best that stayed, and the second the last to go.
-    ties_kept, ties_removed: of the tokens equal to the one on the boundary, how many the rule for ties let in and how
-        many it kept out; with the rule "keep", how many it let in beyond those that "lowest_id" would have.
-    rule: the rule for ties: "lowest_id", "highest_id" or "keep".
-    floor_kept: how many tokens stayed for min_tokens_to_keep alone.
-    note: what else there is to know, such as the temperature that a range came to, or how xtc's coin fell.
+    Args:
+        option: the option that switches the stage on.
+        value: of that option.
+        before: how many tokens came in.
+        after: how many stayed.
+        mass_before: a whole number, the mass that came in.
+        mass_after: how much of it stayed. At `temperature` the masses are measured anew: there it is the whole at the
+            new temperature.
+        last_kept: the token on the inner side of the boundary, in the order of the stage; None where it removed none.
+            xtc removes the best: there it is the best that stayed.
+        first_removed: the token on the outer side; for xtc the last to go.
+        ties_kept: of the tokens equal to the one on the boundary, how many the rule for ties let in; with the rule
+            "keep", how many it let in beyond those that "lowest_id" would have.
+        ties_removed: how many of them it kept out.
+        rule: the rule for ties: "lowest_id", "highest_id" or "keep".
+        floor_kept: how many tokens stayed for min_tokens_to_keep alone.
+        note: what else there is to know, such as the temperature that a range came to, or how xtc's coin fell.
+
+    >>> import headway as hw
+    >>> stage = hw.explain([3.0, 2.0, 1.0], top_k=1).stages[0]
+    >>> stage.option, stage.before, stage.after, stage.first_removed.token
+    ('top_k', 3, 1, 1)
     """
 
     option: str
@@ -79,16 +97,40 @@ class Stage:
 
     @property
     def removed(self) -> int:
-        """How many tokens went."""
+        """How many tokens went.
+
+        Returns:
+            before less after.
+
+        >>> import headway as hw
+        >>> hw.explain([3.0, 2.0, 1.0], top_k=1).stages[0].removed
+        2
+        """
         return self.before - self.after
 
     @property
     def kept_mass(self) -> float:
-        """The share of the mass that stayed; 1.0 at `temperature`, which only measures."""
+        """How much of the mass stayed.
+
+        Returns:
+            From 0 to 1; 1.0 at `temperature`, which only measures.
+
+        >>> import headway as hw
+        >>> round(hw.explain([3.0, 2.0, 1.0], top_k=2).stages[0].kept_mass, 4)
+        0.91
+        """
         return 1.0 if STAGES[self.option].judge is None else self.mass_after / self.mass_before
 
     def notes(self) -> list[str]:
-        """Return what does not fit into a row of the table, in words."""
+        """Say in words what does not fit into a row of the table.
+
+        Returns:
+            Sentences without a full stop, none where there is nothing to say.
+
+        >>> import headway as hw
+        >>> hw.explain([2.0, 2.0, 1.0], top_k=1).stages[0].notes()
+        ['2 equal at the boundary: 1 in, 1 out, the lowest ids first']
+        """
         lines = [self.note] if self.note else []
         if self.ties_removed:
             lines.append(
@@ -107,12 +149,23 @@ class Stage:
 class Why:
     """Why a token can be drawn, or cannot; `str()` says it in a sentence.
 
-    kept: whether it can be drawn.
-    stage: what took it out: a stage's option, or what banned it ("logits", "logit_bias", "allowed"). "mass" where no
-        stage did, but its mass is 0.
-    measured, limit: the number by which the stage judged the token, and the one it should have reached or stayed below.
-    missed_by: how far apart the two are, exact before it is rounded to a float.
-    probability, rank: of the final distribution; the rank, from 1, is None for what cannot be drawn.
+    Args:
+        token: its id.
+        word: its text, "" where no tokens were given.
+        kept: whether it can be drawn.
+        stage: what took it out: a stage's option, or what banned it ("logits", "logit_bias", "allowed"). "mass" where
+            no stage did, but its mass is 0. None where it is in.
+        measured: the number by which the stage judged the token.
+        limit: the number that it should have reached or stayed below.
+        missed_by: how far apart the two are, exact before it is rounded to a float.
+        probability: of the final distribution.
+        rank: in the final distribution, from 1; None for what cannot be drawn.
+        text: the sentence.
+
+    >>> import headway as hw
+    >>> why = hw.explain([3.0, 2.0, 1.0], top_k=2).why(2)
+    >>> why.kept, why.stage, why.measured, why.limit
+    (False, 'top_k', 3.0, 2.0)
     """
 
     token: int
@@ -133,13 +186,17 @@ class Why:
 class Explanation:
     """A row's way through the sampler; `explain` makes one. `print` shows a table, and so do notebooks.
 
-    vocabulary, banned: the number of tokens, and how many were banned before the first stage.
-    stages: a `Stage` for each that was switched on, in order.
-    masses: (V,) int64, what `sample` draws by, exactly; 0 where a token cannot be drawn.
-    kept: (n,) the ids that can be drawn, the best first.
-    massless: how many tokens no stage removed, but whose mass rounds to 0 or is 0 at temperature 0.
-    head: the best of them, each a `Candidate`.
-    entropy: of the final distribution, in nats.
+    Attributes:
+        vocabulary: the number of tokens.
+        banned: how many of them were banned before the first stage.
+        stages: a `Stage` for each that was switched on, in order.
+        masses: (V,) int64, what `sample` draws by, exactly; 0 where a token cannot be drawn.
+        massless: how many tokens no stage removed, but whose mass rounds to 0 or is 0 at temperature 0.
+        head: the best tokens, each a `Candidate`.
+
+    >>> import headway as hw
+    >>> hw.explain([3.0, 2.0, 1.0], top_k=2)
+    <Explanation: 2 of 3 tokens left after 1 stage>
     """
 
     def __init__(self, trace: _Trace, banned_by: Callable[[int], str], top: int, words: Words) -> None:
@@ -159,13 +216,29 @@ class Explanation:
 
     @cached_property
     def kept(self) -> Array:
-        """The ids that can be drawn, the best first."""
+        """The tokens that can be drawn.
+
+        Returns:
+            (n,) int64, ids, the best first.
+
+        >>> import headway as hw
+        >>> hw.explain([1.0, 3.0, 2.0], top_k=2).kept
+        array([1, 2])
+        """
         drawn = self._drawn
         return drawn.ids[_Order.falling(drawn.z).first(drawn.ids.size)]
 
     @cached_property
     def entropy(self) -> float:
-        """Of the final distribution, in nats."""
+        """The entropy of the final distribution.
+
+        Returns:
+            In nats.
+
+        >>> import headway as hw
+        >>> round(hw.explain([1.0, 1.0]).entropy, 4)
+        0.6931
+        """
         shares = self._drawn.mass / self._drawn.total
         return max(0.0, float(-(shares * np.log(shares)).sum()))
 
@@ -173,7 +246,15 @@ class Explanation:
     def why(self, token: int) -> Why:
         """Say why a token is in or out.
 
-        Raises TypeError for what is no integer, ValueError for what is no token.
+        Args:
+            token: an id from 0 to V - 1.
+
+        Returns:
+            A `Why`, of which `str()` is a sentence.
+
+        Raises:
+            TypeError: a token that is no integer.
+            ValueError: an integer that is no token.
 
         >>> import headway as hw
         >>> print(hw.explain([3.0, 2.0, 1.0], top_k=2).why(2))
@@ -211,7 +292,17 @@ class Explanation:
 
     @_check.public
     def plot(self) -> Figure:
-        """Draw the stages and the head; needs matplotlib. See `headway.plot.filter_stages`."""
+        """Draw the stages and the head, as `headway.plot.filter_stages` does.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            ImportError: matplotlib is missing.
+
+        >>> import headway as hw
+        >>> figure = hw.explain([3.0, 2.0, 1.0], top_k=2).plot()
+        """
         from ..plot import filter_stages
 
         return filter_stages(self)
@@ -511,11 +602,18 @@ def explain(
 ) -> Explanation:
     """Explain what `sample` does with a row of logits: stage by stage, and token by token with `.why`.
 
-    logits (V,), or an array that holds one row. top says how many of the best tokens to show. tokens puts words beside
-    ids: a sequence of V strings, or a function from an id to a string. Options and errors are those of `sample`; seed
-    and position matter to xtc's coin alone.
+    Args:
+        logits: (V,), or an array that holds one row.
+        params: options that many calls share; a keyword wins over what params say of it.
+        top: how many of the best tokens to show, at least 0.
+        tokens: texts beside the ids: a sequence of V strings, or a function from an id to a string.
+        **options: those of `SamplingParams`; seed and position matter to xtc's coin alone.
 
-    Raises ValueError for more than one row too.
+    Returns:
+        An `Explanation`.
+
+    Raises:
+        TypeError, ValueError: as `sample`; more than one row.
 
     >>> import headway as hw
     >>> print(hw.explain([3.0, 1.0, 2.0, 2.0], temperature=0.5, top_k=2, tokens=["the", "a", "his", "her"]))

@@ -19,10 +19,17 @@ _SORTED_AT_ONCE = 2**18  # keys: NumPy looks for no signal while it sorts
 
 
 class Logprobs(NamedTuple):
-    """What `logprobs` found; None where it was not asked for.
+    """What `logprobs` found; None for what was not asked for.
 
-    logprobs, ranks: of the tokens given, of their shape. A rank is a place in the order of the row, from 1.
-    top_tokens, top_logprobs: (..., top), the best first.
+    Args:
+        logprobs: of the given tokens, in their shape: natural logarithms.
+        ranks: of the given tokens, in their shape: places in the order of the row, from 1.
+        top_tokens: (..., top), the best tokens of each row, the best first.
+        top_logprobs: (..., top), theirs.
+
+    >>> import headway as hw
+    >>> hw.logprobs([1.0, 3.0, 2.0], top=2).top_tokens
+    array([1, 2])
     """
 
     logprobs: Any
@@ -44,15 +51,27 @@ def logprobs(
 ) -> Logprobs:
     """Return natural logarithms of probabilities: of given tokens with their ranks, and of the best tokens.
 
-    logits (..., V); tokens (...), one of each row, or (..., n); top=n asks for the n best. The numbers are float32,
-    float64 for float64 logits; the kind of array is that of the logits, and one token of a lone row gets plain numbers.
+    Tokens are ordered by logit, with logit_bias if processed, descending, and by id where equal; what was removed comes
+    after all else.
 
-    processed=False is about the model's own distribution, the softmax of the logits as they are given, and takes no
-    params or options. processed=True is about the distribution that `sample` draws from with these: -inf for what it
-    cannot draw. Tokens are ordered by logit, with logit_bias if processed, descending, and by id where equal; what
-    was removed comes after all else. Where fewer than `top` are left, -1 and -inf fill up.
+    Args:
+        logits: (V,) or (..., V), as `sample` takes them.
+        tokens: ids, (...), one of each row, or (..., n); None asks for none.
+        params: options that many calls share, for processed=True alone.
+        top: how many of the best tokens to return, from 1 to V; None asks for none. Where fewer are left, -1 and -inf
+            fill up.
+        processed: False is about the model's own distribution, the softmax of the logits as they are given, and takes
+            no params or options. True is about the distribution that `sample` draws from with these: -inf for what it
+            cannot draw.
+        **options: those of `SamplingParams`, for processed=True alone.
 
-    Raises what `sample` raises, and ValueError for tokens that are none.
+    Returns:
+        `Logprobs`: float32, or float64 for float64 logits, in the kind of array that logits are; plain numbers for one
+        token of a lone row.
+
+    Raises:
+        TypeError, ValueError: as `sample`; neither tokens nor top; tokens that are no ids; options without
+            processed=True.
 
     >>> import headway as hw
     >>> found = hw.logprobs([1.0, 3.0, 2.0], 2, top=2)

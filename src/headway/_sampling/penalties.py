@@ -109,34 +109,45 @@ def penalize(
 ) -> Any:
     """Lower the logits of tokens that occurred before. Give the result to `sample`.
 
-    logits (..., V) -> (..., V), the same kind of array: float32, or float64 for float64 logits. token_ids are the
-    tokens of each row so far, the oldest first: a list for logits (V,), lists of any lengths, nested as the leading
-    axes are, for (..., V); or an array (..., n) of which the first `lengths` (...) of each row count. In this order:
+    The penalties come in the order in which they are listed. Each but dry_breakers may be an array with one value per
+    row.
+    -inf stays -inf, and a finite logit stays finite. Work and memory are linear in the history, and in the vocabulary
+    only for the copy.
 
-    repetition: over 0. The logit of a token that occurred is divided by it if positive, else multiplied (Keskar et
-        al., 2019, arXiv:1909.05858). 1 is off.
-    frequency, presence: the first, times the number of occurrences, and the second are subtracted from the logit of
-        a token that occurred, as in OpenAI's interface. 0 is off; negative numbers encourage.
-    dry_multiplier: at least 0. Where the history ends with `n` tokens that it holds earlier too, the token that came
-        after them there would make the repetition longer: dry_multiplier * dry_base^(n - dry_allowed_length) is
-        subtracted from its logit, for the longest n that is at least dry_allowed_length ("DRY", by p-e-w, 2024:
-        github.com/oobabooga/text-generation-webui/pull/5677). 0 is off.
-    dry_base, dry_allowed_length: at least 1; 1.75 and 2 unless given.
-    dry_breakers: ids of tokens that no repetition goes across, and that DRY does not penalize.
-    window: how many tokens, the last ones, all of this is about; None is all of them. repetition_window,
-        frequency_window (also of presence) and dry_window, where given, are those of one kind.
+    Args:
+        logits: (V,) or (..., V), of any kind of array.
+        token_ids: the tokens of each row so far, the oldest first: a list for logits (V,); lists of any lengths, nested
+            as the leading axes are, for (..., V); or an array (..., n).
+        lengths: (...), how many of the n tokens of each row count, the first ones; None is all.
+        prompt_lengths: (...) or one for all rows: how many of a row's first tokens are its prompt, which frequency and
+            presence do not count, as in OpenAI's interface and vLLM; repetition and DRY do. None is 0.
+        unknown_tokens: what to do with ids outside 0 to V - 1, such as placeholders for images, or padding, where a
+            penalty looks at them: "error", or "ignore", which is as if they were not in the history. lengths and
+            prompt_lengths count their places all the same. Rows that are padded on the left are thus
+            `penalize(logits, np.where(attention_mask, token_ids, -1), unknown_tokens="ignore")`.
+        repetition: above 0. The logit of a token that occurred is divided by it if positive, else multiplied (Keskar et
+            al., 2019, arXiv:1909.05858). 1 is off.
+        frequency: times the number of occurrences, it is subtracted from the logit of a token that occurred, as in
+            OpenAI's interface. 0 is off; negative numbers encourage.
+        presence: it is subtracted from the logit of a token that occurred. 0 is off.
+        dry_multiplier: at least 0. Where the history ends with `n` tokens that it holds earlier too, the token that
+            came after them there would make the repetition longer: dry_multiplier * dry_base^(n - dry_allowed_length)
+            is subtracted from its logit, for the longest n that is at least dry_allowed_length ("DRY", by p-e-w, 2024:
+            github.com/oobabooga/text-generation-webui/pull/5677). 0 is off.
+        dry_base: at least 1; 1.75 unless given.
+        dry_allowed_length: at least 1; 2 unless given.
+        dry_breakers: ids of tokens that no repetition goes across, and that DRY does not penalize.
+        window: at least 1, the number of tokens, counted from the end of the history, that all penalties look at; None
+            is the whole history.
+        repetition_window: the same for repetition alone; None is `window`.
+        frequency_window: the same for frequency and presence; None is `window`.
+        dry_window: the same for DRY; None is `window`.
 
-    Each but dry_breakers may be an array with one value per row. -inf stays -inf, and a finite logit stays finite.
-    Work and memory are linear in the history, and in the vocabulary only for the copy.
+    Returns:
+        (..., V), the kind of array that logits are: float32, or float64 for float64 logits.
 
-    prompt_lengths: how many of a row's first tokens are its prompt, which frequency and presence do not count, as in
-        OpenAI's interface and vLLM; repetition and DRY do. 0 unless given; (...) or one for all rows.
-    unknown_tokens: what to do with ids outside 0 to V - 1, such as placeholders for images, or padding, where a
-        penalty looks at them: "error", or "ignore", which is as if they were not in the history. lengths and
-        prompt_lengths count their places all the same. Rows that are padded on the left are thus
-        `penalize(logits, np.where(attention_mask, token_ids, -1), unknown_tokens="ignore")`.
-
-    Raises ValueError and TypeError that name the argument, the row, what was expected and what came.
+    Raises:
+        TypeError, ValueError: they name the argument, the row, what was expected and what came.
 
     >>> import headway as hw
     >>> hw.penalize([2.0, 1.0, -1.0, 0.0], [0, 2, 0], repetition=2.0)

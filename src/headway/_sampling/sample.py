@@ -71,18 +71,27 @@ def sample(
 ) -> Any:
     """Draw one token per row of logits, or several.
 
-    logits (V,) -> int; (..., V) -> int64 (...), the same kind of array. `SamplingParams` explains the options; those
-    given by keyword win over those in params. A draw depends on nothing but the row's logits, its options, seed and
-    position: with one seed for many rows, row i draws from stream i of the seed, so row 0 draws what it would alone.
+    A draw depends on nothing but the row's logits, its options, seed and position. With one seed for many rows, row i
+    draws from stream i of the seed, so row 0 draws what it would alone. Random numbers are those of Philox4x64-10
+    (Salmon et al., 2011), as numpy.random.Philox has them for the same key and counter.
 
-    num_samples=n draws n tokens per row: (..., V) -> (..., n), the first of which is the one that a lone call draws.
-    With replacement they are independent; without, each is drawn from what the earlier ones left, so all differ.
-    uniform is then one number per draw, (..., n).
+    Args:
+        logits: (V,) or (..., V), of any kind of array; -inf bans a token.
+        params: options that many calls share; a keyword wins over what params say of it.
+        num_samples: how many tokens to draw per row, the first of which is the one that a lone call draws; None draws
+            one and adds no axis. uniform, where given, is then one number per draw, (..., n).
+        replacement: whether the tokens of a row are drawn independently; False draws each from what the earlier ones
+            left, so that all differ.
+        **options: those of `SamplingParams`, which explains them.
 
-    Random numbers: Philox4x64-10 (Salmon et al., 2011), those of numpy.random.Philox for the same key and counter.
+    Returns:
+        The token: an int for logits (V,), else int64 (...), or (..., n) for n samples, the kind of array that logits
+        are.
 
-    Raises ValueError for NaN and +inf in the logits, for a row in which every token is banned or fewer are left than
-    are to be drawn without replacement, and for options out of range; TypeError for what is no number or no array.
+    Raises:
+        TypeError: what is no number or no array.
+        ValueError: NaN or +inf in the logits; a row in which every token is banned, or fewer are left than are to be
+            drawn without replacement; an option out of range.
 
     >>> import headway as hw
     >>> hw.sample([1.0, 3.0, 2.0], temperature=0)
@@ -113,8 +122,16 @@ def probabilities(
 def probabilities(logits: AnyArray, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]) -> Any:
     """Return the distribution that `sample` draws from, exactly.
 
-    logits (..., V) -> (..., V), the same kind of array: float32, or float64 for float64 logits. A removed token has
-    probability 0. Options and errors are those of `sample`; seed and position matter to xtc's coin alone.
+    Args:
+        logits: (V,) or (..., V), as `sample` takes them.
+        params: options that many calls share; a keyword wins over what params say of it.
+        **options: those of `SamplingParams`; seed and position matter to xtc's coin alone.
+
+    Returns:
+        (..., V), the kind of array that logits are: float32, or float64 for float64 logits. A removed token has 0.
+
+    Raises:
+        TypeError, ValueError: as `sample`.
 
     >>> import headway as hw
     >>> hw.probabilities([3.0, 2.0, 1.0], temperature=0.5, top_k=2).round(4)
@@ -138,12 +155,22 @@ def filter_logits(
 @_check.public
 @shows_sampling_options
 def filter_logits(logits: AnyArray, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]) -> Any:
-    """Return the logits as given, plus logit_bias, with -inf where a stage removed the token.
+    """Return the logits plus logit_bias, with -inf where a stage removed the token.
 
-    logits (..., V) -> (..., V), the same kind of array. They are not divided by the temperature, which only has its
-    part in what top_p and min_p remove. Their dtype is that of the logits; with a logit_bias they are the sums that
-    decide, float32, or float64 for float64 logits. Sampling them at the same temperature draws the same token. Options
-    and errors are those of `sample`.
+    They are not divided by the temperature, which only has its part in what top_p and min_p remove: sampling them at
+    the same temperature draws the same token.
+
+    Args:
+        logits: (V,) or (..., V), as `sample` takes them.
+        params: options that many calls share; a keyword wins over what params say of it.
+        **options: those of `SamplingParams`; seed and position matter to xtc's coin alone.
+
+    Returns:
+        (..., V), the kind of array that logits are and of their dtype. With a logit_bias they are the sums that decide,
+        float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError, ValueError: as `sample`.
 
     >>> import headway as hw
     >>> hw.filter_logits([3.0, 2.0, 1.0], temperature=0.5, top_p=0.9)

@@ -48,9 +48,16 @@ _ROWS_PER_CALL = 4  # at least, on average: calls of fewer leave threads idle, w
 class Drawn(NamedTuple):
     """What `Sampler.step` drew, with log-probabilities.
 
-    tokens: (rows,).
-    raw: of each token under the logits as they were given, as `logprobs` finds them.
-    processed: the same under the distribution that it was drawn from.
+    Args:
+        tokens: (rows,).
+        raw: of each token under the logits as they were given, as `logprobs` finds them.
+        processed: the same under the distribution that it was drawn from.
+
+    >>> import headway as hw
+    >>> sampler = hw.Sampler(2)
+    >>> row = sampler.admit(hw.SamplingParams(temperature=0))
+    >>> sampler.step([[1.0, 1.0]], logprobs=0).raw.logprobs.round(4)
+    array([-0.6931])
     """
 
     tokens: Any
@@ -142,8 +149,8 @@ def _in_turn(method: F) -> F:
 class Sampler:
     """What a serving loop keeps for each request beside its logits: parameters, seed, position and history.
 
-    vocabulary is the number of tokens, V. A row's tokens are a function of its own logits, params, penalties, seed,
-    stream and prompt, and of nothing else. Each has the bits of
+    A row's tokens are a function of its own logits, params, penalties, seed, stream and prompt, and of nothing else.
+    Each has the bits of
 
         sample(penalize(logits, history, prompt_lengths=len(prompt), **penalties),
                params, seed=seed, position=len(history))
@@ -151,6 +158,12 @@ class Sampler:
     where history is the row's prompt and its output so far; in stream k, of row k of a batch with that seed. So a text
     may stop anywhere: a row that is admitted with the output so far goes on as if it had never stopped. Calls from
     several threads take turns.
+
+    Args:
+        vocabulary: V, the number of tokens, from 1 to 2^31 - 1.
+
+    Raises:
+        TypeError, ValueError: a vocabulary that is no such number.
 
     >>> import headway as hw
     >>> sampler = hw.Sampler(4)
@@ -189,7 +202,18 @@ class Sampler:
 
     @property
     def handles(self) -> list[int]:
-        """The active rows, in the order in which `step` takes their logits: the longest active first."""
+        """The active rows, in the order in which `step` takes their logits.
+
+        Returns:
+            Their handles, the longest active first.
+
+        >>> import headway as hw
+        >>> sampler = hw.Sampler(4)
+        >>> sampler.admit(), sampler.admit()
+        (0, 1)
+        >>> sampler.handles
+        [0, 1]
+        """
         return [row.handle for row in self._active.rows]
 
     @shows_penalties
@@ -211,33 +235,44 @@ class Sampler:
         no_repeat_ngram: int | None = None,
         **penalties: Unpack[Penalties],
     ) -> int:
-        """Add a row behind the others and return its handle.
+        """Add a row behind the others, for as long as it is active.
 
-        params hold as long as the row is active: single numbers, and allowed and logit_bias of one row. Their seed is
-        the row's unless `seed` is given; where there is none it is fresh entropy. Their position, 0 unless given, is
-        that of the first token of the prompt: it is added to the index of each draw in the row's sequence.
+        Args:
+            params: single numbers, and allowed and logit_bias of one row; None are the defaults. Their seed is the
+                row's unless `seed` is given; where there is none it is fresh entropy. Their position, 0 unless given,
+                is that of the first token of the prompt: it is added to the index of each draw in the row's sequence.
+            prompt_tokens: (n,), ids: what was given.
+            output_tokens: (n,), ids: what was drawn, if the row goes on with a text that another has begun. The first
+                draw comes behind both.
+            seed: a whole number below 2^64.
+            stream: which of the seed's streams the row draws from, a whole number below 2^64. Unless given, a row with
+                the seed of its params takes the lowest that no active row with that seed has: rows with the same params
+                differ, as the rows of a batch do. All others take stream 0, so that `admit(seed=5)` always draws the
+                same, which is what requests that bring seeds of their own want.
+            count_prompt: whether frequency and presence count the prompt too; repetition and DRY always do.
+            unknown_tokens: what to do with ids of the prompt outside 0 to V - 1, such as placeholders for images, where
+                a penalty looks at the prompt: "error", or "ignore", which leaves them out of the history. Each has its
+                place in the sequence all the same.
+            stop_tokens: the ids after which the loop ends a row, which are banned until its output has min_tokens. That
+                is all they do: the loop sees itself what a row draws.
+            min_tokens: how many tokens the output has before any of stop_tokens, at least 0.
+            banned_sequences: ids and lists of ids that are never drawn: the last id of each is banned where the history
+                ends with those before it (`bad_words_ids` in transformers).
+            no_repeat_ngram: n, at least 1: no n tokens come twice in prompt and output (Paulus et al., 2017,
+                arXiv:1705.04304). Looking takes time linear in the history.
+            **penalties: those of `penalize`, over the prompt and the output; one value each.
 
-        prompt_tokens, output_tokens: (n,), the ids of the sequence so far: what was given, and what was drawn, if the
-            row goes on with a text that another has begun. The first draw comes behind both.
-        stream: which of the seed's streams the row draws from, a whole number below 2^64. Unless given, a row with the
-            seed of its params takes the lowest that no active row with that seed has: rows with the same params
-            differ, as the rows of a batch do. All others take stream 0, so that `admit(seed=5)` always draws the same,
-            which is what requests that bring seeds of their own want.
+        Returns:
+            The row's handle, which no other row of this sampler ever has.
 
-        The penalties are those of `penalize`, over the prompt and the output.
+        Raises:
+            TypeError, ValueError: they name the argument, what was expected and what came.
 
-        count_prompt: whether frequency and presence count the prompt too; repetition and DRY always do.
-        unknown_tokens: what to do with ids of the prompt outside 0 to V - 1, such as placeholders for images, where
-            a penalty looks at the prompt: "error", or "ignore", which leaves them out of the history. Each has its
-            place in the sequence all the same.
-        stop_tokens, min_tokens: the ids after which the loop ends a row, which are banned until its output has so many
-            tokens. That is all they do: the loop sees itself what a row draws.
-        banned_sequences: ids and lists of ids that are never drawn: the last id of each is banned where the history
-            ends with those before it (`bad_words_ids` in transformers).
-        no_repeat_ngram: n, at least 1: no n tokens come twice in prompt and output (Paulus et al., 2017,
-            arXiv:1705.04304). Looking takes time linear in the history.
-
-        Raises ValueError and TypeError that name the argument.
+        >>> import headway as hw
+        >>> sampler = hw.Sampler(4)
+        >>> row = sampler.admit(hw.SamplingParams(temperature=0), [3, 3], presence=4.0, count_prompt=True)
+        >>> sampler.step([[0.0, 1.0, 2.0, 5.0]])
+        array([2])
         """
         alone = prepare(np.zeros(self.vocabulary, np.float32), params, {} if seed is None else {"seed": seed})
         if alone.settings.uniform is not None:
@@ -312,7 +347,21 @@ class Sampler:
     @_check.public
     @_in_turn
     def retire(self, handle: int) -> None:
-        """Remove a row: those after it move up by one."""
+        """Remove a row: those after it move up by one.
+
+        Args:
+            handle: an active row.
+
+        Raises:
+            ValueError: a handle of no active row.
+
+        >>> import headway as hw
+        >>> sampler = hw.Sampler(4)
+        >>> rows = [sampler.admit() for _ in range(3)]
+        >>> sampler.retire(rows[1])
+        >>> sampler.handles
+        [0, 2]
+        """
         at = self._place(handle)
         rows, position = self._active.rows, self._active.position
         self._active = self._with([*rows[:at], *rows[at + 1 :]], np.delete(position, at))
@@ -467,17 +516,23 @@ class Sampler:
     def step(self, logits: AnyArray, *, allowed: Any = None, logprobs: int | None = None) -> Any:
         """Draw one token for each active row.
 
-        logits (rows, V), in the order of `handles` -> int64 (rows,), the same kind of array. Where a row has an error,
-        no row draws: the message names it and its handle, and the step may be taken again with other logits or after
-        a `retire`.
+        Where a row has an error, no row draws: the message names it and its handle, and the step may be taken again
+        with other logits or after a `retire`.
 
-        allowed is for this step alone, such as a grammar's: which tokens each row may draw, of those that its params
-        allow. A bool array (rows, V); an int32 or uint32 array (rows, ceil(V / 32)) with token 0 in the lowest bit of
-        the first word, as grammar libraries fill it; or a list with, for each row, such a mask, (W,) or (1, W), ids, or
-        None.
+        Args:
+            logits: (rows, V), in the order of `handles`, of any kind of array.
+            allowed: which tokens each row may draw in this step alone, of those that its params allow, such as a
+                grammar's: a bool array (rows, V); an int32 or uint32 array (rows, ceil(V / 32)) with token 0 in the
+                lowest bit of the first word, as grammar libraries fill it; or a list with, for each row, such a mask,
+                (W,) or (1, W), ids, or None.
+            logprobs: n, from 0 to V, asks for log-probabilities of the drawn tokens, and of the n best.
 
-        logprobs=n, from 0 to V, asks for log-probabilities too: the result is then `Drawn(tokens, raw, processed)`,
-        the last two `Logprobs` of the drawn tokens, (rows,), and of the n best, (rows, n), None for n = 0.
+        Returns:
+            int64 (rows,), the kind of array that logits are; with logprobs `Drawn(tokens, raw, processed)`, the last
+            two `Logprobs` of the drawn tokens, (rows,), and of the n best, (rows, n), None for n = 0.
+
+        Raises:
+            TypeError, ValueError: as `sample`; another number of rows.
 
         >>> import headway as hw
         >>> sampler = hw.Sampler(4)

@@ -21,9 +21,14 @@ __all__ = ["Verified", "verify_draft"]
 class Verified(NamedTuple):
     """What `verify_draft` decided, for each row.
 
-    accepted: how many of the drafted tokens, from the first on, were accepted.
-    next_token: the token that comes after them.
-    tokens: (..., n + 1), the accepted tokens, then the next one, then -1.
+    Args:
+        accepted: (...), how many of the drafted tokens, from the first on, were accepted.
+        next_token: (...), the token that comes after them.
+        tokens: (..., n + 1), the accepted tokens, then the next one, then -1.
+
+    >>> import headway as hw
+    >>> hw.verify_draft([[0.0, 2.0], [3.0, 1.0]], None, [1], temperature=0).tokens
+    array([1, 0])
     """
 
     accepted: Any
@@ -45,25 +50,30 @@ def verify_draft(
 ) -> Verified:
     """Accept drafted tokens or replace them, so that what comes out is distributed as if the target drew each token.
 
-    target_logits (..., n + 1, V): what the target says after 0, 1, ... n of the drafted tokens; draft_logits
-    (..., n, V): what the draft tokens were drawn from, None where the draft has no choice (a lookup, a greedy model);
-    draft_tokens (..., n). Ints come back for a lone row, else arrays of the kind of target_logits.
+    Token i is accepted with probability min(1, p / q), p and q its probabilities in the target and the draft; the first
+    that is not is replaced by one drawn from max(0, p - q), and after n accepted tokens one more is drawn from the
+    target (Leviathan et al., 2023, arXiv:2211.17192; Chen et al., 2023, arXiv:2302.01318). All of it in whole numbers.
+    Token i is decided at position + i; the draft may be drawn with the same seed and positions. What follows a token
+    that is not accepted is not looked at.
 
-    lengths (...), integers from 0 to n: how many tokens of each row were drafted, all n unless given. What stands
-    behind them, tokens, logits of the draft, and logits of the target after place lengths, is padding and not looked
-    at: -1 and NaN will do. Each row comes out as it would alone, without the padding.
+    Args:
+        target_logits: (..., n + 1, V), what the target says after 0, 1, ... n of the drafted tokens.
+        draft_logits: (..., n, V), what the draft tokens were drawn from; None where the draft has no choice (a lookup,
+            a greedy model).
+        draft_tokens: (..., n), ids.
+        params: options that many calls share, of the target and of the draft.
+        lengths: (...), from 0 to n: how many tokens of each row were drafted; None is all n. What stands behind them,
+            tokens, logits of the draft, and logits of the target after place lengths, is padding and not looked at: -1
+            and NaN will do. Each row comes out as it would alone, without the padding.
+        draft_params: the draft's options, where they are not those of the target; no seed, position or uniform.
+        **options: those of `SamplingParams`, but for uniform. Numbers may be one per row, (...); allowed and logit_bias
+            one for each place, (..., n + 1, V).
 
-    Token i is accepted with probability min(1, p / q), p and q its probabilities in the target and the draft; the
-    first that is not is replaced by one drawn from max(0, p - q), and after n accepted tokens one more is drawn from
-    the target (Leviathan et al., 2023, arXiv:2211.17192; Chen et al., 2023, arXiv:2302.01318). All in whole numbers.
+    Returns:
+        `Verified`: ints for a lone row, else arrays of the kind that target_logits are.
 
-    The options of `sample` apply to the target and the draft alike, or draft_params to the draft. seed and position
-    are those of the row, and an error in draft_params: token i is decided at position + i. The draft may be drawn with
-    the same seed and positions. Numbers may be one per row (...); allowed and logit_bias one for each place,
-    (..., n + 1, V). uniform is an error.
-
-    Raises what `sample` raises, and ValueError for a drafted token that its distribution cannot draw. What follows a
-    token that is not accepted is not looked at.
+    Raises:
+        TypeError, ValueError: as `sample`; shapes that do not fit; a drafted token that its distribution cannot draw.
 
     >>> import headway as hw
     >>> target = [[0.0, 2.0, 1.0], [3.0, 1.0, 0.0], [1.0, 2.0, 5.0]]

@@ -39,8 +39,28 @@ _NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 class Config:
     """The shape of a Llama model, under the names that its config.json uses.
 
-    `rope_frequencies` holds one angle, in radians a position, for each pair of a head's elements: what
-    rope_theta and the scaling of config.json come to. `eos_token_ids` are the tokens that end a text.
+    Args:
+        vocab_size: V, the number of tokens.
+        hidden_size: M, the width of the model.
+        intermediate_size: I, the inner width of the feed-forward block.
+        num_hidden_layers: how many layers there are.
+        num_attention_heads: H, query heads.
+        num_key_value_heads: G, key/value heads, a divisor of H.
+        head_dim: D, the size of a head.
+        max_position_embeddings: how many tokens the context holds.
+        rms_norm_eps: of every RMSNorm.
+        rope_frequencies: (D / 2,) angles in radians a position, one for each pair of a head's elements: what rope_theta
+            and the scaling of config.json come to.
+        attention_bias: whether the projections of attention have biases.
+        mlp_bias: whether those of the feed-forward block have.
+        tie_word_embeddings: whether the embeddings are the head too.
+        bos_token_id: the token that begins a text, None where there is none.
+        eos_token_ids: the tokens that end one.
+
+    >>> import headway.lm
+    >>> config = headway.lm.load().config
+    >>> config.num_hidden_layers, config.head_dim
+    (4, 32)
     """
 
     vocab_size: int

@@ -37,7 +37,12 @@ DEFAULTS = hw.SamplingParams(temperature=0.8, top_p=0.95)
 
 
 class TextOptions(SamplingOptions, Penalties, Bans, total=False):
-    """The options of text: those of `headway.sample` and `headway.penalize`, and the bans of `Sampler.admit`."""
+    """The options of text: those of `headway.sample` and `headway.penalize`, and the bans of `Sampler.admit`.
+
+    >>> from headway.lm import TextOptions, load
+    >>> options: TextOptions = {"temperature": 0.5, "repetition": 1.1, "min_tokens": 2}
+    >>> text = load().generate("And God said", max_tokens=3, seed=1, **options)
+    """
 
 
 shows_text_options = shows_options(
@@ -57,6 +62,9 @@ def load(path: str | PathLike[str] | None = None) -> Model:
         path: a folder with config.json, *.safetensors (float64, float32, float16 or bfloat16) and tokenizer.json.
             None: the shipped model, which writes in the manner of the King James Bible.
 
+    Returns:
+        A `Model`.
+
     Raises:
         FileNotFoundError: a folder or file that is not there.
         NotADirectoryError: a file instead of a folder.
@@ -75,7 +83,17 @@ def load(path: str | PathLike[str] | None = None) -> Model:
 
 
 class Model:
-    """A Llama language model: `load` makes one, `generate` and `stream` write text, `logits` scores it."""
+    """A Llama language model: `load` makes one, `generate` and `stream` write text, `logits` scores it.
+
+    Args:
+        config: its shape.
+        weights: its tensors, as `load` reads them.
+        tokenizer: of the tokenizers library.
+
+    >>> from headway.lm import load
+    >>> load().generate("In the beginning God created the heaven and the", max_tokens=1, temperature=0)
+    ' earth'
+    """
 
     def __init__(self, config: Config, weights: Weights, tokenizer: Tokenizer) -> None:
         self.config = config
@@ -87,7 +105,15 @@ class Model:
 
     @_check.public
     def session(self) -> Session:
-        """Start an empty sequence of tokens, with the key/value caches that make the next token cheap."""
+        """Start an empty sequence of tokens, with the key/value caches that make the next token cheap.
+
+        Returns:
+            A `Session`.
+
+        >>> from headway.lm import load
+        >>> len(load().session())
+        0
+        """
         return Session(self)
 
     @_check.public
@@ -143,6 +169,9 @@ class Model:
                 None: a grammar. The text is that of a row of a `headway.Sampler`: one seed gives one text, wherever it
                 stops and goes on; without a seed each is another.
 
+        Returns:
+            The new text.
+
         Raises:
             ValueError: a prompt that leaves no room in the context or is no UTF-8, or a bad option.
             TypeError: a prompt that is no text, or an option that is of another kind or does not exist.
@@ -171,9 +200,24 @@ class Model:
     ) -> TextStream:
         """Do as `generate` does, but yield the text in pieces, each as soon as it is certain.
 
-        A piece is never half a character, and never the beginning of a stop string; together the pieces are the
-        text of `generate`. Bad arguments raise here, before the first piece is asked for. logprobs=n, from 0 to V,
-        also collects log-probabilities of each token and of the n best, in `TextStream.logprobs`.
+        A piece is never half a character, and never the beginning of a stop string; together the pieces are the text of
+        `generate`. Bad arguments raise here, before the first piece is asked for.
+
+        Args:
+            prompt: as `generate` takes it.
+            max_tokens: as `generate` takes it.
+            stop: as `generate` takes it.
+            params: as `generate` takes them.
+            count_prompt: as `generate` takes it.
+            logprobs: n, from 0 to V, collects log-probabilities of each token and of the n best in
+                `TextStream.logprobs`.
+            **options: those of `generate`.
+
+        Returns:
+            A `TextStream`, an iterator of pieces.
+
+        Raises:
+            TypeError, ValueError: as `generate`.
 
         >>> from headway.lm import load
         >>> model = load()
@@ -320,6 +364,9 @@ class Session:
     computing, and no row of any product knows how many rows stand beside it. `len(session)` is the number of
     tokens so far.
 
+    Args:
+        model: whose sequence it is; `Model.session` makes one.
+
     >>> import numpy as np
     >>> from headway.lm import load
     >>> model = load()
@@ -340,10 +387,23 @@ class Session:
 
     @_check.public
     def next_logits(self, ids: ArrayLike) -> Floats:
-        """Append tokens, at least one, and score the successors of the last: (L,) -> (V,).
+        """Append tokens, and score the successors of the last.
 
-        Raises TypeError for ids that are no integers, ValueError for ids outside the vocabulary, and where the context
-        has no room for them; the session is then as it was.
+        Args:
+            ids: (L,), at least one, from 0 to V - 1.
+
+        Returns:
+            (V,), float32.
+
+        Raises:
+            TypeError: ids that are no integers.
+            ValueError: ids outside the vocabulary, or more than the context has room for; the session is then as it
+                was.
+
+        >>> from headway.lm import load
+        >>> session = load().session()
+        >>> session.next_logits([5, 6, 7]).shape, len(session)
+        ((2048,), 3)
         """
         tokens = self._check(ids)
         if not len(tokens):
@@ -354,7 +414,21 @@ class Session:
 
     @_check.public
     def logits(self, ids: ArrayLike) -> Floats:
-        """Append tokens, and score the successors of each: (L,) -> (L, V). Raises as `next_logits` does."""
+        """Append tokens, and score the successors of each.
+
+        Args:
+            ids: (L,), from 0 to V - 1.
+
+        Returns:
+            (L, V), float32: row i scores the token that follows ids[: i + 1].
+
+        Raises:
+            TypeError, ValueError: as `next_logits`.
+
+        >>> from headway.lm import load
+        >>> load().session().logits([5, 6, 7]).shape
+        (3, 2048)
+        """
         scores: Floats = hw.linear(self._append(self._check(ids)), self._model.weights.head)
         return scores
 
