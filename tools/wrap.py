@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 WIDTH = 100
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "vectors/README.md", "src/headway/lm/model/README.md")
 WRITTEN_BY_TOOLS = {"api.md", "conformance.md"}
 
 FLAGS = re.MULTILINE | re.DOTALL
@@ -62,7 +63,7 @@ def filled(held: list[str]) -> list[str]:
 
 def main() -> None:
     """Wrap all pages, or check them."""
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+    pages = [ROOT / name for name in PAGES] + list((ROOT / "docs").rglob("*.md"))
     texts = {page: page.read_text() for page in pages if page.name not in WRITTEN_BY_TOOLS}
     stale = {page: wrapped(text) for page, text in texts.items() if wrapped(text) != text}
     if "--check" in sys.argv and stale:

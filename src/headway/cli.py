@@ -224,11 +224,11 @@ _TEXT_OPTIONS: dict[str, tuple[type, str, str]] = {  # of what type each is, its
     "repetition": (float, "divide positive logits of tokens that occurred by this, multiply others", "1, off"),
     "frequency": (float, "subtract this from the logit of a token for each time it was drawn", "0, off"),
     "presence": (float, "subtract this from the logit of a token that was drawn", "0, off"),
-    "dry_multiplier": (float, "how strongly to penalize a token that prolongs a repetition", "0, off"),
-    "dry_base": (float, "by how much the penalty grows with each token of the repetition", "1.75"),
+    "dry_multiplier": (float, "subtract this from the logit of a token that prolongs a repetition", "0, off"),
+    "dry_base": (float, "the factor of the DRY penalty for each further token of the repetition", "1.75"),
     "dry_allowed_length": (int, "the shortest repetition that is penalized, in tokens", "2"),
     "dry_breakers": (int, "the id of a token that no repetition goes across; repeatable", "none"),
-    "window": (int, "the number of tokens, the last ones, that the penalties look at", "all"),
+    "window": (int, "the number of tokens, counted from the last, that the penalties look at", "all"),
     "repetition_window": (int, "the window of the repetition penalty", "the window"),
     "frequency_window": (int, "the window of frequency and presence", "the window"),
     "dry_window": (int, "the window of DRY", "the window"),
@@ -509,7 +509,7 @@ def _parser() -> _Parser:
         "prompt",
         nargs="?",
         metavar="PROMPT",
-        help="- for standard input, which is also read where it is no terminal",
+        help="the text to continue; - for standard input, also read without a PROMPT where it is no terminal",
     )
     generate.add_argument(
         "--model",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import headway as hw
 from headway import _native, cli
 from headway._sampling import settings, stages
-from headway._sampling.dialects import DIALECTS, NUCLEUS
+from headway._sampling.dialects import DIALECTS, NUCLEUS, rules
 from headway._sampling.stages import STAGES
 from headway.reference._sampling import stages as of_reference
 
@@ -70,3 +71,24 @@ def test_every_dialect_orders_stages_that_there_are() -> None:
 def test_docs_name_every_option() -> None:
     text = (ROOT / "docs/semantics.md").read_text()
     assert [name for name in stages.OFF if f"`{name}`" not in text and name not in text] == []
+
+
+def test_docs_have_the_orders_and_boundaries_of_the_dialects() -> None:
+    text = (ROOT / "docs/semantics.md").read_text()
+    rows = re.findall(r"^\| (.*?) \| (temperature, .*?|top_.*?) \| (.*?) \| (.*?) \| (.*?) \|$", text, re.MULTILINE)
+    dialects = {
+        "none: headway's own": NUCLEUS["after_top_k"],
+        **DIALECTS,
+        'flashinfer, nucleus="joint"': rules("flashinfer", "joint"),
+    }
+    ties = {"lowest_id": "lowest ids", "highest_id": "highest ids", "keep": "all"}
+    assert {row[0] for row in rows} == set(dialects)
+    for name, order, at_top_k, at_top_p, exactly in rows:
+        steps = {step.option: step for step in dialects[name].steps if step.option != "greedy"}
+        short = [re.sub("_cutoff|_probability", "", option) for option in steps]
+        assert order == ", ".join(short), name
+        own = ", or as `ties` says" if name.startswith("none") else ""
+        assert (at_top_k, at_top_p) == (ties[steps["top_k"].ties] + own, ties[steps["top_p"].ties]), name
+        typical = steps.get("typical_p", steps["top_p"])
+        other = "; for typical_p it stays" if typical.equal > steps["top_p"].equal else ""
+        assert exactly == ("stays" if steps["top_p"].equal else "goes") + other, name

@@ -26,8 +26,8 @@ class SamplingParams(Params):
         temperature: finite, >= 0. Logits are divided by it. 0 is argmax, the lowest id among equal logits.
         dynamic_temperature_range: the temperature goes from temperature - range to temperature + range with the
             entropy.
-        dynamic_temperature_exponent: of the entropy's share of the largest possible, which says how far; 1 unless
-            given.
+        dynamic_temperature_exponent: of the entropy as a share of the largest possible, by which the temperature rises;
+            1 unless given.
         top_n_sigma: above 0. Keeps logits up to n standard deviations below the best one (Tang et al., 2024).
         top_k: at least 1. Keeps the k best tokens: logit descending, id ascending (Fan et al., 2018).
         top_p: in (0, 1]. Keeps a token iff the mass strictly before it is below p (Holtzman et al., 2020); 1 is off.

@@ -57,7 +57,7 @@ OPTIONS = (
         "after_top_k",
         'Literal["after_top_k", "joint"]',
         '"after_top_k" measures top_p over what top_k left, "joint" over all tokens that are not banned.',
-        "measure P over what top-k left, or over all",
+        "measure P over the tokens that top-k left, or over all",
     ),
     Option(
         "dialect",
