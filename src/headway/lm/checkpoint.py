@@ -113,6 +113,9 @@ class Weights:
 def read_checkpoint(folder: Path) -> tuple[Config, Weights, Tokenizer]:
     """Read and check the checkpoint in `folder`.
 
+    Returns:
+        Its config, its weights and its tokenizer.
+
     Raises:
         FileNotFoundError: a folder or file that is not there.
         ValueError: a file, tensor or key that does not fit.
@@ -201,6 +204,9 @@ def read_config(folder: Path) -> Config:
     Both spellings of the rotary settings are understood: rope_theta and rope_scaling at the top level
     (transformers 4) and rope_parameters (transformers 5). Rope types: default, linear, llama3. A setting that
     changes what is computed and has no place here is an error.
+
+    Returns:
+        The shape of the model.
     """
     config = _Section.read(folder / "config.json")
     if config.values.get("model_type") != "llama":
@@ -524,6 +530,9 @@ def _map_file(path: Path) -> dict[str, _Stored]:
 
     safetensors' own numpy reader hands out no bfloat16 unless ml_dtypes is there, and copies each tensor once
     more.
+
+    Returns:
+        The tensors by name.
     """
     _require_file(path)
     path.open("rb").close()  # what the system refuses, in its own words

@@ -76,10 +76,13 @@ def detokenize(tokenizer: Tokenizer, context: Sequence[int], tokens: Iterable[in
 
 
 def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Generator[str, None, bool]:
-    """Yield the pieces up to the stop string that is complete first, and return whether there was one.
+    """Yield the pieces up to the stop string that is complete first.
 
     What may be the beginning of a stop string is held back until it is clear that it is none, so how the text
     was cut into pieces changes nothing.
+
+    Returns:
+        Whether a stop string ended the text.
 
     >>> list(until_stop(["one", " two", " th", "ree"], ["two t"]))
     ['one', ' ']
