@@ -131,7 +131,9 @@ LIVE = {"hw": hw, "cache": hw.KVCache(1, 4), "sampler": hw.Sampler(4)}
 CALLS: dict[str, Any] = {
     "hw.sample(x, ": hw.sample,
     "hw.probabilities(x, ": hw.probabilities,
+    "hw.filter_logits(x, ": hw.filter_logits,
     "hw.logprobs(x, ": hw.logprobs,
+    "hw.verify_draft(x, None, [1], ": hw.verify_draft,
     "hw.explain(x, ": hw.explain,
     "hw.penalize(x, [1], ": hw.penalize,
     "sampler.admit(": hw.Sampler.admit,
@@ -150,12 +152,12 @@ def test_notebooks_complete_every_option(call: str) -> None:
     completed(jedi.Interpreter(call, [LIVE]), call)
 
 
-@pytest.mark.parametrize("call", [call for call in CALLS if "attention" in call or "attend" in call])
+@pytest.mark.parametrize("call", CALLS)
 def test_editors_complete_every_option(call: str) -> None:
     """From the source alone: jedi goes from ``**options`` to the function that they are handed on to."""
     jedi = pytest.importorskip("jedi", reason="jedi is not installed; `make check` installs it")
     plain = jedi.create_environment(sys.base_prefix, safe=False)  # in which headway is installed in no special way
-    source = f"import headway as hw\ncache = hw.KVCache(1, 4)\n{call}"
+    source = f"import headway as hw\ncache, sampler = hw.KVCache(1, 4), hw.Sampler(4)\n{call}"
     completed(jedi.Script(source, project=jedi.Project(ROOT / "src"), environment=plain), call)
 
 

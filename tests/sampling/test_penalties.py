@@ -139,7 +139,7 @@ def test_counting_on_equals_counting_anew(data: st.DataObject) -> None:
                 history.append(token)
         if data.draw(st.integers(0, 3)) and rows:  # now and then several tokens come between
             logits = draw_logits(data, (len(rows), V), rng).astype(np.float64)
-            each = [with_windows(checked(options)) for _, options in rows.values()]
+            each = [with_windows(checked(**options)) for _, options in rows.values()]
             values = {name: np.array([own[name] for own in each]) for name in each[0]}
             histories.penalize(logits, np.array(list(rows), np.int64), values)
             for z, (slot, (history, options)) in zip(logits, rows.items(), strict=True):
@@ -154,7 +154,7 @@ def test_counting_on_equals_counting_anew(data: st.DataObject) -> None:
                     np.array([len(history)]),
                     np.array([prompts[slot]]),
                 )
-                one = {name: np.array([value]) for name, value in with_windows(checked(options)).items()}
+                one = {name: np.array([value]) for name, value in with_windows(checked(**options)).items()}
                 anew.penalize(z[None], np.zeros(1, np.int64), one)  # what has left all windows has left the list
                 assert set(histories.id[places].tolist()) == set(anew.id[: anew.distinct[0]].tolist())
 

@@ -1081,9 +1081,7 @@ COPIED: dict[str, Callable[[np.ndarray], Any]] = {
     "ids of allowed": lambda x: OPTION_CHECKS["allowed"]("allowed", x, ()),
     "lengths": lambda x: rows.lengths_within("lengths", x, x.shape, np.full(x.size, 9), "token_ids"),
     "token_ids": lambda x: penalties._histories(x, None, ())[0],
-    "tokens of logprobs": lambda x: import_module("headway._sampling.logprobs")._tokens(
-        x, prepare(np.zeros(9), None, {})
-    ),
+    "tokens of logprobs": lambda x: import_module("headway._sampling.logprobs")._tokens(x, prepare(np.zeros(9), None)),
     "draft_tokens": lambda x: import_module("headway._sampling.speculative").draft_ids(x, np.array([2]), (), 2, 9),
     **{name: lambda x, name=name, check=check: check(name, x) for name, check in penalties.CHECKS.items()},
     **{

@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _arrays, _native
+from .._check import shown
+from .._signatures import Unpack
 from .checks import Sparse
 from .dialects import Step, rules
-from .options import Settings
+from .options import SamplingOptions, Settings
+from .params import SamplingParams
 from .rows import Array, broadcast, flat, in_row, known_ids, mask_bytes, per_token
-from .settings import Params, resolve
+from .settings import CHECKS, DEFAULT_SETTINGS, check_together, checked
 from .stages import OFF, STAGES
 
 
@@ -84,9 +87,11 @@ class Call(NamedTuple):
 
     def stages(self) -> _native.Stages:
         """Return the stages that do something, in order, with their values for each row."""
-        values = _numbers_of(self.settings)
-        if not any([value is not None and value.ndim for value in values]):  # a list, which is faster here
-            return _stages_of_all(*self.how(), tuple([None if value is None else value.item() for value in values]))
+        values = tuple([None if value is None else value.tolist() for value in _numbers_of(self.settings)])
+        try:
+            return _stages_of_all(*self.how(), values)
+        except TypeError:  # a list, of one number per row, is no key of a cache
+            pass
         return native_stages(self.steps(), self.per_row("min_tokens_to_keep"))
 
     def steps(self) -> list[_Valued]:
@@ -156,14 +161,32 @@ class Call(NamedTuple):
         raise ValueError(f"{name}: expected at least one token that is not banned{where}, got none; allow one")
 
 
-def prepare(logits: Any, params: Params | None, options: Mapping[str, Any], name: str = "logits") -> Call:
+def prepare(
+    logits: Any, params: SamplingParams | None, name: str = "logits", /, **options: Unpack[SamplingOptions]
+) -> Call:
     """Check a call of any of the functions of sampling."""
     operand = _arrays.unwrap(logits, name)
     if operand.data.ndim == 0:
         raise ValueError(f"{name}: expected an array (V,) or (..., V), got a single number")
     if operand.data.shape[-1] == 0:
         raise ValueError(f"{name}: expected at least one token, got an array of shape {operand.data.shape}")
-    return ready(operand, resolve(params, options), name)
+    return ready(operand, resolve(params, **options), name)
+
+
+# Editors on jedi know no TypedDict: they go from **options to **options, up to SamplingParams, which lists them.
+def resolve(params: SamplingParams | None, **options: Unpack[SamplingOptions]) -> Settings:
+    """Return the settings of one call: the keywords, then params, then the defaults."""
+    if params is None:
+        settings = DEFAULT_SETTINGS.updated(checked(options))
+    elif not isinstance(params, SamplingParams):
+        raise TypeError(f"params: expected SamplingParams, got {shown(params)}; options are keywords, temperature=0.7")
+    elif "dialect" in options:  # it says what the numbers of params mean too
+        own: Any = {name: value for name, value in vars(params).items() if name in CHECKS and name not in options}
+        return SamplingParams(**own, **options)._settings
+    else:
+        settings = params._settings.updated(checked(options, params._settings.dialect))
+    check_together(settings)
+    return settings
 
 
 def ready(operand: _arrays.Operand, settings: Settings, name: str = "logits") -> Call:

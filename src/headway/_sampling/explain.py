@@ -630,7 +630,7 @@ def explain(
     2 of 4 tokens can be drawn, entropy 0.3653 nats
     """
     operand = _arrays.unwrap(logits, "logits")
-    run = prepare(operand._replace(data=operand.data.copy()), params, options)  # which nobody writes to meanwhile
+    run = prepare(operand._replace(data=operand.data.copy()), params, **options)  # which nobody writes to meanwhile
     if run.rows != 1:
         raise ValueError(
             f"logits: expected one row (V,), got {run.rows} in shape {run.data.shape}; explain them one by one, "

@@ -88,7 +88,7 @@ def logprobs(
         raise ValueError(f"{name}: expected none for the logits as they are; processed=True applies it")
     if tokens is None and top is None:
         raise ValueError("tokens: expected token ids, or top=n for the best ones, got neither")
-    run = prepare(logits, params, options)
+    run = prepare(logits, params, **options)
     ids = _tokens(tokens, run) if tokens is not None else np.empty((*run.lead, 0), np.int64)
     n = 0 if top is None else _check.integer(top, "top", 1, run.vocabulary)
 

@@ -165,7 +165,7 @@ def penalize(
     if data.ndim == 0:
         raise ValueError("logits: expected an array (V,) or (..., V), got a single number")
     lead, vocabulary = data.shape[:-1], data.shape[-1]
-    settings = checked(penalties)
+    settings = checked(**penalties)
     _check.choice(unknown_tokens, "unknown_tokens", ("error", "ignore"))
     tokens, length = _histories(token_ids, lengths, lead)
     prompt = np.zeros_like(length)
@@ -206,13 +206,27 @@ def penalize(
     return operand.wrap(out, dtype)
 
 
-def checked(penalties: Mapping[str, Any]) -> dict[str, Array]:
+# They are listed for editors on jedi, which know no TypedDict.
+def checked(
+    *,
+    repetition: AnyArray | None = None,
+    frequency: AnyArray | None = None,
+    presence: AnyArray | None = None,
+    dry_multiplier: AnyArray | None = None,
+    dry_base: AnyArray | None = None,
+    dry_allowed_length: AnyArray | None = None,
+    dry_breakers: AnyArray = (),
+    window: AnyArray | None = None,
+    repetition_window: AnyArray | None = None,
+    frequency_window: AnyArray | None = None,
+    dry_window: AnyArray | None = None,
+    **unknown: Any,
+) -> dict[str, Array]:
     """Return every penalty but the breakers as a checked array, of one value or of one per row."""
-    for name, value in penalties.items():
-        if name not in CHECKS and name != "dry_breakers":
-            raise TypeError(no_such(name, value, "penalty", (*CHECKS, "dry_breakers")))
-    given = {name: CHECKS[name](name, value) for name, value in penalties.items() if name in CHECKS}
-    return DEFAULTS | {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in locals().items() if name in CHECKS and value is not None}
+    for name, value in unknown.items():
+        raise TypeError(no_such(name, value, "penalty", (*CHECKS, "dry_breakers")))
+    return DEFAULTS | {name: array for name, value in given.items() if (array := CHECKS[name](name, value)) is not None}
 
 
 def with_windows(settings: Mapping[str, Array]) -> dict[str, Array]:

@@ -101,7 +101,7 @@ def sample(
     >>> hw.sample([1.0, 3.0, 2.0], num_samples=3, replacement=False, seed=7)
     array([2, 1, 0])
     """
-    run = prepare(logits, params, options)
+    run = prepare(logits, params, **options)
     replacement = _check.boolean(replacement, "replacement")
     draws = () if num_samples is None else (_check.integer(num_samples, "num_samples", 1, 2**31 - 1),)
     tokens = np.empty((*run.lead, *draws), np.int64)
@@ -137,7 +137,7 @@ def probabilities(logits: AnyArray, params: SamplingParams | None = None, **opti
     >>> hw.probabilities([3.0, 2.0, 1.0], temperature=0.5, top_k=2).round(4)
     array([0.8808, 0.1192, 0.    ])
     """
-    run = prepare(logits, params, options)
+    run = prepare(logits, params, **options)
     dtype = _arrays.compute_dtype(run.operand.dtype)
     out = np.empty(run.data.shape, dtype)
     run(probabilities=out, **run.coin())
@@ -176,7 +176,7 @@ def filter_logits(logits: AnyArray, params: SamplingParams | None = None, **opti
     >>> hw.filter_logits([3.0, 2.0, 1.0], temperature=0.5, top_p=0.9)
     array([  3.,   2., -inf])
     """
-    run = prepare(logits, params, options)
+    run = prepare(logits, params, **options)
     dtype = run.operand.dtype if run.settings.logit_bias is None else _arrays.compute_dtype(run.operand.dtype)
     out = np.empty(run.data.shape, _arrays.storage(dtype))
     run(filtered=out, **run.coin())

@@ -19,10 +19,10 @@ from .._check import shown
 from .._signatures import AnyArray, NumPyLike, Tensor, Unpack
 from .._turns import F, one_at_a_time
 from . import bans
-from .call import Call, prepare, ready
+from .call import Call, prepare, ready, resolve
 from .histories import Histories
 from .logprobs import Logprobs, Ranked
-from .options import Settings
+from .options import SamplingOptions, Settings
 from .params import SamplingParams
 from .penalties import (
     DEFAULTS,
@@ -35,7 +35,7 @@ from .penalties import (
     with_windows,
 )
 from .rows import Array, lengths_within, mask_bytes, unpacked
-from .settings import CHECKS, resolve
+from .settings import CHECKS
 from .speculative import Verified, chains, check_draft_params, draft_ids, fail_draft
 from .stages import OFF
 
@@ -274,7 +274,8 @@ class Sampler:
         >>> sampler.step([[0.0, 1.0, 2.0, 5.0]])
         array([2])
         """
-        alone = prepare(np.zeros(self.vocabulary, np.float32), params, {} if seed is None else {"seed": seed})
+        of_row: SamplingOptions = {} if seed is None else {"seed": seed}
+        alone = prepare(np.zeros(self.vocabulary, np.float32), params, **of_row)
         if alone.settings.uniform is not None:
             raise ValueError("uniform: expected seed and position, which make each step differ; leave it out of params")
         for name, value in vars(alone.settings).items():
@@ -283,7 +284,7 @@ class Sampler:
         for name, value in penalties.items():
             if name in CHECKS:
                 raise TypeError(f"{name}: no such penalty; give `params=hw.SamplingParams({name}={shown(value)})`")
-        own = checked(penalties)
+        own = checked(**penalties)
         for name, value in own.items():
             if value.ndim:
                 raise ValueError(f"{name}: expected one value for the row, got shape {value.shape}")
@@ -567,7 +568,7 @@ class Sampler:
                 self._fail(run, status)
         result = operand.wrap(tokens[:, 0], "int64")
         if processed is not None:
-            run, status, raw = prepare(operand, None, {}), np.zeros(rows, np.int64), Ranked.empty(tokens, n or 0)
+            run, status, raw = prepare(operand, None), np.zeros(rows, np.int64), Ranked.empty(tokens, n or 0)
             if rows and not raw.fill(run.native(status), tokens, False):
                 self._fail(run, status)
             top = (rows, n) if n else None
@@ -713,7 +714,7 @@ class Sampler:
         if not has_logits:
             raise ValueError("draft_params: expected draft_logits to apply them to, got None; leave one of them out")
         check_draft_params(params)
-        settings = resolve(params, {})
+        settings = resolve(params)
         for name, value in vars(settings).items():
             if isinstance(value, np.ndarray) and value.ndim > (name in ("allowed", "logit_bias")):
                 raise ValueError(f"draft_params: expected one {name} for all rows, got shape {value.shape}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import _arrays
-from .._check import no_such, shown
+from .._check import no_such
 from .checks import Check, Choice, Integers, Reading, Reals, allowed, logit_bias
 from .dialects import DIALECTS, rules
 from .options import Settings
@@ -237,18 +237,4 @@ class Params:
         return partial(type(self), **self._given()), ()
 
 
-_DEFAULT_SETTINGS = Settings.of(checked(DEFAULTS))
-
-
-def resolve(params: Params | None, options: Mapping[str, Any]) -> Settings:
-    """Return the settings of one call: the keywords, then params, then the defaults."""
-    if params is None:
-        settings = _DEFAULT_SETTINGS.updated(checked(options))
-    elif isinstance(params, Params) and "dialect" in options:  # it says what the numbers of params mean too
-        settings = Settings.of(checked({**params._fields(), **options}))
-    elif isinstance(params, Params):
-        settings = params._settings.updated(checked(options, params._settings.dialect))
-    else:
-        raise TypeError(f"params: expected SamplingParams, got {shown(params)}; options are keywords, temperature=0.7")
-    check_together(settings)
-    return settings
+DEFAULT_SETTINGS = Settings.of(checked(DEFAULTS))

@@ -83,7 +83,7 @@ def verify_draft(
     array([[ 1,  0,  2],
            [ 1,  0, -1]])
     """
-    run = prepare(target_logits, params, options, "target_logits")
+    run = prepare(target_logits, params, "target_logits", **options)
     if run.data.ndim < 2 or run.lead[-1] < 1:
         raise ValueError(f"target_logits: expected an array (..., n + 1, V), got shape {run.data.shape}")
     if run.settings.uniform is not None:
@@ -103,7 +103,7 @@ def verify_draft(
         if draft_params is not None:
             check_draft_params(draft_params)
             params, options = draft_params, {}
-        draft = prepare(draft_logits, params, options, "draft_logits")
+        draft = prepare(draft_logits, params, "draft_logits", **options)
         if draft.data.shape != (*lead, n, run.vocabulary):
             raise ValueError(
                 f"draft_logits: expected shape {(*lead, n, run.vocabulary)} beside target_logits of {run.data.shape}, "
