@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _native
+import headway._native as _native
 
 FLOATING = ("float64", "float32", "float16", "bfloat16")
 _NAMES = {np.dtype(name): name for name in FLOATING[:3]}

@@ -1,10 +1,11 @@
-"""Checks of options and shapes. Each error names the argument, what was expected, what came, and the cure."""
+"""Checks of options, shapes and files. Each error names the argument, what was expected, what came, and the cure."""
 
 from __future__ import annotations
 
 import difflib
 import functools
 import inspect
+import json
 import math
 import operator
 import unicodedata
@@ -237,3 +238,21 @@ def shortened(word: str, columns: int) -> str:
 def columns_of(text: str) -> int:
     """How wide a terminal shows it."""
     return sum((unicodedata.east_asian_width(c) in "WF") + (unicodedata.combining(c) == 0) for c in text)
+
+
+def json_loads(data: bytes) -> Any:
+    """Parse JSON; a key that an object holds twice is a ValueError, since one of its values would be lost unseen.
+
+    >>> json_loads(b'{"q": [1, 0]}')
+    {'q': [1, 0]}
+    """
+    return json.loads(data, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise ValueError(f"expected each key once, got {twice[:40]!r} twice")
+    return found

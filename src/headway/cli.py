@@ -248,7 +248,7 @@ def _read(name: str) -> Any:
 
     import numpy as np
 
-    from headway import _json
+    from headway import _check
 
     with _named(_label(name)):
         if name == "-":
@@ -266,7 +266,7 @@ def _read(name: str) -> Any:
             if data.startswith(b"PK"):
                 with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                     return _unpack(arrays)
-        return _json.loads(data)
+        return _check.json_loads(data)
     except Exception as error:  # of a dozen kinds, which the readers' authors did not expect either
         said = str(error).partition("; use ")[0][:300] or type(error).__name__  # without what only code can do
         raise ValueError(f"{_label(name)}: expected .npy, .npz or JSON: {said}") from None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import _check, _native
+import headway._native as _native
+
+from . import _check
 
 __all__ = ["Info", "get_num_threads", "info", "set_num_threads"]
 

@@ -1,4 +1,4 @@
-"""Attention and what a layer needs beside it."""
+"""Attention, and the other operations of a transformer layer."""
 
 from .attention import attention, attention_weights
 from .cache import KVCache

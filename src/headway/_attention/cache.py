@@ -10,7 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _check, _native
+import headway._native as _native
+
+from .. import _check
 from .._arrays import FLOATING, Operand, as_numpy, items, storage, unwrap
 from .._signatures import AnyArray, NumPyLike, Tensor, Unpack, shows_options
 from .._turns import one_at_a_time

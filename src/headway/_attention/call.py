@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _check, _native
+import headway._native as _native
+
+from .. import _check
 from .._arrays import Operand, compute_dtype, indexable, items, promote, storage, unrepeated, unwrap
 from .._signatures import AnyArray, defaults_of
 from .options import Causal, Corner, Precision, Window

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _check, _native
+import headway._native as _native
+
+from .. import _check
 from .._arrays import Operand, compute_dtype, promote, storage, unwrap
 from .._signatures import AnyArray, NumPyLike, Tensor
 

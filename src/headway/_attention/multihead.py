@@ -8,7 +8,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _check, _native
+import headway._native as _native
+
+from .. import _check
 from .._arrays import Operand, as_bits, compute_dtype, promote, storage, unwrap
 from .._signatures import AnyArray, NumPyLike, Tensor, Unpack, shows_options
 from .call import DEFAULTS, only, prepare, run

@@ -10,7 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _check, _native
+import headway._native as _native
+
+from .. import _check
 from .._arrays import as_numpy, compute_dtype, promote, storage, unwrap
 from .._signatures import AnyArray, Unpack, shows_options
 from .call import DEFAULTS, FARTHEST, as_sinks, as_window, only, prepare

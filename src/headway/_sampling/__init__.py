@@ -1,4 +1,4 @@
-"""Next-token sampling, and what a serving loop needs beside it."""
+"""Next-token sampling, penalties, log-probabilities, drafts, and the sampler of a serving loop."""
 
 from .bans import Bans
 from .checks import Choice, Integers, Reading

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import _arrays, _native
+import headway._native as _native
+
+from .. import _arrays
 from .._check import shown
 from .._signatures import Unpack
 from .checks import Sparse

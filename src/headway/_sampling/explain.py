@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import _arrays, _check, _native
+import headway._native as _native
+
+from .. import _arrays, _check
 from .._check import columns_of, shortened, shown
 from .._signatures import AnyArray, Unpack
 from .call import Call, native_stages, prepare

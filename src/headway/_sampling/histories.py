@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .. import _native
+import headway._native as _native
+
 from .rows import Array
 
 

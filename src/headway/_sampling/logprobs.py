@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import _arrays, _check, _native
+import headway._native as _native
+
+from .. import _arrays, _check
 from .._signatures import AnyArray, Unpack
 from .call import Call, prepare
 from .params import SamplingOptions, SamplingParams, shows_sampling_options

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _arrays, _check, _native
+import headway._native as _native
+
+from .. import _arrays, _check
 from .._check import shown
 from .._signatures import AnyArray, NumPyLike, Tensor, Unpack
 from .._turns import F, one_at_a_time

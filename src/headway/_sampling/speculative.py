@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import _check, _native
+import headway._native as _native
+
+from .. import _check
 from .._check import shown
 from .._signatures import AnyArray, Unpack
 from .call import Call, prepare, random_source

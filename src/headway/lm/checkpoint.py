@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _json
+from .. import _check
 from .text import tokenizer_errors
 
 try:
@@ -307,7 +307,7 @@ class _Section:
     def read(cls, path: Path) -> _Section:
         _require_file(path)
         try:
-            values = _json.loads(path.read_bytes())
+            values = _check.json_loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not JSON: {error}") from None
         if not isinstance(values, dict):
@@ -541,7 +541,7 @@ def _map_file(path: Path) -> dict[str, _Stored]:
             pass  # opening checks the header, each tensor's size, and that they fill the file
         file = np.memmap(path, dtype=np.uint8, mode="r")
         start = 8 + int.from_bytes(file[:8].tobytes(), "little")
-        header = _json.loads(file[8:start].tobytes())
+        header = _check.json_loads(file[8:start].tobytes())
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
     return {
