@@ -97,7 +97,7 @@ MUTANTS = [
     ),
     Mutant(
         f"{CORE}/attention/softmax.h",
-        "row.high - j) != Vec<T>(kMinusInfinity<T>)",
+        "row.high - j) != Vec<T>(-T(kInfinity))",
         "row.high - j) != Vec<T>(Constants<T>::lowest)",
         ATTENTION,
     ),
@@ -114,7 +114,7 @@ MUTANTS = [
     # Attention: scores, softmax, the tree over chunks.
     Mutant(f"{CORE}/attention/softmax.h", "x = Vec<T>(softcap) * tanh(x", "x = tanh(x", ATTENTION),
     Mutant(f"{CORE}/attention/softmax.h", "softcap == 0 && scale > 0", "softcap == 0 && scale != 0", ATTENTION),
-    Mutant(f"{CORE}/attention/softmax.h", "if (!any(seen)) return kMinusInfinity<T>;", "", ATTENTION),
+    Mutant(f"{CORE}/attention/softmax.h", "if (!any(seen)) return -T(kInfinity);", "", ATTENTION),
     Mutant(
         f"{CORE}/attention/softmax.h",
         "return m > Constants<T>::lowest ? m : Constants<T>::lowest;",
@@ -248,22 +248,22 @@ MUTANTS = [
     Mutant(f"{CORE}/sampling/sampling.h", "if (top[i] > top[0] || top[i] != top[i])", "if (top[i] > top[0])", SAMPLING),
     Mutant(f"{CORE}/sampling/sampling.h", "if (here <= target) {", "if (here < target) {", SAMPLING),
     Mutant(f"{CORE}/sampling/sampling.h", "one[i] <= target)", "one[i] < target)", SAMPLING),
-    Mutant(f"{CORE}/sampling/sampling.h", "weight[i] <= target)", "weight[i] < target)", SAMPLING),
-    Mutant(f"{CORE}/sampling/sampling.h", "    total -= weight[i];\n", "", (*SERVING, *tests("sample_statistics"))),
+    Mutant(f"{CORE}/sampling/sampling.h", "mass[i] <= target)", "mass[i] < target)", SAMPLING),
+    Mutant(f"{CORE}/sampling/sampling.h", "    total -= mass[i];\n", "", (*SERVING, *tests("sample_statistics"))),
     Mutant(f"{CORE}/ground/rng.h", "round < 10;", "round < 9;", SAMPLING),
     Mutant(f"{CORE}/ground/rng.h", "x[0] = high1 ^ x[1] ^ seed;", "x[0] = high1 ^ x[1] ^ stream;", SAMPLING),
     Mutant(f"{CORE}/ground/rng.h", "block{{position, draw, 0, 0}}", "block{{draw, position, 0, 0}}", SAMPLING),
     Mutant(f"{CORE}/sampling/stages.h", "philox(task.seed[index], ", "philox(task.position[index], ", SAMPLING),
-    Mutant(f"{CORE}/sampling/weights.h", "min(44, 62 - log2_up)", "min(43, 62 - log2_up)", SAMPLING),
+    Mutant(f"{CORE}/sampling/masses.h", "min(44, 62 - log2_up)", "min(43, 62 - log2_up)", SAMPLING),
     Mutant(
-        f"{CORE}/sampling/weights.h",
+        f"{CORE}/sampling/masses.h",
         "shifted = x * F(0x1.715476p+0f) + round;",
         "shifted = fma(x, F(0x1.715476p+0f), round);",
         SAMPLING,
     ),
-    Mutant(f"{CORE}/sampling/weights.h", "((product & ((Wide(1) << e) - 1)) != 0 || !equal)", "!equal", STAGES),
+    Mutant(f"{CORE}/sampling/masses.h", "((product & ((Wide(1) << e) - 1)) != 0 || !equal)", "!equal", STAGES),
     Mutant(
-        f"{CORE}/sampling/weights.h",
+        f"{CORE}/sampling/masses.h",
         "largest = 0x1.fffffep+127;\n  return inverse < 0x1p-126 ?",
         "largest = 0x1.fffffep+127;\n  return inverse < 0 ?",
         SAMPLING,
@@ -299,8 +299,8 @@ MUTANTS = [
     Mutant(f"{CORE}/sampling/stages.h", "w[v] >= enough", "w[v] > enough", STAGES),
     Mutant(
         f"{CORE}/sampling/stages.h",
-        "if (weight > int64_t(1) << row.scale.s)",
-        "if (weight >= int64_t(1) << row.scale.s)",
+        "if (mass > int64_t(1) << row.scale.s)",
+        "if (mass >= int64_t(1) << row.scale.s)",
         STAGES,
     ),
     Mutant(f"{CORE}/sampling/stages.h", "  row.scale.top = best;\n", "", STAGES),
@@ -310,8 +310,8 @@ MUTANTS = [
     Mutant(f"{CORE}/sampling/stages.h", "if (k < double(row.tokens.n))", "if (k + 1 < double(row.tokens.n))", STAGES),
     Mutant(
         f"{CORE}/sampling/stages.h",
-        "target = share(p, row.tokens.total, !step.equal);\n  // At",
-        "target = share(p, row.tokens.total);\n  // At",
+        "target = least_mass(p, row.tokens.total, !step.equal);\n  // At",
+        "target = least_mass(p, row.tokens.total);\n  // At",
         (*STAGES, *tests("dialects")),
     ),
     Mutant(
@@ -322,8 +322,8 @@ MUTANTS = [
     ),
     Mutant(
         f"{CORE}/sampling/stages.h",
-        "min(share(epsilon, all.total), share(__builtin_sqrt",
-        "max(share(epsilon, all.total), share(__builtin_sqrt",
+        "min(least_mass(epsilon, all.total), least_mass(__builtin_sqrt",
+        "max(least_mass(epsilon, all.total), least_mass(__builtin_sqrt",
         STAGES,
     ),
     Mutant(
@@ -339,7 +339,10 @@ MUTANTS = [
     Mutant(f"{CORE}/sampling/logprobs.h", "found += z[i] >= bound;", "found += z[i] > bound;", SERVING),
     Mutant(f"{CORE}/sampling/logprobs.h", "(double(z) - best) - sum", "(double(z) - best)", SERVING),
     Mutant(
-        f"{CORE}/sampling/logprobs.h", "if (z == kNever || (processed && weight == 0))", "if (z == kNever)", SERVING
+        f"{CORE}/sampling/logprobs.h",
+        "if (z == -kInfinity || (processed && mass == 0))",
+        "if (z == -kInfinity)",
+        SERVING,
     ),
     Mutant(f"{CORE}/sampling/penalties.h", "z > 0 ? z / repetition : z * repetition", "z / repetition", SERVING),
     Mutant(

@@ -580,10 +580,11 @@ NB_MODULE(_native, m) {
 
   m.attr("CHUNK") = kChunk;
   m.attr("LANES") = kLanes;
-  m.attr("SAMPLING_FAULTS") = kSamplingFaults;
-  // Names, each at the place that stands for it in a step.
+  // Names, each at the place of its number.
   m.attr("SAMPLING_STAGES") = nb::tuple(nb::cast(stage_names()));
-  m.attr("SAMPLING_TIES") = nb::make_tuple("lowest_id", "highest_id", "keep");
+  m.attr("SAMPLING_TIES") = nb::tuple(nb::cast(std::vector<std::string>(std::begin(kTiesNames), std::end(kTiesNames))));
+  m.attr("SAMPLING_FAULTS") =
+      nb::tuple(nb::cast(std::vector<std::string>(std::begin(kFaultNames), std::end(kFaultNames))));
   m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "mask"_a.none(), "bias"_a.none(), "sinks"_a.none(),
         "kv_lengths"_a.none(), "rows"_a.none(), "options"_a, "out"_a, "lse"_a.none());
   m.def("attention_weights", &attention_weights, "q"_a, "k"_a, "mask"_a.none(), "bias"_a.none(), "sinks"_a.none(),

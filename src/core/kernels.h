@@ -3,6 +3,7 @@
 // Shape alphabet: B batch, H query heads, G key/value heads, L queries, S keys, D head size of q and k,
 // E head size of v, M and N rows and columns of a matrix product, V vocabulary. Strides count elements.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 namespace headway {
@@ -91,47 +92,61 @@ template <class T> struct PerRow {
   const T& operator[](int64_t row) const { return data[row * step]; }
 };
 
-// What can be wrong with a row of logits. A status is 0, or token * kSamplingFaults + fault.
-enum class SamplingFault : int64_t { none, nan, infinite, overflow, empty, few, undrawn };
-constexpr int64_t kSamplingFaults = 8;
+// Python reads the names of an enumeration from the array beside it.
+template <class Enumeration, size_t n> constexpr bool all_named(const char* const (&)[n]) {
+  return n == size_t(Enumeration::count);
+}
 
-// One stage of sampling with its values for each row. What the stages do is said in sampling/stages.h, and what ties,
-// equal and floor settle in dialects.py.
+// The fault of a row of logits. A status is 0, or token * SamplingFault::count + fault: the token that has the fault,
+// or for `few` the number of tokens that are left.
+enum class SamplingFault : int64_t { none, nan, infinite, overflow, empty, few, undrawn, count };
+constexpr const char* kFaultNames[] = {"none", "nan", "infinite", "overflow", "empty", "few", "undrawn"};
+static_assert(all_named<SamplingFault>(kFaultNames));
+constexpr int64_t fault_of(int64_t token, SamplingFault fault) {
+  return token * int64_t(SamplingFault::count) + int64_t(fault);
+}
+
+// Which of the tokens that are equal to the last one a stage keeps. dialects.py says what ties, equal and floor settle.
 enum class Ties : int32_t { lowest_id, highest_id, keep, count };
+constexpr const char* kTiesNames[] = {"lowest_id", "highest_id", "keep"};
+static_assert(all_named<Ties>(kTiesNames));
+
+// One stage of sampling, with the values of its options for each row. sampling/stages.h says what the stages do.
 constexpr int kStepValues = 3;
 struct Step {
   int32_t stage; // its place in the table of stages: SamplingKernels::stage_name
   Ties ties;
   bool equal, floor;
-  PerRow<double> value[kStepValues]; // temperature: and range, exponent; xtc: probability, threshold
+  PerRow<double> value[kStepValues]; // temperature, range, exponent; or probability and threshold of xtc; or one
 };
 
-// The kinds of penalties, each with a window of its own: frequency with presence.
+// The kinds of penalties, each with a window of its own. Presence shares the window of frequency.
 enum PenaltyKind { kRepetition, kFrequency, kDry, kPenaltyKinds };
 
-// What penalties know of rows: the tokens of each, and what the kernel has counted of them so far. A row has a slot,
-// and places of its own, from `first` on, in each of the long arrays.
+// The histories of rows: the tokens of each row, and the kernel's counts of them. A row has a slot. A slot has places
+// in each of the long arrays, from the place `first` on: one for each token of its history.
 struct Histories {
-  const int64_t* slot = nullptr; // (rows); absent: there are none
-  const int64_t *first, *length; // (slots): the first place, and how many tokens there are
-  const int64_t* prompt;         // (slots): how many of them, the first, frequency passes over
-  const int64_t* tokens;         // (places): from 0 to V - 1, the oldest first
-  const uint8_t* breakers;       // (places): whether repetition ends at this token
-  // The kernel's own. (slots): how many it has counted, 0 to begin anew, and how many differ within the windows.
-  int64_t *counted, *distinct;
-  // (places): which these are, (places, kinds): how often each occurs where the kind looks, (places): what the end has
-  // in common with earlier ends; and what the logits become, float32 numbers unless the logits are float64.
-  int64_t *id, *times, *same;
-  double* logit;
+  const int64_t* slot = nullptr; // (rows): the slot of each row; absent: no row has a history
+  const int64_t *first, *length; // (slots): the first place of a history, and its number of tokens
+  const int64_t* prompt;         // (slots): the number of tokens, the first ones, that frequency does not count
+  const int64_t* tokens;         // (places): ids from 0 to V - 1, the oldest first
+  const uint8_t* breakers;       // (places): whether no repetition goes across this token
+  // Counts, which the kernel keeps from call to call.
+  int64_t* counted;  // (slots): the number of tokens that are counted; 0 has the kernel count anew
+  int64_t* distinct; // (slots): the number of different tokens in the windows, whose ids come first in `id`
+  int64_t* id;       // (places)
+  int64_t* times;    // (places, kinds): the number of occurrences of this id in the window of each kind
+  int64_t* same;     // (places): penalties.h, History::same
+  double* logit;     // (places): the logit of this id after the penalties; a float32 number unless logits are float64
 };
 
-// What of a lone row is left at the start and after each stage.
+// The tokens of one row that are left before the first stage and after each stage, for `explain`.
 struct Trace {
-  int64_t* count = nullptr; // (steps + 1) of tokens; absent: nobody asks
-  double* found;            // (steps + 1): what the stage worked out, which stages.h says for each
-  // (steps + 1, V), of which the first `count` are filled in: the tokens by id, logit + bias, mass. All three or none.
+  int64_t* count = nullptr; // (steps + 1): the number of tokens; absent: no trace is asked for
+  double* found;            // (steps + 1): Row::found after the stage
+  // (steps + 1, V), of which the first `count` are filled in, in the order of ids. All three are absent, or none.
   int64_t* id;
-  float* z;
+  float* z; // logit + bias
   int64_t* mass;
 };
 
@@ -140,7 +155,7 @@ struct Sampling {
   int64_t V;
   View logits;         // (V)
   View bias;           // (V): float32, or absent
-  Histories histories; // what penalties made takes the place of the logits before all else
+  Histories histories; // their logits take the place of those of `logits` before all else
   View allowed;        // (V): boolean; packed: bytes, token 0 in the lowest bit of the first; or absent
   bool packed;
   const Step* steps; // in their order
@@ -149,7 +164,7 @@ struct Sampling {
   const int64_t* spared;      // tokens, from 0 to V - 1, that xtc leaves in
   int64_t spared_count;
   PerRow<uint64_t> seed, stream, position;
-  PerRow<double> uniform; // (rows, draws) instead of these three; all absent where nothing is left to chance
+  PerRow<double> uniform; // (rows, draws) instead of these three; all four are absent where no number is random
   int64_t draws;          // for each row
   bool replacement;
   // Each of these may be absent. (rows, draws), and (rows, V) contiguous: float64 for float64 logits, else float32;
@@ -160,40 +175,40 @@ struct Sampling {
   Trace trace;     // instead of all other outputs
 };
 
-// The logits that tokens of a history get for being in it.
+// The logits of the tokens of histories, after their penalties.
 struct Penalties {
   Batch batch; // a row each
   int64_t V;
   View logits; // (V)
   PerRow<int64_t> window[kPenaltyKinds], dry_allowed_length;
   PerRow<double> repetition, frequency, presence, dry_multiplier, dry_base; // off: 1, 0, 0, 0
-  Histories histories;                                                      // counted on, and logit filled
+  Histories histories;                                                      // the kernel brings the counts up to date
 };
 
-// Where tokens stand in the distributions of these rows.
+// The ranks and log-probabilities of given tokens, and of the best tokens.
 struct Ranking {
-  Sampling rows; // without outputs, but with status
-  int64_t given; // tokens that are asked for in each row
-  const int64_t* tokens;
-  int64_t top;    // how many of the best are asked for
-  bool processed; // logarithms of the shares of what is left; else of the softmax of the logits
-  // (rows, given): the place in the order, from 1; and the logarithm, -inf for what was removed.
-  int64_t* rank;
-  double* given_logprob;
-  // (rows, top), in the order of ids, with keys that rise with logit + bias; where fewer are left, -1, 0 and -inf.
-  int64_t *top_id, *top_key;
-  double* top_logprob;
+  Sampling rows;         // without outputs, but with status
+  int64_t given;         // the number of given tokens of each row
+  const int64_t* tokens; // (rows, given)
+  int64_t top;           // the number of best tokens of each row
+  bool processed;        // log-probabilities of what the stages left; else of the softmax of the logits
+  int64_t* rank;         // (rows, given): the place in the order, from 1
+  double* given_logprob; // (rows, given): -inf for a token that a stage removed
+  // The best tokens, in the order of ids: the keys rise with logit + bias. Where fewer are left: -1, 0 and -inf.
+  int64_t *top_id, *top_key; // (rows, top)
+  double* top_logprob;       // (rows, top)
 };
 
-// Speculative decoding of n tokens a row.
+// Speculative decoding: n drafted tokens of each row, accepted or replaced.
 struct Verification {
-  Sampling target;          // `places` rows for each row of this; without outputs, but with status
-  Sampling draft;           // n rows for each; logits absent: the draft has no choice
-  int64_t rows, n, places;  // places: n, or n + 1 with the one that draws the token after n accepted ones
-  const int64_t* tokens;    // (rows, n)
-  const int64_t* lengths;   // (rows): how many of them were drafted, from 0 to n; the others are not looked at
-                            // -1: nothing of the row is
-  int64_t *accepted, *next; // (rows); next is -1 where no place was left to draw it at
+  Sampling target; // `places` rows for each row of this; without outputs, but with status
+  Sampling draft;  // n rows for each row of this; logits are absent where the draft has no choice
+  int64_t rows, n;
+  int64_t places;         // n, or n + 1: the last place draws a token after n accepted ones
+  const int64_t* tokens;  // (rows, n): the drafted ids
+  const int64_t* lengths; // (rows): the number of drafted ids that count, from 0 to n; -1 passes over the row
+  int64_t* accepted;      // (rows): the number of accepted ids
+  int64_t* next;          // (rows): the token after them; -1 where no place was left to draw it at
 };
 
 // How a kernel cuts its task, and the memory that it needs. Units may run in any order on any thread. The cut may

@@ -18,11 +18,11 @@ CHUNK: int = 512
 
 LANES: int = 16
 
-SAMPLING_FAULTS: int = 8
-
 SAMPLING_STAGES: tuple = ...
 
 SAMPLING_TIES: tuple = ('lowest_id', 'highest_id', 'keep')
+
+SAMPLING_FAULTS: tuple = ...
 
 def attention(q: Annotated[NDArray, dict(device='cpu', writable=False)], k: Annotated[NDArray, dict(device='cpu', writable=False)], v: Annotated[NDArray, dict(device='cpu', writable=False)], mask: Annotated[NDArray, dict(device='cpu', writable=False)] | None, bias: Annotated[NDArray, dict(device='cpu', writable=False)] | None, sinks: Annotated[NDArray, dict(device='cpu', writable=False)] | None, kv_lengths: Annotated[NDArray, dict(device='cpu', writable=False)] | None, rows: Annotated[NDArray, dict(device='cpu', writable=False)] | None, options: Options, out: Annotated[NDArray, dict(device='cpu')], lse: Annotated[NDArray, dict(device='cpu')] | None) -> bool: ...
 

@@ -33,8 +33,8 @@ template <class T> struct States {
 
 // Folds state b into a, for one row. The smaller side is scaled to the larger's maximum and added with one rounding.
 template <class T> void join_row(T& maximum, T& total, T* sum, T b_maximum, T b_total, const T* b_sum, int64_t width) {
-  if (b_maximum == kMinusInfinity<T>) return;
-  const bool take = maximum == kMinusInfinity<T>, keep_a = maximum >= b_maximum;
+  if (b_maximum == -T(kInfinity)) return;
+  const bool take = maximum == -T(kInfinity), keep_a = maximum >= b_maximum;
   const Vec<T> weight = exp(Vec<T>(keep_a ? b_maximum - maximum : maximum - b_maximum));
   const auto joined = [&](Vec<T> a, Vec<T> b) { return take ? b : keep_a ? fma(b, weight, a) : fma(a, weight, b); };
   T lane[16];
@@ -61,7 +61,7 @@ template <class T> struct Results {
   T add_sink(int64_t head, T& m, T& total) const {
     if (!task.sinks.data) return T(1);
     const T sink = *reinterpret_cast<const T*>(address(task.sinks, sinks, head));
-    if (sink == kMinusInfinity<T> || m == kMinusInfinity<T>) return T(1);
+    if (sink == -T(kInfinity) || m == -T(kInfinity)) return T(1);
     const T joint = m > sink ? m : sink, scale = exp(m - joint);
     total = total * scale + exp(sink - joint);
     m = joint;
@@ -76,14 +76,14 @@ template <class T> struct Results {
   void finish(int64_t head, int64_t query, const States<T>& s, T* buffer, Vec<T>& poison) const {
     T m = s.maximum[0], total = s.total[0];
     if (task.lse.data) {
-      const T sum = m == kMinusInfinity<T> ? m : m + log(total);
+      const T sum = m == -T(kInfinity) ? m : m + log(total);
       write_row(&sum, 1, address(task.lse, lse, head, query), task.lse.dtype);
-      if (m != kMinusInfinity<T>) poison = poison + Vec<T>(sum * T(0)); // x * 0 is 0 for finite x alone
+      if (m != -T(kInfinity)) poison = poison + Vec<T>(sum * T(0)); // x * 0 is 0 for finite x alone
     }
     const T scale = add_sink(head, m, total);
     for (int64_t e = 0; e < s.width; e += 16) {
       const Vec<T> sum = load(s.sum + e) * Vec<T>(scale);
-      const Vec<T> y = m == kMinusInfinity<T> ? Vec<T>(T(0)) : sum / Vec<T>(total) + Vec<T>(T(0)); // -0 + 0 is 0
+      const Vec<T> y = m == -T(kInfinity) ? Vec<T>(T(0)) : sum / Vec<T>(total) + Vec<T>(T(0)); // -0 + 0 is 0
       y.store(buffer + e);
       poison = poison + y * Vec<T>(T(0));
     }
@@ -169,9 +169,10 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
     bias_offset = batch_offset(task.batch, task.bias, rows.item);
   }
 
-  // Whether the caller does a row again where it is lost. It may then be given up, but for the second time.
+  // Whether the caller computes a row again, in a wider range, if its result is infinite or NaN. The first attempt may
+  // then give such a row up; the second attempt, which names its rows, may not.
   bool all_finite() const { return task.lost && !task.rows.data; }
-  int64_t chunk() const { return operands.chunk.first; } // the first key of the chunk at hand
+  int64_t chunk() const { return operands.chunk.first; } // the first key of the current chunk
 
   RowRules<T> rules(int64_t r) const {
     RowRules<T> row{};
@@ -187,12 +188,13 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
     return row;
   }
 
-  // A few rows, and the keys of the chunk that some of them may reach: from .. to, in the bands of kBandKeys whose bit
-  // is set. What they may all reach, but for the mask, is a smaller part.
+  // Up to kTile rows, and keys of the current chunk: those that at least one of the rows may attend to are in
+  // from .. to, in the bands of kBandKeys whose bit is set; those that all of the rows may attend to, apart from the
+  // mask, are all_from .. all_to.
   struct Tile {
     int64_t row, count, from, to, all_from, all_to;
     uint32_t bands;
-    bool begun; // whether the chain at hand has keys
+    bool begun; // whether the current chain has keys already
     bool reaches(int64_t j) const { return bands >> j / kBandKeys & 1; }
   };
   Tile tile_at(int64_t row) const {
@@ -237,7 +239,7 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
     band.first = first;
     for (int64_t row = first; row < min(rows.count, first + kBandRows); row += kTile) {
       const Tile t = tile_at(row);
-      for (int64_t r = row; r < row + t.count; ++r) into.maximum[r] = kMinusInfinity<T>, into.total[r] = T(0);
+      for (int64_t r = row; r < row + t.count; ++r) into.maximum[r] = -T(kInfinity), into.total[r] = T(0);
       if (t.from >= t.to) continue;
       band.tiles[band.count++] = t;
       band.begin = min(band.begin, t.from / kBandKeys * kBandKeys), band.end = max(band.end, t.to);
@@ -255,7 +257,7 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
         maximum[r] = score_row(s + r * kChunk, from, to, rules(t.row + r), scale, softcap, poison[r]);
       const bool scaled = plain(rules(t.row), scale, softcap); // the same for all rows
       for (int64_t r = 0; r < t.count; ++r)
-        if (maximum[r] == kMinusInfinity<T>)
+        if (maximum[r] == -T(kInfinity))
           memset(s + r * kChunk + from, 0, size_t(to - from) * sizeof(T));
         else
           total[r] = exponentiate_and_sum(s + r * kChunk, from, to, scaled ? scale : T(1), maximum[r],
@@ -376,7 +378,7 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
     }
     stack.finish(joiner());
     if (stack.size == 0)
-      for (int64_t r = 0; r < rows.count; ++r) state_maximum[r] = kMinusInfinity<T>, state_total[r] = T(0);
+      for (int64_t r = 0; r < rows.count; ++r) state_maximum[r] = -T(kInfinity), state_total[r] = T(0);
     if (span_count(task, plan) > 1 && !last_of_spans(memory.shared)) return;
     if (produce == Produce::weights) return write_weights();
     const Results<T> results(task, rows.item);
@@ -417,7 +419,7 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
     const States<T> s = state(node, 0);
     for (int64_t r = 0; r < rows.count; ++r) {
       const int64_t row = ((node * task.batch.size() + rows.item) * task.H + rows.head(r)) * task.L + rows.query(r);
-      const bool nothing = s.maximum[r] == kMinusInfinity<T>;
+      const bool nothing = s.maximum[r] == -T(kInfinity);
       static_cast<T*>(task.maximum)[row] = s.maximum[r];
       static_cast<T*>(task.total_weight)[row] = canonical(s.total[r]);
       for (int64_t e = 0; e < task.E; ++e)
@@ -434,13 +436,13 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
       write_row(row_buffer, keys, address(task.out, results.out, rows.head(r), rows.query(r)), task.out.dtype);
       const States<T> s = state(0, r);
       results.add_sink(rows.head(r), s.maximum[0], s.total[0]);
-      results.note_lost(s.maximum[0] != kMinusInfinity<T> && !(s.total[0] > 0 && s.total[0] < -kMinusInfinity<T>));
+      results.note_lost(s.maximum[0] != -T(kInfinity) && !(s.total[0] > 0 && s.total[0] < T(kInfinity)));
     }
     for_each_chunk([&] {
       for (int64_t r = 0; r < rows.count; ++r) {
         const RowRules<T> row = rules(r);
         const States<T> s = state(0, r);
-        if (row.low >= row.high || s.maximum[0] == kMinusInfinity<T>) continue;
+        if (row.low >= row.high || s.maximum[0] == -T(kInfinity)) continue;
         const int64_t begin = row.low / 16 * 16, end = round_up(row.high, 16);
         for (int64_t j = begin, next; j < end; j = next) {
           if (stop->after(kBandKeys * task.D)) return;
@@ -525,7 +527,7 @@ template <class T> struct AttentionMerge {
     };
     for (int64_t query = 0; query < task.L; ++query) {
       ChunkStack stack;
-      maximum[0] = kMinusInfinity<T>, total[0] = T(0);
+      maximum[0] = -T(kInfinity), total[0] = T(0);
       memset(sums, 0, size_t(width) * sizeof(T));
       for (int64_t n = 0; n < task.nodes; ++n) {
         if (stop->after(width)) return;

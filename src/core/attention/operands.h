@@ -20,12 +20,14 @@ struct BlockRows {
   }
 };
 
-// The chunk at hand, and what is known of its bands of kBandKeys, a bit each.
+// The current chunk of keys. A set of its bands, of kBandKeys keys each, has a bit for each band.
 struct Chunk {
-  int64_t first, from, to; // its first key; the keys of it that some row may reach, relative to that
-  uint32_t packed = 0, scanned = 0, poisoned = 0;
+  int64_t first;    // its first key
+  int64_t from, to; // the keys that some row may attend to, relative to `first`
+  uint32_t packed = 0, scanned = 0,
+           poisoned = 0; // the bands that are packed, scanned for NaN and infinity, and hold any
 
-  // Whether key j's band is not in the set yet; then it is.
+  // Adds the band of key j to a set; returns whether it was not there yet.
   static bool enters(uint32_t& set, int64_t j) {
     const uint32_t bit = 1u << j / kBandKeys, before = set;
     set |= bit;

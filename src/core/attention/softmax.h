@@ -6,8 +6,6 @@
 namespace headway {
 namespace {
 
-template <class T> constexpr T kMinusInfinity = -T(__builtin_inff());
-
 // Where one row's mask and bias lie, and the keys it may reach, all relative to a chunk's first key.
 template <class T> struct RowRules {
   int64_t low, high;
@@ -41,8 +39,8 @@ template <class T> Mask<T> allowed(const RowRules<T>& row, int64_t j) {
     keep = keep & (Vec<Int>::load(x) != Vec<Int>(Int(0)));
   }
   if (row.bias)
-    keep = keep &
-           (load_strided(row.bias + j * row.bias_stride, row.bias_stride, row.high - j) != Vec<T>(kMinusInfinity<T>));
+    keep =
+        keep & (load_strided(row.bias + j * row.bias_stride, row.bias_stride, row.high - j) != Vec<T>(-T(kInfinity)));
   return keep;
 }
 
@@ -61,7 +59,7 @@ template <class T>
 T score_row(T* s, int64_t begin, int64_t end, const RowRules<T>& row, T scale, T softcap, Vec<T>& poison) {
   using Int = typename IntOf<T>::type;
   const bool is_plain = plain(row, scale, softcap);
-  Vec<T> top = kMinusInfinity<T>, low = T(0), lost = T(0); // x * 0 is 0 for finite x alone
+  Vec<T> top = -T(kInfinity), low = T(0), lost = T(0); // x * 0 is 0 for finite x alone
   Mask<T> seen = Int(0);
   const auto decide = [&](int64_t from, int64_t to) {
     for (int64_t j = from; j < to; j += 16) {
@@ -76,7 +74,7 @@ T score_row(T* s, int64_t begin, int64_t end, const RowRules<T>& row, T scale, T
       seen = seen | keep;
       low = min(select(keep, product, Vec<T>(T(0))), low);
       if (!is_plain) lost = lost + select(keep, product * Vec<T>(T(0)) + x * Vec<T>(T(0)), Vec<T>(T(0)));
-      x = select(keep, x, Vec<T>(kMinusInfinity<T>));
+      x = select(keep, x, Vec<T>(-T(kInfinity)));
       x.store(s + j);
       top = max(x, top);
     }
@@ -91,7 +89,7 @@ T score_row(T* s, int64_t begin, int64_t end, const RowRules<T>& row, T scale, T
   }
   decide(free_to, end);
   poison = low * Vec<T>(T(0)) + lost;
-  if (!any(seen)) return kMinusInfinity<T>;
+  if (!any(seen)) return -T(kInfinity);
   const T m = is_plain ? reduce_max(top) * scale : reduce_max(top);
   return m > Constants<T>::lowest ? m : Constants<T>::lowest;
 }

@@ -24,6 +24,8 @@
 namespace headway {
 namespace {
 
+constexpr float kInfinity = __builtin_inff();
+
 #if defined(__AVX512F__)
 constexpr int kRegisterBytes = 64;
 #elif defined(__AVX2__)

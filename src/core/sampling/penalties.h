@@ -7,11 +7,12 @@
 namespace headway {
 namespace {
 
-// A row of Histories, and how many of the last of its tokens each kind of penalty is about: 0 where it is off.
+// One history, and the window of each kind of penalty: the number of its last tokens that the kind looks at, 0 where
+// the kind is off.
 struct History {
   int64_t length, prompt, window[kPenaltyKinds];
   const int64_t* token;  // the oldest first
-  const uint8_t* breaks; // whether repetition ends there
+  const uint8_t* breaks; // whether no repetition goes across this token
   int64_t &counted, &distinct, *id;
   int64_t (*times)[kPenaltyKinds];
   int64_t* same;
@@ -22,15 +23,16 @@ struct History {
         id(all.id + all.first[slot]), times(reinterpret_cast<int64_t (*)[kPenaltyKinds]>(all.times) + all.first[slot]),
         same(all.same + all.first[slot]) {}
 
-  // The first place that a kind is about, of n tokens.
+  // The first place in the window of a kind, when the history has n tokens.
   int64_t start(int kind, int64_t n) const { return max(n - window[kind], kind == kFrequency ? prompt : 0); }
 
-  int64_t add(int64_t t) { // to the list
+  int64_t add(int64_t t) { // a token to the list of different tokens; returns its place there
     id[distinct] = t;
     for (int64_t& count : times[distinct]) count = 0;
     return distinct++;
   }
-  // The set of Briggs and Torczon (1993): slot is never cleared, for it counts only where the list points back.
+  // Counts all tokens anew. `slot` is the sparse set of Briggs and Torczon (1993): nobody clears it, because an entry
+  // is valid only if the list points back to it.
   void count_all(uint32_t* slot) {
     int64_t from[kPenaltyKinds], i = length;
     for (int kind = 0; kind < kPenaltyKinds; ++kind) from[kind] = start(kind, length), i = min(i, from[kind]);
@@ -42,7 +44,8 @@ struct History {
     }
   }
 
-  // The place of a token in the list, which is searched, as each of its logits is to be visited anyway.
+  // The place of a token in the list of different tokens. A search is fast enough: the kernel visits the logits of all
+  // these tokens anyway.
   int64_t find(int64_t t) const {
     int64_t k = 0;
     while (k < distinct && id[k] != t) ++k;
@@ -64,10 +67,11 @@ struct History {
     }
   }
 
-  // How many tokens DRY is about.
+  // The number of tokens in the window of DRY.
   int64_t size() const { return min(counted, window[kDry]); }
-  // same[j]: how many tokens the history, read backwards, has in common with itself from its j-th last on, before a
-  // breaker. The token after that place would repeat so many. For the whole (the Z function; Gusfield, 1997):
+  // same[j]: the length of the longest common suffix of the history and of the history without its last j tokens, up to
+  // a breaker. The token that follows the shorter one would prolong a repetition of that length. compare_all computes
+  // same[j] for all j: it is the Z function of the reversed history (Gusfield, 1997).
   void compare_all() {
     const int64_t n = size(), *end = token + counted - 1;
     int64_t tail = 0;
@@ -80,7 +84,7 @@ struct History {
     }
     for (int64_t j = 1; j < n; ++j) same[j] = min(same[j], tail);
   }
-  // And after one more token. What was compared may have left the window since: `repeated` leaves it out.
+  // compare_next updates same[j] after one more token. A suffix may reach out of the window: `repeated` cuts it off.
   void compare_next() {
     const int64_t n = size(), *end = token + counted - 1;
     if (n > 1 && n == counted) same[n - 1] = 0; // a new place
@@ -90,11 +94,11 @@ struct History {
   int64_t repeated(int64_t j) const { return min(same[j], size() - j); }
 };
 
-// Memory of a thread: the place of each token in the list of a history, and the penalties of repetitions.
+// Memory of one thread.
 struct PenaltySpace {
-  uint32_t* slot;   // (V)
-  int64_t* longest; // (tokens): of each of the list, the longest end of the history that it once followed
-  double* power;    // (tokens)
+  uint32_t* slot;   // (V): the place of each token in the list of different tokens
+  int64_t* longest; // (tokens): the length of the longest repetition that each token of the list would prolong
+  double* power;    // (tokens): the penalty of DRY for a length beyond the allowed one
 
   PenaltySpace(Arena arena, int64_t V, int64_t tokens, int64_t* bytes = nullptr) {
     slot = arena.take<uint32_t>(V);

@@ -1,4 +1,4 @@
-// Sampling: one row of logits to a token, to a distribution, to filtered logits. weights.h turns logits into
+// Sampling: one row of logits to a token, to a distribution, to filtered logits. masses.h turns logits into
 // whole-numbered masses, selection.h finds the tokens of a prefix of the order, stages.h removes the others.
 #pragma once
 #include "stages.h"
@@ -15,12 +15,12 @@ HEADWAY_FLATTEN inline void apply_allowed(const Sampling& task, int64_t index, f
     const Vec<int32_t> bit = lane_powers();
     for (int64_t v = 0; v < task.V; v += 16) { // two bytes: a mask has whole words of four
       const Vec<int32_t> bytes = int32_t(allowed[v / 8 * stride] | allowed[(v / 8 + 1) * stride] << 8);
-      select((bytes & bit) != Vec<int32_t>(0), Vec<float>::load(z + v), Vec<float>(kNever)).store(z + v);
+      select((bytes & bit) != Vec<int32_t>(0), Vec<float>::load(z + v), Vec<float>(-kInfinity)).store(z + v);
     }
   } else if (stride == 1) { // apart from the general loop, for the compiler to make vectors of
-    for (int64_t i = 0; i < task.V; ++i) z[i] = allowed[i] ? z[i] : kNever;
+    for (int64_t i = 0; i < task.V; ++i) z[i] = allowed[i] ? z[i] : -kInfinity;
   } else {
-    for (int64_t i = 0; i < task.V; ++i) z[i] = allowed[i * stride] ? z[i] : kNever;
+    for (int64_t i = 0; i < task.V; ++i) z[i] = allowed[i * stride] ? z[i] : -kInfinity;
   }
 }
 
@@ -28,8 +28,8 @@ HEADWAY_FLATTEN inline void apply_allowed(const Sampling& task, int64_t index, f
 constexpr float kLowest = -0x1.fffffep+127f;
 // n float64 numbers as float32, in memory that is padded to whole blocks.
 HEADWAY_FLATTEN inline void narrow_row(const double* from, int64_t stride, int64_t n, float* to) {
-  const Vec<double> lowest = double(kLowest), never = double(kNever);
-  const auto narrowed = [&](Vec<double> x) { return convert<float>(select((x < lowest) & (x > never), lowest, x)); };
+  const Vec<double> lowest = double(kLowest), banned = double(-kInfinity);
+  const auto narrowed = [&](Vec<double> x) { return convert<float>(select((x < lowest) & (x > banned), lowest, x)); };
   int64_t i = 0;
   for (; stride == 1 && i + 16 <= n; i += 16) narrowed(Vec<double>::load(from + i)).store(to + i);
   for (; i < n; i += 16) {
@@ -40,7 +40,7 @@ HEADWAY_FLATTEN inline void narrow_row(const double* from, int64_t stride, int64
 }
 inline float biased(float z, float bias) {
   const float sum = z + bias;
-  return (sum == kNever) & (z > kNever) & (bias > kNever) ? kLowest : sum;
+  return (sum == -kInfinity) & (z > -kInfinity) & (bias > -kInfinity) ? kLowest : sum;
 }
 
 // The row as float32, with penalties and bias applied and -inf for the tokens that are not allowed: in the caller's
@@ -64,7 +64,7 @@ inline const float* scores(const Sampling& task, int64_t index, const Workspace&
   const int64_t first = penalized ? histories.first[slot] : 0;
   for (int64_t i = first; i < first + penalized; ++i) {
     const double z = histories.logit[i];
-    space.z[histories.id[i]] = z < double(kLowest) && z > double(kNever) ? kLowest : float(z);
+    space.z[histories.id[i]] = z < double(kLowest) && z > double(-kInfinity) ? kLowest : float(z);
   }
   if (task.bias.data) {
     const float* bias = reinterpret_cast<const float*>(address(task.bias, batch_offset(task.batch, task.bias, index)));
@@ -80,7 +80,7 @@ HEADWAY_FLATTEN inline float find_maxima(const Tokens& tokens, const Workspace& 
   float top[kMaxParts];
   const int64_t parts = split(space.team, tokens.blocks(), kPart, [&](int64_t part, int64_t first, int64_t last) {
     Mask<float> nan = int32_t(0);
-    float best = kNever;
+    float best = -kInfinity;
     for (int64_t b = first; b < last; ++b) {
       const float* z = tokens.block(b);
       Vec<float> block_best = Vec<float>::load(z);
@@ -95,7 +95,7 @@ HEADWAY_FLATTEN inline float find_maxima(const Tokens& tokens, const Workspace& 
     }
     top[part] = any(nan) ? __builtin_nanf("") : best;
   });
-  for (int64_t b = tokens.blocks(); b % kBlock; ++b) space.block_max[b] = kNever;
+  for (int64_t b = tokens.blocks(); b % kBlock; ++b) space.block_max[b] = -kInfinity;
   for (int64_t i = 1; i < parts; ++i)
     if (top[i] > top[0] || top[i] != top[i]) top[0] = top[i]; // nothing is above NaN
   return top[0];
@@ -105,15 +105,15 @@ HEADWAY_FLATTEN inline float find_maxima(const Tokens& tokens, const Workspace& 
 inline int64_t diagnose(const Sampling& task, int64_t index, const float* z) {
   const int64_t offset = batch_offset(task.batch, task.logits, index);
   for (int64_t i = 0; i < task.V; ++i) {
-    if (z[i] < -kNever) continue;
+    if (z[i] < kInfinity) continue;
     double logit = 0; // as given: it may overflow only in float32, or only with the bias
     read_row(address(task.logits, offset, i), task.logits.dtype, 1, 1, &logit);
-    const SamplingFault fault = logit != logit     ? SamplingFault::nan
-                                : logit == -kNever ? SamplingFault::infinite
-                                                   : SamplingFault::overflow;
-    return i * kSamplingFaults + int64_t(fault);
+    const SamplingFault fault = logit != logit       ? SamplingFault::nan
+                                : logit == kInfinity ? SamplingFault::infinite
+                                                     : SamplingFault::overflow;
+    return fault_of(i, fault);
   }
-  return int64_t(SamplingFault::empty);
+  return fault_of(0, SamplingFault::empty);
 }
 
 constexpr int64_t kStretch = 16; // blocks that share a total
@@ -123,7 +123,7 @@ constexpr int64_t kStretch = 16; // blocks that share a total
 inline int64_t draw(const Row& row, uint64_t word) {
   const Tokens& tokens = row.tokens;
   const int64_t blocks = tokens.blocks();
-  int64_t *totals = row.space.mass, total = 0;
+  int64_t *totals = row.space.key_mass, total = 0;
   const int64_t stretches = (blocks + kStretch - 1) / kStretch;
   split(row.space.team, stretches, kPart / kStretch, [&](int64_t, int64_t t, int64_t last) {
     Vec<int64_t> w[kBlock / 16];
@@ -154,30 +154,30 @@ inline int64_t draw(const Row& row, uint64_t word) {
 // Several draws: from the blocks' masses, so that none looks at the whole vocabulary.
 inline void draw_several(Row& row, Stop* stop) {
   const Sampling& task = row.task;
-  int64_t* weight = row.tokens.weight;
-  int64_t *block_mass = row.space.mass, total = row.tokens.total, drawable = 0;
+  int64_t* mass = row.tokens.mass;
+  int64_t *block_mass = row.space.key_mass, total = row.tokens.total, drawable = 0;
   for (int64_t b = 0; b < row.tokens.blocks(); ++b) {
     block_mass[b] = 0;
     for (int64_t i = b * kBlock; i < (b + 1) * kBlock; ++i) {
-      block_mass[b] += weight[i];
-      drawable += weight[i] > 0;
+      block_mass[b] += mass[i];
+      drawable += mass[i] > 0;
     }
   }
   if (!task.replacement && drawable < task.draws) {
-    task.status[row.index] = drawable * kSamplingFaults + int64_t(SamplingFault::few);
+    task.status[row.index] = fault_of(drawable, SamplingFault::few);
     return;
   }
   for (int64_t draw = 0; draw < task.draws && !stop->after(row.tokens.blocks()); ++draw) {
     int64_t target = int64_t(multiply_high(random_word(task, row.index, draw), uint64_t(total))), b = 0;
-    // Both ends are reached only where another thread has written to the logits since they were weighed.
+    // Both ends are reached only where another thread has written to the logits since they were measured.
     while (b + 1 < row.tokens.blocks() && block_mass[b] <= target) target -= block_mass[b++];
     int64_t i = b * kBlock;
-    while (i + 1 < row.tokens.n && weight[i] <= target) target -= weight[i++];
+    while (i + 1 < row.tokens.n && mass[i] <= target) target -= mass[i++];
     task.tokens[row.index * task.draws + draw] = row.tokens.at(i);
     if (task.replacement) continue;
-    total -= weight[i];
-    block_mass[b] -= weight[i];
-    weight[i] = 0;
+    total -= mass[i];
+    block_mass[b] -= mass[i];
+    mass[i] = 0;
   }
 }
 
@@ -185,7 +185,7 @@ template <class T> void write_probabilities(const Tokens& tokens, int64_t V, T* 
   const double total = double(tokens.total);
   if (tokens.id)
     for (int64_t i = 0; i < V; ++i) out[i] = 0;
-  for (int64_t i = 0; i < tokens.n; ++i) out[tokens.at(i)] = T(double(tokens.weight[i]) / total);
+  for (int64_t i = 0; i < tokens.n; ++i) out[tokens.at(i)] = T(double(tokens.mass[i]) / total);
 }
 
 // Writes number(token, z) for each token that is left, and `removed` for all others. The number is the logit as it came
@@ -195,7 +195,7 @@ template <class T, class Number> void write_filtered(const Row& row, T removed, 
   for (int64_t i = 0; i < row.task.V; ++i) out[i] = removed;
   for (int64_t i = 0; i < row.tokens.n; ++i) {
     const float z = row.tokens.z[i];
-    if (z != kNever) out[row.tokens.at(i)] = number(row.tokens.at(i), z);
+    if (z != -kInfinity) out[row.tokens.at(i)] = number(row.tokens.at(i), z);
   }
 }
 template <class T> void write_filtered(const Row& row, T removed) {
@@ -208,11 +208,11 @@ inline void write_filtered(const Row& row) {
   const DType dtype = row.task.logits.dtype;
   const auto with_bias = [](int64_t, float z) { return z + 0.0f; }; // + 0 makes -0 a 0
   if (row.task.bias.data)
-    return dtype == DType::f64 ? write_filtered<double>(row, kNever, with_bias)
-                               : write_filtered<float>(row, kNever, with_bias);
+    return dtype == DType::f64 ? write_filtered<double>(row, -kInfinity, with_bias)
+                               : write_filtered<float>(row, -kInfinity, with_bias);
   switch (dtype) {
-  case DType::f64: return write_filtered<double>(row, kNever);
-  case DType::f32: return write_filtered<float>(row, kNever);
+  case DType::f64: return write_filtered<double>(row, -kInfinity);
+  case DType::f32: return write_filtered<float>(row, -kInfinity);
   default: return write_filtered<uint16_t>(row, dtype == DType::f16 ? 0xfc00 : 0xff80);
   }
 }
@@ -232,12 +232,12 @@ inline bool begin(Row& row) {
   tokens.n = task.V;
   tokens.z = scores(task, row.index, space);
   const int64_t whole = (tokens.blocks() - 1) * kBlock;
-  for (int64_t i = 0; i < kBlock; ++i) space.last[i] = whole + i < task.V ? tokens.z[whole + i] : kNever;
+  for (int64_t i = 0; i < kBlock; ++i) space.last[i] = whole + i < task.V ? tokens.z[whole + i] : -kInfinity;
   tokens.last = space.last;
 
   Scale& scale = row.scale;
   scale.top = find_maxima(tokens, space);
-  if (!(scale.top > kNever && scale.top < -kNever)) {
+  if (!(scale.top > -kInfinity && scale.top < kInfinity)) {
     task.status[row.index] = diagnose(task, row.index, tokens.z);
     return false;
   }
@@ -263,14 +263,14 @@ inline void filter(Row& row, bool token_only = false) {
 }
 
 HEADWAY_FLATTEN inline void write_trace(Row& row, int64_t stage) {
-  if (row.scale.one_hot >= 0) weigh(row.tokens, row);
+  if (row.scale.one_hot >= 0) fill_masses(row.tokens, row);
   const Trace& to = row.task.trace;
   const Tokens& tokens = row.tokens;
   const int64_t first = stage * row.task.V;
   int64_t n = first;
   for (int64_t b = 0; b < tokens.blocks(); ++b) {
     const float* z = tokens.block(b);
-    uint64_t in = block_bits(z, [](Vec<float> x) { return x != Vec<float>(kNever); });
+    uint64_t in = block_bits(z, [](Vec<float> x) { return x != Vec<float>(-kInfinity); });
     if (!to.id) {
       n += __builtin_popcountll(in);
       continue;
@@ -312,7 +312,7 @@ inline void run_sampling(const Sampling& task, const Plan&, int64_t index, const
     return;
   }
   if (task.filtered) write_filtered(row);
-  if (task.tokens || task.probabilities) weigh(row.tokens, row);
+  if (task.tokens || task.probabilities) fill_masses(row.tokens, row);
   if (task.tokens) draw_several(row, memory.stop);
   if (task.probabilities) {
     if (task.logits.dtype == DType::f64)

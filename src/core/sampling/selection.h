@@ -1,17 +1,19 @@
-// Which tokens of a row stay. Nothing is sorted: top_k and top_p keep a prefix of the order "logit descending, id
-// ascending", so that a radix selection finds its end, by counts or by masses, in time linear in V on any input, equal
-// logits included. Before it, a sample tells in a long row between which logits that end must lie. The maxima of blocks
-// of 64 logits, a by-product of finding the row's maximum, let most rows skip most blocks.
+// The tokens of a row that a stage keeps. top_k and top_p keep a prefix of the order "logit descending, id ascending".
+// Nothing is sorted: a radix selection finds the end of the prefix, by counts or by masses, in time linear in V on any
+// input, equal logits included. In a long row a sample first says between which two logits the end lies. The row's
+// maximum is found by way of the maxima of blocks of 64 logits, and later loops skip the blocks whose maximum is too
+// low.
 //
-// A row may lie in memory of the caller's, where another thread can write to it, so that two looks at a logit differ.
-// Any token may come of that, but it is one of the row: no place is a count that another look was to confirm.
+// A row may lie in the caller's memory, where another thread can write to it, so that two reads of a logit differ. Any
+// token may be drawn then, but a token of the row: no read relies on a count that an earlier read has made.
 #pragma once
-#include "weights.h"
+#include "masses.h"
 
 namespace headway {
 namespace {
 
-// Tokens stay that lie above `value`, and `ties` of those equal to it, after the first `skip` of them.
+// The end of a prefix: it has the tokens above `value`, and of those equal to it, in the order of ids, `ties` after the
+// first `skip`.
 struct Boundary {
   float value;
   int64_t skip, ties;
@@ -35,9 +37,9 @@ inline float value_of(uint32_t key) {
   return z;
 }
 
-// The smallest number up to `top` for which `holds` is true, by bisection: it is true for every larger number as well.
+// The smallest number up to `top` for which `holds` is true, by bisection. `holds` must be true for all larger numbers.
 template <class Holds> float bisect(float top, Holds holds) {
-  uint32_t below = key_of(kNever), enough = key_of(top);
+  uint32_t below = key_of(-kInfinity), enough = key_of(top);
   while (enough - below > 1) {
     const uint32_t middle = below + (enough - below) / 2;
     (holds(value_of(middle)) ? enough : below) = middle;
@@ -45,33 +47,34 @@ template <class Holds> float bisect(float top, Holds holds) {
   return value_of(enough);
 }
 
-// Bounds below which no logit has this weight, and from which on every one has it. exp rounds by less than 1e-7, so it
-// may be out of order with its argument by that much; 2^-20 of slack is plenty. The weight is at most that of the best.
-struct WeightBounds {
+// Two bounds: no logit below `low` has this mass, and every logit from `high` on has it. The computed exp is off by
+// less than 1e-7 and may fall where its argument rises, by that much; a slack of 2^-20 is enough. The mass is at most
+// that of the best token.
+struct MassBounds {
   float low, high;
 };
-HEADWAY_FLATTEN inline WeightBounds bounds_of_weight(const Scale& scale, int64_t weight) {
+HEADWAY_FLATTEN inline MassBounds bounds_of_mass(const Scale& scale, int64_t mass) {
   const auto reaches = [&](int64_t enough) {
     return bisect(scale.top, [&](float z) {
       int64_t w[16];
-      weights(Vec<float>(z), scale).store(w);
+      masses(Vec<float>(z), scale).store(w);
       return w[0] >= enough;
     });
   };
-  const int64_t slack = (weight >> 20) + 2;
-  return {reaches(weight - slack), reaches(weight + slack)};
+  const int64_t slack = (mass >> 20) + 2;
+  return {reaches(mass - slack), reaches(mass + slack)};
 }
 
-// What a token adds to the sum that is to reach `target`: 1, or its weight.
+// The number that a token adds to the sum that the prefix must reach: 1, or its mass.
 struct ByCount {
   int64_t operator()(int64_t) const { return 1; }
   Vec<int64_t> lanes(int64_t) const { return int64_t(1); }
   int64_t total(const Tokens& tokens) const { return tokens.n; }
 };
 struct ByMass {
-  const int64_t* weight;
-  int64_t operator()(int64_t i) const { return weight[i]; }
-  Vec<int64_t> lanes(int64_t i) const { return Vec<int64_t>::load(weight + i); }
+  const int64_t* mass;
+  int64_t operator()(int64_t i) const { return mass[i]; }
+  Vec<int64_t> lanes(int64_t i) const { return Vec<int64_t>::load(mass + i); }
   int64_t total(const Tokens& tokens) const { return tokens.total; }
 };
 
@@ -81,7 +84,8 @@ Boundary select_prefix(const Tokens& tokens, Mass mass, int64_t target, Ties rul
 struct Bracket {
   float low, high;
 };
-// Between which logits the prefix is likely to end, by 16 tokens out of every so many. Nothing but speed depends on it.
+// Guesses two logits between which the prefix ends, from a sample: 16 neighbours at regular distances. A wrong guess
+// costs time and changes no result.
 template <class Mass>
 HEADWAY_NOINLINE Bracket guess_end(const Tokens& tokens, Mass mass, int64_t target, const Workspace& space) {
   Tokens sample;
@@ -101,19 +105,19 @@ HEADWAY_NOINLINE Bracket guess_end(const Tokens& tokens, Mass mass, int64_t targ
   const auto end_of = [&](double part) {
     return select_prefix(sample, ByMass{space.sample_mass}, max(1, int64_t(part * all)), Ties::keep, space).value;
   };
-  return {share + spread < 1 && all > 0 ? end_of(share + spread) : kNever,
-          share > spread && all > 0 ? end_of(share - spread) : -kNever};
+  return {share + spread < 1 && all > 0 ? end_of(share + spread) : -kInfinity,
+          share > spread && all > 0 ? end_of(share - spread) : kInfinity};
 }
 
-// Tokens as keys and masses, in space.key and space.mass, in id order.
+// Tokens as keys and masses, in space.key and space.key_mass, in the order of ids.
 struct Listed {
-  int64_t n, above, inside; // above: the mass of what comes before all of them
+  int64_t n, above, inside; // the number of tokens; the mass of the tokens above all of them; their own mass
 };
 template <class Mass> HEADWAY_FLATTEN int64_t list_all(const Tokens& tokens, Mass mass, const Workspace& space) {
   for (int64_t b = 0; b < tokens.blocks(); ++b)
     for (int64_t v = b * kBlock; v < (b + 1) * kBlock; v += 16) {
       keys(Vec<float>::load(tokens.block(b) + v % kBlock)).store(space.key + v);
-      mass.lanes(v).store(space.mass + v);
+      mass.lanes(v).store(space.key_mass + v);
     }
   return tokens.n;
 }
@@ -138,7 +142,7 @@ HEADWAY_NOINLINE HEADWAY_FLATTEN Listed list_between(const Tokens& tokens, Mass 
       while (in) {
         const int64_t i = pop_lowest_bit(in);
         space.key[n] = key_of(z[i]);
-        inside += space.mass[n++] = mass(b * kBlock + i);
+        inside += space.key_mass[n++] = mass(b * kBlock + i);
       }
     }
     found[part] = {n - first * kBlock, reduce_sum(above), inside};
@@ -146,19 +150,19 @@ HEADWAY_NOINLINE HEADWAY_FLATTEN Listed list_between(const Tokens& tokens, Mass 
   Listed all{0, 0, 0};
   for (int64_t p = 0; p < parts; ++p) {
     memmove(space.key + all.n, space.key + start[p], size_t(found[p].n) * sizeof *space.key);
-    memmove(space.mass + all.n, space.mass + start[p], size_t(found[p].n) * sizeof *space.mass);
+    memmove(space.key_mass + all.n, space.key_mass + start[p], size_t(found[p].n) * sizeof *space.key_mass);
     all = {all.n + found[p].n, all.above + found[p].above, all.inside + found[p].inside};
   }
   return all;
 }
 
-// The end of the shortest prefix, best first, whose sum reaches the target (1 <= target <= the sum of all, of one token
-// or more): a radix selection. Each round takes as digit what its keys differ in first, so that keys close together
-// take one round.
+// The end of the shortest prefix whose sum reaches the target, from 1 to the sum of all tokens; there is at least one
+// token. A radix selection: the digit of a round begins at the highest bit in which its keys differ, so that keys that
+// are close together take one round.
 template <class Mass>
 HEADWAY_NOINLINE HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Mass mass, int64_t target, Ties rule,
                                                         const Workspace& space) {
-  int64_t left = 0; // those listed share all digits so far with the one where the sum crosses
+  int64_t left = 0; // the number of listed keys: they have all digits so far in common with the last of the prefix
   if (tokens.n >= 4 * kSample) {
     const Listed some = list_between(tokens, mass, guess_end(tokens, mass, target, space), space);
     if (some.above < target && target <= some.above + some.inside) left = some.n, target -= some.above;
@@ -176,7 +180,8 @@ HEADWAY_NOINLINE HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Ma
     const auto digit_of = [&](int64_t i) { return (space.key[i] - lowest) >> shift; };
     for (int c = 0; c < copies; ++c)
       for (int64_t i = 0; i < int64_t(1) << bits; ++i) space.histogram[c * kCopySize + i] = 0;
-    for (int64_t i = 0; i < left; ++i) space.histogram[(i & (copies - 1)) * kCopySize + digit_of(i)] += space.mass[i];
+    for (int64_t i = 0; i < left; ++i)
+      space.histogram[(i & (copies - 1)) * kCopySize + digit_of(i)] += space.key_mass[i];
     uint32_t crossing = (uint32_t(1) << bits) - 1;
     for (;; --crossing) {
       int64_t here = 0;
@@ -192,13 +197,13 @@ HEADWAY_NOINLINE HEADWAY_FLATTEN Boundary select_prefix(const Tokens& tokens, Ma
       for (; found; ++taken) {
         const int64_t i = b + pop_lowest_bit(found);
         space.key[taken] = space.key[i];
-        space.mass[taken] = space.mass[i];
+        space.key_mass[taken] = space.key_mass[i];
       }
     }
     left = taken;
   }
   int64_t ties = 0;
-  while (ties < left && target > 0) target -= space.mass[ties++];
+  while (ties < left && target > 0) target -= space.key_mass[ties++];
   if (rule == Ties::keep) ties = left;
   return {value_of(space.key[0]), rule == Ties::highest_id ? left - ties : 0, ties};
 }
@@ -213,17 +218,18 @@ inline float kth_largest(const float* z, int64_t n, int64_t k, const Workspace& 
 
 // Marking and listing the tokens that stay ------------------------------------------------------------------------
 
-// The tokens above a boundary, a block after another. block_max, where there is one, tells which blocks have none.
+// Returns for one block after another the bits of the tokens of a prefix. With block_max it skips blocks that have
+// none.
 struct Inside {
   const Tokens& tokens;
   const float* block_max;
   Boundary end;
   uint64_t operator()(int64_t b) {
-    if (block_max && (block_max[b] < end.value || block_max[b] == kNever)) return 0;
+    if (block_max && (block_max[b] < end.value || block_max[b] == -kInfinity)) return 0;
     const Vec<float> value = end.value;
     const float* z = tokens.block(b);
     const uint64_t over = block_bits(z, [&](Vec<float> x) { return x > value; });
-    if (end.value == kNever) return over; // what is banned is never kept, nor what fills the last block
+    if (end.value == -kInfinity) return over; // what is banned is never kept, nor what fills the last block
     uint64_t ties = block_bits(z, [&](Vec<float> x) { return x == value; });
     const int64_t here = __builtin_popcountll(ties), skip = min(end.skip, here), take = min(end.ties, here - skip);
     end.skip -= skip, end.ties -= take;
@@ -234,7 +240,7 @@ struct Inside {
   }
 };
 
-// Marks the tokens that `find(b)` has a bit for in block b, and counts them.
+// Marks the tokens whose bits find(b) returns for block b, and returns their number.
 template <class Find> HEADWAY_FLATTEN int64_t choose(const Tokens& tokens, const Workspace& space, Find find) {
   int64_t n = 0;
   for (int64_t b = 0; b < tokens.blocks(); ++b) n += __builtin_popcountll(space.chosen[b] = find(b));
@@ -253,16 +259,16 @@ HEADWAY_FLATTEN inline Tokens list_chosen(const Tokens& tokens, const Workspace&
       const int64_t i = pop_lowest_bit(found);
       space.list_z[kept.n] = z[i];
       space.list_id[kept.n] = int32_t(tokens.at(b * kBlock + i));
-      if (tokens.weight) kept.total += space.list_weight[kept.n] = tokens.weight[b * kBlock + i];
+      if (tokens.mass) kept.total += space.list_mass[kept.n] = tokens.mass[b * kBlock + i];
     }
   }
   kept.z = space.list_z;
   kept.id = space.list_id;
   kept.last = space.list_z + (kept.blocks() - 1) * kBlock;
-  if (tokens.weight) kept.weight = space.list_weight;
+  if (tokens.mass) kept.mass = space.list_mass;
   for (int64_t i = kept.n; i < kept.blocks() * kBlock; ++i) {
-    space.list_z[i] = kNever;
-    if (tokens.weight) space.list_weight[i] = 0;
+    space.list_z[i] = -kInfinity;
+    if (tokens.mass) space.list_mass[i] = 0;
   }
   return kept;
 }
@@ -280,17 +286,17 @@ HEADWAY_FLATTEN inline Tokens remove_others(const Tokens& tokens, const Workspac
       memmove(space.z + b * kBlock, z, kBlock * sizeof(float));
       continue;
     }
-    Vec<float> best = kNever;
+    Vec<float> best = -kInfinity;
     for (int64_t v = 0; v < kBlock; v += 16) {
       const Mask<float> in = lane_mask(chosen >> v);
-      const Vec<float> x = select(in, Vec<float>::load(z + v), Vec<float>(kNever));
+      const Vec<float> x = select(in, Vec<float>::load(z + v), Vec<float>(-kInfinity));
       x.store(space.z + b * kBlock + v);
       best = max(x, best);
-      if (!tokens.weight) continue;
-      int64_t* weight = tokens.weight + b * kBlock + v;
-      const Vec<int64_t> w = Vec<int64_t>::load(weight), stays = select(convert<int64_t>(in), w, Vec<int64_t>(0));
+      if (!tokens.mass) continue;
+      int64_t* mass = tokens.mass + b * kBlock + v;
+      const Vec<int64_t> w = Vec<int64_t>::load(mass), stays = select(convert<int64_t>(in), w, Vec<int64_t>(0));
       removed = removed + (w - stays);
-      stays.store(weight);
+      stays.store(mass);
     }
     space.block_max[b] = reduce_max(best);
   }

@@ -14,9 +14,9 @@ inline Wide share_of(uint64_t word, Wide total) {
   return Wide(word) * uint64_t(total >> 64) + ((Wide(word) * uint64_t(total)) >> 64);
 }
 
-inline int64_t weight_of(const Tokens& tokens, int64_t id) {
+inline int64_t mass_of(const Tokens& tokens, int64_t id) {
   const int64_t place = place_of(tokens, id);
-  return holds(tokens, place, id) ? tokens.weight[place] : 0;
+  return holds(tokens, place, id) ? tokens.mass[place] : 0;
 }
 
 // Calls visit(id, max(0, p Q - q P)) for each token of the target, in id order, until it returns false.
@@ -24,8 +24,8 @@ template <class Visit> void each_residual(const Tokens& target, const Tokens& dr
   for (int64_t i = 0, j = 0; i < target.n; ++i) {
     const int64_t id = target.at(i);
     while (j < draft.n && draft.at(j) < id) ++j;
-    const int64_t q = j < draft.n && draft.at(j) == id ? draft.weight[j] : 0;
-    const Wide has = Wide(target.weight[i]) * uint64_t(draft.total), had = Wide(q) * uint64_t(target.total);
+    const int64_t q = j < draft.n && draft.at(j) == id ? draft.mass[j] : 0;
+    const Wide has = Wide(target.mass[i]) * uint64_t(draft.total), had = Wide(q) * uint64_t(target.total);
     if (has > had && !visit(id, has - had)) return;
   }
 }
@@ -51,7 +51,7 @@ inline void run_verification(const Verification& task, const Plan& plan, int64_t
     Row row{task.target, at, space};
     if (!begin(row)) return;
     filter(row);
-    weigh(row.tokens, row);
+    fill_masses(row.tokens, row);
     const Tokens& target = row.tokens;
     const RandomBlock random = random_block(task.target, at);
     if (i == task.lengths[index]) {
@@ -66,19 +66,19 @@ inline void run_verification(const Verification& task, const Plan& plan, int64_t
     if (task.draft.logits.data) {
       if (!begin(drafted)) return;
       filter(drafted);
-      weigh(draft, drafted);
+      fill_masses(draft, drafted);
     } else {
       draft.n = draft.total = whole;
       draft.z = &row.scale.top; // any that is no ban
       draft.id = &only;
-      draft.weight = &whole;
+      draft.mass = &whole;
     }
-    const int64_t q = weight_of(draft, token);
+    const int64_t q = mass_of(draft, token);
     if (!q) {
-      task.draft.status[draft_at] = token * kSamplingFaults + int64_t(SamplingFault::undrawn);
+      task.draft.status[draft_at] = fault_of(token, SamplingFault::undrawn);
       return;
     }
-    const Wide has = Wide(weight_of(target, token)) * uint64_t(draft.total), had = Wide(q) * uint64_t(target.total);
+    const Wide has = Wide(mass_of(target, token)) * uint64_t(draft.total), had = Wide(q) * uint64_t(target.total);
     if (has >= had || share_of(random.word[2], had) < has) continue;
     // Words of their own: the draft may have been drawn with the first of this very block.
     Wide total = 0;

@@ -1,4 +1,4 @@
-// The stages of sampling: what each removes from a row.
+// The stages of sampling: each removes tokens from a row, or measures the masses of its tokens.
 #pragma once
 #include "../ground/rng.h"
 #include "selection.h"
@@ -21,38 +21,38 @@ struct Row {
   const Sampling& task;
   int64_t index;
   const Workspace& space;
-  int64_t floor = 1; // how many tokens the stage leaves at least, if there are so many
+  int64_t floor = 1; // the smallest number of tokens that the stage leaves, if the row has so many
   Scale scale{};
-  Tokens tokens{};      // the tokens that are left,
-  bool pending = false; // less those whose bit in space.chosen is 0: these are still to be removed
-  // A number that the last stage computed, for traces alone: the temperature, the standard deviation, the mean of x,
-  // the smallest mass that stays, the random number of xtc.
+  Tokens tokens{};      // the tokens that are left
+  bool pending = false; // whether the tokens whose bit in space.chosen is 0 are still to be removed from them
+  // The number that the last stage computed, for traces: the temperature, the standard deviation, the mean of x, the
+  // smallest mass that eta_cutoff keeps, or the random number of xtc.
   double found = 0;
 };
 
-inline void weigh(Tokens& tokens, const Row& row) {
-  weigh(tokens, row.scale, tokens.id ? row.space.list_weight : row.space.weight, row.space.team);
+inline void fill_masses(Tokens& tokens, const Row& row) {
+  fill_masses(tokens, row.scale, tokens.id ? row.space.list_mass : row.space.row_mass, row.space.team);
 }
 
-// The masses of a block's tokens, as they were weighed or, where nobody needed them so far, now.
+// The masses of the tokens of a block: those in memory, or computed now where no stage has needed them yet.
 HEADWAY_FLATTEN inline Vec<int64_t> block_masses(const Row& row, int64_t b, Vec<int64_t> (&w)[kBlock / 16]) {
   const Tokens& tokens = row.tokens;
   Vec<int64_t> sum = int64_t(0);
-  if (!tokens.weight) {
-    sum = block_weights(tokens.block(b), row.scale, w);
+  if (!tokens.mass) {
+    sum = block_masses(tokens.block(b), row.scale, w);
     if (!row.pending) return sum;
     sum = int64_t(0);
   }
   for (int64_t v = 0; v < kBlock / 16; ++v) {
-    if (tokens.weight) w[v] = Vec<int64_t>::load(tokens.weight + b * kBlock + 16 * v);
+    if (tokens.mass) w[v] = Vec<int64_t>::load(tokens.mass + b * kBlock + 16 * v);
     if (row.pending) w[v] = w[v] & convert<int64_t>(lane_mask(row.space.chosen[b] >> 16 * v));
     sum = sum + w[v];
   }
   return sum;
 }
 
-// Keeps the chosen among `from`, or all where none is chosen. In a long row the others are removed only when a stage
-// needs arrays without them (`pending`): the draw, which most often comes next, reads the bits.
+// Keeps the chosen tokens of `from`, or all of them where none is chosen. In a long row the other tokens stay in the
+// arrays until a stage needs arrays without them (`pending`): the draw, which most often comes next, reads the bits.
 inline void keep_chosen(Row& row, const Tokens& from, int64_t count) {
   if (count == 0) return; // every stage leaves some, unless another thread has written to the logits
   row.tokens = from;
@@ -64,13 +64,13 @@ inline void apply_chosen(Row& row) {
   row.pending = false;
 }
 
-// Sums over the tokens that are left. A lane adds the tokens whose id leaves the lane's number modulo 16, in order: a
-// fixed order, whatever was removed, for a term of 0 changes no sum.
+// Sums over the tokens that are left. Lane i of 16 adds the tokens with id mod 16 = i, in the order of ids. The order
+// is the same whichever tokens were removed, because a term of 0 changes no sum.
 struct Sums {
   double first, second;
   int64_t count;
 };
-// term(v, lane values of first, of second) for 16 tokens from the v-th on; a removed token counts as 0.
+// term(v, z, first, second) sets the two terms of 16 tokens, from the v-th on; those of a removed token count as 0.
 template <class Term> HEADWAY_FLATTEN Sums sums(const Tokens& tokens, Term term) {
   Vec<double> first = 0.0, second = 0.0;
   Vec<int32_t> present = int32_t(0);
@@ -78,7 +78,7 @@ template <class Term> HEADWAY_FLATTEN Sums sums(const Tokens& tokens, Term term)
   for (int64_t b = 0; b < tokens.blocks(); ++b)
     for (int64_t v = 0; v < kBlock; v += 16) {
       const Vec<float> z = Vec<float>::load(tokens.block(b) + v);
-      const Mask<float> in = z != Vec<float>(kNever);
+      const Mask<float> in = z != Vec<float>(-kInfinity);
       present = present - in;
       Vec<double> a, c;
       term(b * kBlock + v, z, a, c);
@@ -97,21 +97,22 @@ template <class Term> HEADWAY_FLATTEN Sums sums(const Tokens& tokens, Term term)
   return {reduce_sum(first), reduce_sum(second), reduce_sum(present)};
 }
 
-// The total mass, and the mean of x under the masses: a token's surprise less the entropy is this mean less its x.
+// The total mass, the mean of x under the masses, and the number of tokens. The mean less the x of a token is the
+// surprise of the token less the entropy.
 struct Moments {
   int64_t total;
   double mean;
   int64_t count;
 };
 inline Moments moments(Row& row) {
-  if (row.scale.one_hot >= 0) weigh(row.tokens, row);
+  if (row.scale.one_hot >= 0) fill_masses(row.tokens, row);
   const Tokens& tokens = row.tokens;
   Vec<int64_t> total = int64_t(0);
   const Sums all = sums(tokens, [&](int64_t v, Vec<float> z, Vec<double>& first, Vec<double>& second) {
     const Vec<float> x = exponents(z, row.scale);
-    const Vec<int64_t> w = tokens.weight ? Vec<int64_t>::load(tokens.weight + v) : weights_at(x, row.scale);
+    const Vec<int64_t> w = tokens.mass ? Vec<int64_t>::load(tokens.mass + v) : masses_at(x, row.scale);
     total = total + w;
-    // A weight below 2^52 as a double: its bits are the fraction of one in [2^52, 2^53).
+    // A mass below 2^52 as a double: its bits are the fraction of one in [2^52, 2^53).
     const Vec<double> wide = bits<double>(w + bits<int64_t>(Vec<double>(0x1p+52))) - Vec<double>(0x1p+52);
     first = wide * widen(x);
     second = 0.0;
@@ -120,7 +121,8 @@ inline Moments moments(Row& row) {
   return {mass, all.first / double(mass), all.count};
 }
 
-// The logits that are left where the tokens are a list, else the maxima of blocks; padded with -inf to whole blocks.
+// A short array that holds the best logits: the logits themselves where the tokens are a list, else the maxima of
+// blocks. It is padded with -inf to whole blocks.
 struct Leaders {
   const float* z;
   int64_t n;
@@ -129,11 +131,11 @@ struct Leaders {
 };
 inline float best_logit(const Row& row) {
   const Leaders leaders(row);
-  Vec<float> top = kNever;
+  Vec<float> top = -kInfinity;
   for (int64_t v = 0; v < leaders.n; v += 16) top = max(Vec<float>::load(leaders.z + v), top);
   return reduce_max(top);
 }
-// Scale::tiny, judged by the leaders alone.
+// Scale::tiny, by the leaders alone.
 inline float tiny_difference(const Row& row) {
   const Scale& scale = row.scale;
   if (!(scale.inverse > 0x1p-100f && scale.inverse < 0x1p60f)) return 0;
@@ -172,26 +174,26 @@ inline void keep_first(Row& row, int64_t n, Ties ties) {
   keep_chosen(row, tokens, count);
 }
 
-// Keeps the chosen tokens, all of which are among `few`; or the first of the order, where the floor is higher.
+// Keeps the `count` chosen tokens of `few`; or the first tokens of the order, where the floor is higher.
 inline void keep(Row& row, const Tokens& few, int64_t count, Ties ties) {
   if (count < row.floor) return keep_first(row, row.floor, ties);
   keep_chosen(row, few, count);
 }
 
-// The tokens with logits of at least `bound`, of which there are some, where they are a short list; else all tokens.
+// The tokens with logits of at least `bound`, where they make a short list; else all tokens.
 inline Tokens reaching(const Row& row, float bound) {
   if (row.tokens.id) return row.tokens;
   const int64_t count = choose_inside(row.tokens, row.space, {bound, 0, row.tokens.n});
   return count > 0 && are_few(row.tokens, count) ? list_chosen(row.tokens, row.space) : row.tokens;
 }
 
-// Keeps the tokens of at least this weight; where they are fewer than the floor, the first of the order. Weights are
-// computed only for tokens whose logits are close to the bound.
-inline void keep_heavy(Row& row, int64_t weight, Ties ties) {
+// Keeps the tokens of at least this mass; or the first tokens of the order, where the floor is higher. Only the tokens
+// whose logits are close to the bound need their masses computed.
+inline void keep_from_mass(Row& row, int64_t mass, Ties ties) {
   const Tokens& tokens = row.tokens;
-  if (weight > int64_t(1) << row.scale.s) return keep_first(row, row.floor, ties);
-  if (row.scale.one_hot >= 0) weigh(row.tokens, row);
-  const WeightBounds bounds = bounds_of_weight(row.scale, weight);
+  if (mass > int64_t(1) << row.scale.s) return keep_first(row, row.floor, ties);
+  if (row.scale.one_hot >= 0) fill_masses(row.tokens, row);
+  const MassBounds bounds = bounds_of_mass(row.scale, mass);
   const int64_t count = choose(tokens, row.space, [&](int64_t b) -> uint64_t {
     if (!tokens.id && row.space.block_max[b] < bounds.low) return 0;
     const Vec<float> low = bounds.low, high = bounds.high;
@@ -199,7 +201,7 @@ inline void keep_heavy(Row& row, int64_t weight, Ties ties) {
     uint64_t unsure = block_bits(tokens.block(b), [&](Vec<float> z) { return z >= low; });
     if (row.scale.one_hot < 0 && sure == unsure) return sure;
     Vec<int64_t> w[kBlock / 16];
-    const Vec<int64_t> enough = weight;
+    const Vec<int64_t> enough = mass;
     block_masses(row, b, w);
     for (int64_t v = 0; v < kBlock / 16; ++v)
       unsure &= lane_bits(w[v] >= enough) << 16 * v | ~(uint64_t(0xffff) << 16 * v);
@@ -208,7 +210,8 @@ inline void keep_heavy(Row& row, int64_t weight, Ties ties) {
   keep(row, tokens, count, ties);
 }
 
-// After a stage that may remove the best token: where it did, masses are computed anew, with 2^s for the best one left.
+// Follows a stage that may remove the best token. If it did, all masses are computed anew: the best token that is left
+// has the mass 2^s.
 inline void measure_anew(Row& row) {
   for (int64_t b = 0; row.pending && b < row.tokens.blocks(); ++b) {
     const Vec<float> top = row.scale.top;
@@ -220,7 +223,7 @@ inline void measure_anew(Row& row) {
   const float best = best_logit(row);
   if (best == row.scale.top) return;
   row.scale.top = best;
-  row.tokens.weight = nullptr;
+  row.tokens.mass = nullptr;
 }
 
 // The first token with the best logit.
@@ -235,11 +238,11 @@ inline int64_t first_equal(const Row& row, float best) {
   return tokens.at(0); // only where another thread has written to the logits
 }
 
-// Sets the scale for a temperature; the best token that is left has the mass 2^s.
+// Sets the scale of a temperature: the best token that is left has the mass 2^s.
 inline void measure(Row& row, double temperature) {
   Tokens& tokens = row.tokens;
   Scale& scale = row.scale;
-  tokens.weight = nullptr;
+  tokens.mass = nullptr;
   scale.top = best_logit(row);
   scale.inverse = inverse_temperature(temperature);
   scale.tiny = tiny_difference(row);
@@ -299,7 +302,7 @@ HEADWAY_FLATTEN inline int64_t mass_reaching(const Row& row, float bound) {
         for (; b < last; ++b)
           for (int64_t v = 0; v < kBlock && row.space.block_max[b] >= bound; v += 16) {
             const Mask<float> in = Vec<float>::load(row.tokens.block(b) + v) >= value;
-            lanes = lanes + (convert<int64_t>(in) & Vec<int64_t>::load(row.tokens.weight + b * kBlock + v));
+            lanes = lanes + (convert<int64_t>(in) & Vec<int64_t>::load(row.tokens.mass + b * kBlock + v));
           }
         mass[part] = reduce_sum(lanes);
       });
@@ -311,12 +314,12 @@ HEADWAY_FLATTEN inline int64_t mass_reaching(const Row& row, float bound) {
 HEADWAY_FLATTEN inline int64_t mass_of_maxima(const Row& row) {
   Vec<int64_t> w[kBlock / 16], mass = int64_t(0);
   for (int64_t b = 0; b < row.tokens.blocks(); b += kBlock)
-    mass = mass + block_weights(row.space.block_max + b, row.scale, w);
+    mass = mass + block_masses(row.space.block_max + b, row.scale, w);
   return reduce_sum(mass);
 }
 
-// The best tokens, a short list that holds at least this mass, as a few tokens do on most rows; or all tokens. The list
-// has the logits of at least the k-th largest block maximum, for growing k.
+// A short list of the best tokens that holds at least this mass, as on most rows a few tokens do; else all tokens. The
+// list has the logits from the k-th largest maximum of a block on, for growing k.
 inline Tokens holding(const Row& row, int64_t target) {
   const int64_t blocks = row.tokens.blocks();
   if (row.tokens.id || mass_of_maxima(row) < target - target / 8) return row.tokens;
@@ -331,30 +334,32 @@ inline Tokens holding(const Row& row, int64_t target) {
 inline void top_p(Row& row, const Step& step) {
   const double p = step.value[0][row.index];
   if (p == 1.0) return;
-  weigh(row.tokens, row);
-  const int64_t target = share(p, row.tokens.total, !step.equal);
-  // At temperature 0 no token equals the first of the order, which has all the mass.
+  fill_masses(row.tokens, row);
+  const int64_t target = least_mass(p, row.tokens.total, !step.equal);
+  // At temperature 0 the first token of the order has all the mass, and no other equals it.
   const Ties ties = row.scale.one_hot < 0 ? step.ties : Ties::lowest_id;
   if (target == 0) return keep_first(row, row.floor, ties);
   const Tokens few = holding(row, target);
-  const Boundary end = select_prefix(few, ByMass{few.weight}, target, ties, row.space);
+  const Boundary end = select_prefix(few, ByMass{few.mass}, target, ties, row.space);
   keep(row, few, choose_inside(few, row.space, end), ties);
 }
 
 inline void min_p(Row& row, const Step& step) {
   const double p = step.value[0][row.index];
   if (p == 0.0) return;
-  keep_heavy(row, share(p, int64_t(1) << row.scale.s), step.ties);
+  keep_from_mass(row, least_mass(p, int64_t(1) << row.scale.s), step.ties);
 }
 
-// The same tokens with their distances from the mean for logits: negative, so that the nearest are the best.
+// The same tokens with another order: their logits are the negative distances of x from the mean, so that the nearest
+// tokens are the best.
 HEADWAY_FLATTEN inline Tokens by_distance(const Row& row, const Tokens& tokens, float mean) {
   float* distance = row.space.distance;
   const Vec<float> middle = mean, zero = 0.0f;
   for (int64_t b = 0; b < tokens.blocks(); ++b)
     for (int64_t v = 0; v < kBlock; v += 16) {
       const Vec<float> z = Vec<float>::load(tokens.block(b) + v), apart = exponents(z, row.scale) - middle;
-      select(z == Vec<float>(kNever), z, select(apart > zero, zero - apart, apart)).store(distance + b * kBlock + v);
+      select(z == Vec<float>(-kInfinity), z, select(apart > zero, zero - apart, apart))
+          .store(distance + b * kBlock + v);
     }
   Tokens near = tokens;
   near.z = distance;
@@ -365,17 +370,18 @@ HEADWAY_FLATTEN inline Tokens by_distance(const Row& row, const Tokens& tokens, 
 inline void typical_p(Row& row, const Step& step) {
   const double p = step.value[0][row.index];
   if (p == 1.0) return;
-  weigh(row.tokens, row);
+  fill_masses(row.tokens, row);
   row.found = moments(row).mean;
   const float mean = float(row.found);
-  const int64_t target = share(p, row.tokens.total, !step.equal), floor = min(row.floor, row.tokens.n);
+  const int64_t target = least_mass(p, row.tokens.total, !step.equal), floor = min(row.floor, row.tokens.n);
   const auto choose_near = [&](const Tokens& tokens, Boundary end) {
     return choose(tokens, row.space, Inside{tokens, nullptr, end});
   };
-  // A few tokens that hold the mass will do, if all below them are farther from the mean than what they give.
+  // A few of the best tokens, which hold the mass, are enough if all other tokens are farther from the mean than those
+  // that the stage takes from them.
   if (const Tokens few = floor == 1 && target > 0 ? holding(row, target) : row.tokens; few.id && !row.tokens.id) {
     const Tokens near = by_distance(row, few, mean);
-    const Boundary end = select_prefix(near, ByMass{near.weight}, target, step.ties, row.space);
+    const Boundary end = select_prefix(near, ByMass{near.mass}, target, step.ties, row.space);
     float lowest = row.scale.top, farthest[16];
     for (int64_t i = 0; i < few.n; ++i) lowest = few.z[i] < lowest ? few.z[i] : lowest;
     (exponents(Vec<float>(lowest), row.scale) - Vec<float>(mean)).store(farthest);
@@ -386,7 +392,7 @@ inline void typical_p(Row& row, const Step& step) {
   }
   const Tokens near = by_distance(row, row.tokens, mean);
   int64_t count = 0;
-  if (target > 0) count = choose_near(near, select_prefix(near, ByMass{near.weight}, target, step.ties, row.space));
+  if (target > 0) count = choose_near(near, select_prefix(near, ByMass{near.mass}, target, step.ties, row.space));
   if (count < floor) count = choose_near(near, select_prefix(near, ByCount{}, floor, Ties::lowest_id, row.space));
   keep_chosen(row, row.tokens, count);
   measure_anew(row);
@@ -394,7 +400,7 @@ inline void typical_p(Row& row, const Step& step) {
 
 inline void epsilon_cutoff(Row& row, const Step& step) {
   const double epsilon = step.value[0][row.index];
-  if (epsilon > 0) keep_heavy(row, share(epsilon, moments(row).total), step.ties);
+  if (epsilon > 0) keep_from_mass(row, least_mass(epsilon, moments(row).total), step.ties);
 }
 
 // exp(-entropy) of the total is the mass that a token at the mean of x would have.
@@ -403,23 +409,23 @@ inline void eta_cutoff(Row& row, const Step& step) {
   if (epsilon == 0.0) return;
   const Moments all = moments(row);
   int64_t middle[16];
-  weights_at(Vec<float>(float(all.mean)), row.scale).store(middle);
-  const int64_t weight = min(share(epsilon, all.total), share(__builtin_sqrt(epsilon), middle[0]));
-  row.found = double(weight); // exact: a share of one token's mass is below 2^53
-  keep_heavy(row, weight, step.ties);
+  masses_at(Vec<float>(float(all.mean)), row.scale).store(middle);
+  const int64_t mass = min(least_mass(epsilon, all.total), least_mass(__builtin_sqrt(epsilon), middle[0]));
+  row.found = double(mass); // exact: a share of one token's mass is below 2^53
+  keep_from_mass(row, mass, step.ties);
 }
 
-// Of the tokens that reach the threshold all but the last of the order go (Ties::keep: all but its equals), and all but
-// the spared.
+// Removes the tokens that reach the threshold, but for the last of them in the order, for its equals with Ties::keep,
+// and for the spared tokens.
 inline void xtc(Row& row, const Step& step) {
   row.found = double(random_block(row.task, row.index).word[1] >> 11) * 0x1p-53;
   if (row.found >= step.value[0][row.index]) return;
-  weigh(row.tokens, row);
+  fill_masses(row.tokens, row);
   const Tokens& tokens = row.tokens;
-  const int64_t weight = max(1, share(step.value[1][row.index], tokens.total, step.equal));
-  const Vec<int64_t> least_weight = weight;
+  const int64_t mass = max(1, least_mass(step.value[1][row.index], tokens.total, step.equal));
+  const Vec<int64_t> least = mass;
   const int64_t top = choose(tokens, row.space, [&](int64_t b) {
-    return block_bits(tokens.weight + b * kBlock, [&](Vec<int64_t> w) { return w >= least_weight; });
+    return block_bits(tokens.mass + b * kBlock, [&](Vec<int64_t> w) { return w >= least; });
   });
   if (top < 2) return;
   int64_t last = 0;
@@ -439,14 +445,14 @@ inline void xtc(Row& row, const Step& step) {
     uint64_t stays = ~row.space.chosen[b];
     if (step.ties == Ties::keep) stays |= block_bits(z, [&](Vec<float> x) { return x == value; });
     if (b == last / kBlock) stays |= uint64_t(1) << last % kBlock;
-    return stays & ~block_bits(z, [](Vec<float> x) { return x == Vec<float>(kNever); });
+    return stays & ~block_bits(z, [](Vec<float> x) { return x == Vec<float>(-kInfinity); });
   });
   if (count < row.floor) return;
   keep_chosen(row, tokens, count);
   measure_anew(row);
 }
 
-// The only list of the stages: Python asks for a stage by its name here, and a Step has its place.
+// The only list of the stages. Python finds the place of a stage by its name here, and Step::stage is that place.
 struct StageKernel {
   const char* name; // the option that asks for it
   void (*run)(Row&, const Step&);

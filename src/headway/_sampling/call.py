@@ -140,21 +140,21 @@ class Call(NamedTuple):
     def fail(self, status: Array, draws: int = 1) -> None:
         """Raise what the kernel found in the first row that has a fault."""
         row = int(status.nonzero()[0][0])
-        token, fault = divmod(int(status[row]), _native.SAMPLING_FAULTS)
+        token, fault = fault_in(int(status[row]))
         where = in_row(row, self.lead)
-        if fault == 1:
+        if fault == "nan":
             raise ValueError(
                 f"{self.name}: expected numbers, got NaN at token {token}{where}; -inf is what bans a token"
             )
-        if fault == 2:
+        if fault == "infinite":
             raise ValueError(f"{self.name}: expected finite numbers or -inf, got +inf at token {token}{where}")
-        if fault == 3:
+        if fault == "overflow":
             raise ValueError(
                 f"{self.name}: expected numbers within float32, got one at token {token}{where} that overflows"
                 + (" with its logit_bias" if self.settings.logit_bias is not None else "")
                 + "; subtract the row's maximum first"
             )
-        if fault == 5:
+        if fault == "few":
             raise ValueError(
                 f"num_samples: expected at most {token} without replacement{where}, where no more tokens are left to "
                 f"draw from, got {draws}; draw with replacement, or filter less"
@@ -189,6 +189,12 @@ def resolve(params: SamplingParams | None, **options: Unpack[SamplingOptions]) -
         settings = params._settings.updated(checked(options, params._settings.dialect))
     check_together(settings)
     return settings
+
+
+def fault_in(status: int) -> tuple[int, str]:
+    """Return the token that a kernel's status tells of, and the name of its fault."""
+    token, fault = divmod(status, len(_native.SAMPLING_FAULTS))
+    return token, _native.SAMPLING_FAULTS[fault]
 
 
 def ready(operand: _arrays.Operand, settings: Settings, name: str = "logits") -> Call:

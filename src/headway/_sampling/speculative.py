@@ -12,7 +12,7 @@ import headway._native as _native
 from .. import _check
 from .._check import shown
 from .._signatures import AnyArray, Unpack
-from .call import Call, prepare, random_source
+from .call import Call, fault_in, prepare, random_source
 from .options import Settings
 from .params import SamplingOptions, SamplingParams, shows_sampling_options
 from .rows import Array, in_row, known_ids, lengths_within
@@ -203,8 +203,8 @@ def draft_ids(tokens: AnyArray, lengths: Array, lead: tuple[int, ...], n: int, v
 def fail_draft(draft: Call | None, status: Array, shape: tuple[int, ...]) -> None:
     """Raise what is wrong with the first drafted token that has a fault."""
     at = int(status.nonzero()[0][0])
-    token, fault = divmod(int(status[at]), _native.SAMPLING_FAULTS)
-    if draft is not None and fault != 6:
+    token, fault = fault_in(int(status[at]))
+    if draft is not None and fault != "undrawn":
         draft.fail(status)
     raise ValueError(
         f"draft_tokens: expected tokens that the draft can draw, got {token}{in_row(at, shape)}, which has no "

@@ -1,19 +1,18 @@
-// A row as tokens with masses: weights = round(2^s exp((z - max z) / T)), by float32 operations that are each rounded
-// on their own (no fused ones: NumPy must be able to follow). Everything after is exact integer arithmetic, so lanes
-// and the order of a sum cannot matter. reference/_sampling/masses.py says the same in one page.
+// A row of logits as tokens with masses: mass = round(2^s exp((z - max z) / T)). Each float32 operation is rounded on
+// its own, and none is fused, so that NumPy computes the same. All arithmetic after it is exact, on integers: neither
+// lanes nor the order of a sum matter. reference/_sampling/masses.py is the definition.
 #pragma once
 #include "../ground/rows.h"
 
 namespace headway {
 namespace {
 
-// For functions with loops over the vocabulary: GCC 12 would otherwise call the steps of the loop, not inline them.
+// For functions with loops over the vocabulary: without it GCC 12 calls the functions in the loop and inlines none.
 #define HEADWAY_FLATTEN __attribute__((flatten))
-// For long functions that are called once a row: a caller with HEADWAY_FLATTEN would otherwise hold a copy of each.
+// For long functions that are called once a row: without it each caller with HEADWAY_FLATTEN holds a copy of them.
 #define HEADWAY_NOINLINE __attribute__((noinline))
 
 constexpr int64_t kBlock = 64; // tokens that share a maximum
-constexpr float kNever = -__builtin_inff();
 
 // The lanes of a mask as bits, lane 0 lowest.
 template <class T> uint64_t lane_bits(Vec<T> mask) {
@@ -58,13 +57,13 @@ inline int64_t pop_lowest_bit(uint64_t& found) {
   return i;
 }
 
-// Tokens in id order. Arrays are padded to the end of the last block, with logits of -inf and weights of 0.
+// Tokens in id order. Arrays are padded to the end of the last block, with logits of -inf and masses of 0.
 struct Tokens {
   int64_t n = 0;
   const float* z = nullptr;
   const float* last = nullptr; // the last block: z's own end, or a padded copy of it
   const int32_t* id = nullptr; // nullptr: token i is i
-  int64_t* weight = nullptr;   // nullptr: not weighed yet
+  int64_t* mass = nullptr;     // nullptr: not computed yet
   int64_t total = 0;
   int64_t blocks() const { return (n + kBlock - 1) / kBlock; }
   const float* block(int64_t b) const { return b + 1 < blocks() ? z + b * kBlock : last; }
@@ -85,19 +84,19 @@ inline int64_t place_of(const Tokens& tokens, int64_t id) {
   return low;
 }
 inline bool holds(const Tokens& tokens, int64_t place, int64_t id) {
-  return place < tokens.n && tokens.at(place) == id && tokens.z[place] > kNever;
+  return place < tokens.n && tokens.at(place) == id && tokens.z[place] > -kInfinity;
 }
 
 // Four copies of the radix histogram, a cache line out of step: equal digits in a row would wait for each other's sums.
 constexpr int64_t kCopies = 4, kCopySize = (1 << 11) + 8;
 
-// The size of the sample of a long row, from which the end of a prefix is guessed.
+// The number of tokens in the sample of a long row, from which guess_end finds where a prefix ends.
 constexpr int64_t kSample = 4096;
 
 struct Workspace {
   float *z, *last, *block_max, *list_z, *distance, *sample_z;
   int32_t* list_id;
-  int64_t *weight, *list_weight, *mass, *histogram, *sample_mass;
+  int64_t *row_mass, *list_mass, *key_mass, *histogram, *sample_mass;
   uint32_t* key;
   uint64_t* chosen; // a bit for each token, by blocks
   Team team;
@@ -110,9 +109,9 @@ struct Workspace {
     list_z = arena.take<float>(n);
     distance = arena.take<float>(n);
     list_id = arena.take<int32_t>(n);
-    weight = arena.take<int64_t>(n);
-    list_weight = arena.take<int64_t>(n);
-    mass = arena.take<int64_t>(n);
+    row_mass = arena.take<int64_t>(n);
+    list_mass = arena.take<int64_t>(n);
+    key_mass = arena.take<int64_t>(n);
     key = arena.take<uint32_t>(n);
     chosen = arena.take<uint64_t>(blocks);
     histogram = arena.take<int64_t>(kCopies * kCopySize);
@@ -184,15 +183,15 @@ inline double power(double share, double exponent) { // of a share from 0 to 1; 
   return y <= 0 ? exponential(y) : 1 / exponential(-y);
 }
 
-// Weights --------------------------------------------------------------------------------------------------------
+// Masses --------------------------------------------------------------------------------------------------------
 
 struct Scale {
   float top;       // the row's maximum
   float inverse;   // 1 / T: finite, and 0 rather than subnormal
-  int32_t s;       // the largest weight is 2^s, and V of them stay below 2^62
-  int64_t one_hot; // temperature 0: the token that has all the mass; else -1
-  // Up to it, top - z may as well be 0: x is above -2^-50, which changes no weight, but has subnormal products, with
-  // which processors take a hundred times as long. 0 where there are hardly any such tokens.
+  int32_t s;       // the largest mass is 2^s, and V of them stay below 2^62
+  int64_t one_hot; // at temperature 0 the token that has all the mass; else -1
+  // A difference top - z up to `tiny` counts as 0. Then x is above -2^-50 and the mass is the same, but products of x
+  // would be subnormal, and a processor takes a hundred times as long for them. 0 where the row has no such difference.
   float tiny;
 };
 
@@ -209,9 +208,10 @@ inline float inverse_temperature(double t) {
 
 // The same operations in the same order as exponents and masses_of of reference/_sampling/masses.py.
 
-// x within -40, where the weight is 0 already, and 0. As whole numbers, the bits of -0 and of what is below it come in
-// this order: one comparison cuts off what is below -40, and makes -40 of what cannot be, NaN and positive numbers:
-// they come of logits that another thread has written to since their maximum was found. Zeros must be -0.
+// Returns x, or -40 where x is below -40: the mass is 0 there. The bits of -0 and of the negative numbers, read as
+// signed integers, rise as the numbers fall, so that one integer min is enough; zeros must be -0. NaN and positive
+// numbers, which come only of logits that another thread has written to since their maximum was found, become -40 as
+// well.
 inline Vec<float> bounded(Vec<float> x) {
   return bits<float>(min(bits<int32_t>(x), bits<int32_t>(Vec<float>(-40.0f))));
 }
@@ -220,12 +220,12 @@ inline Vec<float> exponents(Vec<float> z, const Scale& scale) {
   using F = Vec<float>;
   const F d = F(0.0f) - max(z - F(scale.top), F(-0x1.fffffep+127f));
   const F x = bounded(d * F(-scale.inverse));
-  return select(z == F(kNever), F(-40.0f), x); // not left to d: with a huge T a banned token's x would be 0
+  return select(z == F(-kInfinity), F(-40.0f), x); // not left to d: with a huge T a banned token's x would be 0
 }
 
 // round(2^s exp(x)). exp(r) = 1 + r + r^2 Q(r) on |r| <= ln(2) / 2; Q is a near-minimax fit
 // made by tools/polynomials.py. The relative error is below 1e-7.
-inline Vec<int64_t> weights_at(Vec<float> x, const Scale& scale) {
+inline Vec<int64_t> masses_at(Vec<float> x, const Scale& scale) {
   using F = Vec<float>;
   const F round = 0x1.8p+23f; // x + round - round is the integer nearest to x
   const F shifted = x * F(0x1.715476p+0f) + round;
@@ -240,9 +240,9 @@ inline Vec<int64_t> weights_at(Vec<float> x, const Scale& scale) {
   // Times 2^(n + s) by adding to the exponent: the low bits of `shifted` are n in two's complement.
   return nearest_integer(bits<float>(bits<int32_t>(y) + ((bits<int32_t>(shifted) + Vec<int32_t>(scale.s)) << 23)));
 }
-inline Vec<int64_t> weights(Vec<float> z, const Scale& scale) { return weights_at(exponents(z, scale), scale); }
+inline Vec<int64_t> masses(Vec<float> z, const Scale& scale) { return masses_at(exponents(z, scale), scale); }
 
-HEADWAY_FLATTEN inline Vec<int64_t> block_weights(const float* z, const Scale& scale, Vec<int64_t> (&w)[kBlock / 16]) {
+HEADWAY_FLATTEN inline Vec<int64_t> block_masses(const float* z, const Scale& scale, Vec<int64_t> (&w)[kBlock / 16]) {
   using F = Vec<float>;
   Vec<int64_t> sum = int64_t(0);
   const F top = scale.top + 0.0f, inverse = -scale.inverse, tiny = scale.tiny; // + 0: so that no difference is -0
@@ -251,15 +251,15 @@ HEADWAY_FLATTEN inline Vec<int64_t> block_weights(const float* z, const Scale& s
     const F x = F::load(z + 16 * v);
     F d = top - x;
     if (scale.tiny > 0) d = select(d > tiny, d, F(0.0f));
-    w[v] = weights_at(usual ? bounded(d * inverse) : exponents(x, scale), scale);
+    w[v] = masses_at(usual ? bounded(d * inverse) : exponents(x, scale), scale);
     sum = sum + w[v];
   }
   return sum;
 }
 
-inline void weigh(Tokens& tokens, const Scale& scale, int64_t* out, const Team& team) {
-  if (tokens.weight) return;
-  tokens.weight = out;
+inline void fill_masses(Tokens& tokens, const Scale& scale, int64_t* out, const Team& team) {
+  if (tokens.mass) return;
+  tokens.mass = out;
   if (scale.one_hot >= 0) {
     for (int64_t i = 0; i < tokens.blocks() * kBlock; ++i) out[i] = 0;
     for (int64_t i = 0; i < tokens.n; ++i)
@@ -272,7 +272,7 @@ inline void weigh(Tokens& tokens, const Scale& scale, int64_t* out, const Team& 
     Vec<int64_t> lanes = int64_t(0);
     for (int64_t b = first; b < last; ++b) {
       Vec<int64_t> w[kBlock / 16];
-      lanes = lanes + block_weights(tokens.block(b), scale, w);
+      lanes = lanes + block_masses(tokens.block(b), scale, w);
       memcpy(out + b * kBlock, w, sizeof w);
     }
     total[part] = reduce_sum(lanes);
@@ -281,9 +281,9 @@ inline void weigh(Tokens& tokens, const Scale& scale, int64_t* out, const Team& 
   for (int64_t i = 0; i < parts; ++i) tokens.total += total[i];
 }
 
-// The smallest whole number >= p * total, exactly, for 0 <= p <= 2; > p * total where `equal` is false. p is m 2^-e,
-// and the product with m fits 128 bits.
-inline int64_t share(double p, int64_t total, bool equal = true) {
+// The smallest integer >= p * total, exactly, for 0 <= p <= 2; > p * total where `equal` is false. p is m 2^-e, and the
+// product of m and total fits into 128 bits.
+inline int64_t least_mass(double p, int64_t total, bool equal = true) {
   uint64_t u;
   memcpy(&u, &p, 8);
   const int exponent = int(u >> 52); // the sign bit is clear
