@@ -89,7 +89,8 @@ _TOP_GAP = Stage(
 ''',
     ),
     Addition("src/headway/reference/_sampling/stages.py", '    "top_k": _top_k,\n', '    "top_gap": _top_gap,\n'),
-    # One sentence, and its test.
+    # One sentence, its test, and the place in the order of headway's own dialect.
+    Addition("docs/semantics.md", "top_k, top_p, min_p, typical_p, epsilon, eta, xtc |", "top_gap, "),
     Addition(
         "docs/semantics.md",
         "### Dialects",
