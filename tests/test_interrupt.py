@@ -259,14 +259,14 @@ def test_a42_a_signal_never_leaves_a_sampler_half_changed(alarm: Callable[[], No
         alone[handle] = (seed, prompt)
 
     def calls() -> None:
+        while len(sampler.handles) > 5:
+            sampler.retire(sampler.handles[int(rng.integers(len(sampler.handles)))])
         for _ in range(3):
             sampler.step(logits[: len(sampler.handles)])
         sampler.verify(drafted[: len(sampler.handles)], np.zeros((len(sampler.handles), 2), int))
         sampler.force(sampler.handles[0], 5)
         alone[sampler.fork(sampler.handles[0], seed=7)] = (7, alone[sampler.handles[0]][1])
         sampler.truncate(sampler.handles[-1], len(alone[sampler.handles[-1]][1]))
-        while len(sampler.handles) > 5:
-            sampler.retire(sampler.handles[int(rng.integers(len(sampler.handles)))])
         if len(sampler.handles) < 8:
             admit()
 
