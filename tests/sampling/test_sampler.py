@@ -187,6 +187,24 @@ def test_verified_drafts_equal_the_reference(data: st.DataObject) -> None:
             one.step(after[i : i + 1])
 
 
+def test_an_error_behind_accepted_tokens_leaves_the_counts() -> None:
+    """The tokens of the first places are counted when the last place turns out to be NaN."""
+    rng = np.random.default_rng(4)
+    sampler = hw.Sampler(6)
+    for _ in range(3):
+        sampler.admit(hw.SamplingParams(temperature=0), [1, 2], frequency=0.7, dry_multiplier=0.8, window=5)
+    for _ in range(20):
+        logits = rng.standard_normal((3, 4, 6)) * 0.3
+        greedy, going_on = copy.deepcopy(sampler), copy.deepcopy(sampler)
+        tokens = np.stack([greedy.step(logits[:, i]) for i in range(3)], 1)  # all of which are accepted
+        logits[2, 3, 0] = np.nan
+        with pytest.raises(ValueError, match=r"NaN at token 0 in row \(2, 3\)"):
+            sampler.verify(logits, tokens)
+        for _ in range(3):
+            again = rng.standard_normal((3, 6)) * 0.3
+            assert sampler.step(again).tolist() == going_on.step(again).tolist()
+
+
 @given(st.lists(st.integers(0, 3), max_size=12), st.data())
 @settings(max_examples=200)
 def test_bans_equal_the_reference(history: list[int], data: st.DataObject) -> None:
