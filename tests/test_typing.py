@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import headway as hw
-from headway import plot, reference
+from headway import lm, plot, reference
 from headway._signatures import Unpack
 
 ROOT = Path(__file__).parent.parent
@@ -80,11 +80,7 @@ def faces(module: ModuleType) -> Iterator[tuple[str, Any]]:
 
 
 def modules() -> Iterator[ModuleType]:
-    yield from (hw, reference, plot)
-    if importlib.util.find_spec("tokenizers"):
-        from headway import lm
-
-        yield lm
+    yield from (hw, reference, plot, lm)
 
 
 def test_every_annotation_can_be_looked_up() -> None:
@@ -127,42 +123,133 @@ def parameters(face: Any) -> dict[str, inspect.Parameter]:
 
 # Editors --------------------------------------------------------------------------------------------------------------
 
-LIVE = {"hw": hw, "cache": hw.KVCache(1, 4), "sampler": hw.Sampler(4)}
-CALLS: dict[str, Any] = {
-    "hw.sample(x, ": hw.sample,
-    "hw.probabilities(x, ": hw.probabilities,
-    "hw.filter_logits(x, ": hw.filter_logits,
-    "hw.logprobs(x, ": hw.logprobs,
-    "hw.verify_draft(x, None, [1], ": hw.verify_draft,
-    "hw.explain(x, ": hw.explain,
-    "hw.penalize(x, [1], ": hw.penalize,
-    "sampler.admit(": hw.Sampler.admit,
-    "hw.attention(x, x, x, ": hw.attention,
-    "hw.attention_weights(x, x, ": hw.attention_weights,
-    "hw.partial_attention(x, x, x, ": hw.partial_attention,
-    "hw.multi_head_attention(x, x, x, ": hw.multi_head_attention,
-    "cache.attend(x, ": hw.KVCache.attend,
+# Every public function with arguments that are given by name, called in a program that begins with SETUP.
+SETUP = """\
+import headway as hw
+from headway import lm, plot
+cache, sampler, model, x = hw.KVCache(1, 4), hw.Sampler(4), lm.load(), [1.0]
+"""
+CALLS: dict[str, str] = {
+    "hw.KVCache(": "KVCache",
+    "cache.attend(x, ": "KVCache.attend",
+    "hw.attention(x, x, x, ": "attention",
+    "hw.attention_weights(x, x, ": "attention_weights",
+    "hw.partial_attention(x, x, x, ": "partial_attention",
+    "hw.merge_attention(x, ": "merge_attention",
+    "hw.multi_head_attention(x, x, x, ": "multi_head_attention",
+    "hw.rms_norm(x, x, ": "rms_norm",
+    "hw.rotary(x, ": "rotary",
+    "hw.SamplingParams(": "SamplingParams",
+    "hw.sample(x, ": "sample",
+    "hw.probabilities(x, ": "probabilities",
+    "hw.filter_logits(x, ": "filter_logits",
+    "hw.explain(x, ": "explain",
+    "hw.logprobs(x, ": "logprobs",
+    "hw.verify_draft(x, x, x, ": "verify_draft",
+    "hw.penalize(x, x, ": "penalize",
+    "sampler.admit(": "Sampler.admit",
+    "sampler.step(x, ": "Sampler.step",
+    "sampler.verify(x, x, ": "Sampler.verify",
+    "sampler.fork(x, ": "Sampler.fork",
+    "model.generate(x, ": "Model.generate",
+    "model.stream(x, ": "Model.stream",
+    "plot.attention_map(x, ": "attention_map",
 }
+FACES = {name: face for module in modules() if module is not reference for name, face in faces(module)}
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_notebooks_complete_every_option(call: str) -> None:
-    """As IPython and Jupyter do, which have the objects."""
+def test_every_function_with_options_is_asked_for() -> None:
+    named = {
+        name
+        for name, face in FACES.items()
+        if not name.split(".")[-1].startswith("_") and not typing.is_typeddict(face)  # a class stands for its __init__
+        if any(p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters(face).values())
+    }
+    assert named <= set(CALLS.values())
+
+
+Editor = Callable[[str], "set[str]"]  # from the beginning of a call to what may come next
+
+
+@pytest.fixture(scope="module")
+def jedi_with_objects() -> Editor:
+    """IPython and Jupyter, which have the objects."""
     jedi = pytest.importorskip("jedi", reason="jedi is not installed; `make check` installs it")
-    completed(jedi.Interpreter(call, [LIVE]), call)
+    namespace: dict[str, Any] = {}
+    exec(SETUP, namespace)
+    return lambda call: {completion.name for completion in jedi.Interpreter(call, [namespace]).complete()}
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_editors_complete_every_option(call: str) -> None:
-    """From the source alone: jedi goes from ``**options`` to the function that they are handed on to."""
+@pytest.fixture(scope="module")
+def jedi_with_source() -> Editor:
+    """Editors on jedi, which have the source alone: jedi goes on to the functions that ``**options`` is handed to."""
     jedi = pytest.importorskip("jedi", reason="jedi is not installed; `make check` installs it")
     plain = jedi.create_environment(sys.base_prefix, safe=False)  # in which headway is installed in no special way
-    source = f"import headway as hw\ncache, sampler = hw.KVCache(1, 4), hw.Sampler(4)\n{call}"
-    completed(jedi.Script(source, project=jedi.Project(ROOT / "src"), environment=plain), call)
+    project = jedi.Project(ROOT / "src")
+    return lambda call: {
+        completion.name for completion in jedi.Script(SETUP + call, project=project, environment=plain).complete()
+    }
 
 
-def completed(script: Any, call: str) -> None:
-    names = {completion.name for completion in script.complete()}
-    options = [n for n, p in parameters(CALLS[call]).items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    assert len(options) > 5
-    assert {f"{name}=" for name in options} <= names
+@pytest.fixture(scope="module")
+def pyright_server() -> Iterator[Editor]:
+    """Editors on pyright's language server, such as VS Code."""
+    pytest.importorskip("pyright", reason="pyright is not installed; `make check` installs it")
+    command = [sys.executable, "-m", "pyright.langserver", "--stdio"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        server = LanguageServer(process)
+        folder = {"uri": ROOT.as_uri(), "name": "headway"}
+        server.ask("initialize", processId=None, rootUri=folder["uri"], workspaceFolders=[folder], capabilities={})
+        server.say("initialized")
+        yield server.complete
+        server.ask("shutdown")
+        server.say("exit")
+
+
+class LanguageServer:
+    """The other end of a language server: JSON messages, each behind a header that says how long it is."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin
+        assert process.stdout
+        self.to, self.back, self.count = process.stdin, process.stdout, 0
+
+    def complete(self, call: str) -> set[str]:
+        document = {"uri": (ROOT / "tests" / f"completed{self.count}.py").as_uri()}
+        self.say(
+            "textDocument/didOpen",
+            textDocument={**document, "languageId": "python", "version": 0, "text": SETUP + call + ")"},
+        )
+        place = {"line": SETUP.count("\n"), "character": len(call)}
+        return {
+            item["label"]
+            for item in self.ask("textDocument/completion", textDocument=document, position=place)["items"]
+        }
+
+    def ask(self, method: str, **parameters: Any) -> Any:
+        self.count += 1
+        self.say(method, self.count, **parameters)
+        while True:
+            said = self.hear()
+            if "method" not in said and said["id"] == self.count:
+                return said["result"]
+
+    def say(self, method: str, number: int | None = None, **parameters: Any) -> None:
+        message = {"jsonrpc": "2.0", "method": method, "params": parameters}
+        text = json.dumps(message if number is None else {**message, "id": number}).encode()
+        self.to.write(b"Content-Length: %d\r\n\r\n%s" % (len(text), text))
+        self.to.flush()
+
+    def hear(self) -> Any:
+        lines = list(iter(lambda: self.back.readline().strip(), b""))
+        length = next(int(line.split()[1]) for line in lines if line.startswith(b"Content-Length"))
+        return json.loads(self.back.read(length))
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("editor", ["jedi_with_objects", "jedi_with_source", "pyright_server"])
+def test_editors_complete_every_argument(editor: str, call: str, request: pytest.FixtureRequest) -> None:
+    name = CALLS[call]
+    given = call.count("x, ")
+    missing = [f"{argument}=" for argument in parameters(FACES[name]) if argument != "self"][given:]
+    assert set(missing) <= request.getfixturevalue(editor)(call)

@@ -56,8 +56,13 @@ class Operand(NamedTuple):
 def unwrap(x: Any, name: str) -> Operand:
     """Take an array of floating numbers in, without a copy where its memory allows.
 
-    An Operand passes through. Lists and integers become float64, as in NumPy. Raises TypeError for bool, complex,
-    object and text, for an array on another device, and for anything that is no array.
+    Lists and integers become float64, as in NumPy.
+
+    Returns:
+        The operand; x itself where it is one.
+
+    Raises:
+        TypeError: bool, complex, object and text, an array on another device, and anything that is no array.
     """
     if isinstance(x, Operand):
         return x
@@ -73,9 +78,10 @@ def unwrap(x: Any, name: str) -> Operand:
 
 
 def plain(x: Any, name: str) -> tuple[NDArray[Any], str]:
-    """Take any array in as NumPy sees it, for masks, positions, lengths and ids, and name its type.
+    """Take any array in as NumPy sees it, for masks, positions, lengths and ids.
 
-    NumPy has no bfloat16: those numbers come as float32, which has them all.
+    Returns:
+        The array, and the name of its type. NumPy has no bfloat16: those numbers come as float32, which has them all.
     """
     if type(x) is np.ndarray and (dtype := _OWN.get(x.dtype)):  # the common case
         return _addressable(x), dtype
@@ -136,8 +142,11 @@ def storage(dtype: str) -> np.dtype[Any]:
 def _taken(x: Any, name: str, floating: bool = False) -> tuple[NDArray[Any], str, Wrap]:
     """Take in what a user hands over, whatever argument it is for: this is the one door.
 
-    Returns an array of one of NumPy's own types, or of bfloat16 as its bits, the name of the type, and how to wrap a
-    result. What cannot be read as it is meant is a TypeError here, with a cure where floating numbers are wanted.
+    Returns:
+        An array of one of NumPy's own types, or of bfloat16 as its bits; the name of the type; how to wrap a result.
+
+    Raises:
+        TypeError: what cannot be read as it is meant, with a cure where floating numbers are wanted.
     """
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected a plain array, got a masked one, whose mask would be lost; pass it apart")
@@ -215,7 +224,8 @@ def items(x: Sequence[Any], name: str) -> Sequence[Any]:
 def _foreign(x: Any, name: str, floating: bool) -> tuple[NDArray[Any], bool, Wrap]:
     """Take in what is neither an array of NumPy's nor a list: another library's memory, or what NumPy makes of it.
 
-    Returns the array, whether it holds bfloat16 as bits, and how to wrap a result.
+    Returns:
+        The array, whether it holds bfloat16 as bits, and how to wrap a result.
     """
     tensor: Any = getattr(sys.modules.get("torch"), "Tensor", ())
     try:

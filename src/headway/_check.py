@@ -241,7 +241,7 @@ def columns_of(text: str) -> int:
 
 
 def json_loads(data: bytes) -> Any:
-    """Parse JSON; a key that an object holds twice is a ValueError, since one of its values would be lost unseen.
+    """Return what JSON says; a key that an object holds twice is a ValueError, since one of its values would be lost.
 
     >>> json_loads(b'{"q": [1, 0]}')
     {'q': [1, 0]}

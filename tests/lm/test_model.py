@@ -258,6 +258,8 @@ def test_params_and_keywords(tiny: headway.lm.Model) -> None:
     assert tiny.generate("abc", max_tokens=9, seed=1, params=params) == as_keywords
     greedy = tiny.generate("abc", max_tokens=9, temperature=0)
     assert tiny.generate("abc", max_tokens=9, seed=1, params=params, temperature=0) == greedy
+    with pytest.raises(TypeError, match=r"^params: expected SamplingParams, got dict; "):
+        tiny.generate("abc", params={"temperature": 0.5})  # type: ignore[arg-type]
 
 
 @settings(max_examples=12, deadline=None)

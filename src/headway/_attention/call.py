@@ -360,10 +360,13 @@ def compute(kernel: _Kernel, call: Call, out: NDArray[Any], lse: NDArray[Any] | 
 
 
 def _wider(call: Call) -> Iterator[tuple[Call, int]]:
-    """Give the same call with more range, and the power of two that its result is to be multiplied by.
+    """Give the same call with more range.
 
     float64 holds all that float32 can lead to. For float64 itself, what scale takes away is taken from q and k before,
     and then the values are made smaller.
+
+    Yields:
+        The call, and the power of two that its result is to be multiplied by.
     """
     if call.compute == "float32":
         bias, sinks = (None if x is None else _times(x, 0) for x in (call.bias, call.sinks))

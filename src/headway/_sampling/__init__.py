@@ -1,6 +1,7 @@
 """Next-token sampling, penalties, log-probabilities, drafts, and the sampler of a serving loop."""
 
 from .bans import Bans
+from .call import with_options
 from .checks import Choice, Integers, Reading
 from .dialects import DIALECTS, NUCLEUS, OPTIONAL, Step, dialects, rules
 from .explain import Candidate, Explanation, Stage, Why, explain
@@ -48,4 +49,5 @@ __all__ = [
     "sample",
     "shows_sampling_options",
     "verify_draft",
+    "with_options",
 ]

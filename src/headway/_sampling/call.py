@@ -180,15 +180,20 @@ def resolve(params: SamplingParams | None, **options: Unpack[SamplingOptions]) -
     """Return the settings of one call: the keywords, then params, then the defaults."""
     if params is None:
         settings = DEFAULT_SETTINGS.updated(checked(options))
-    elif not isinstance(params, SamplingParams):
-        raise TypeError(f"params: expected SamplingParams, got {shown(params)}; options are keywords, temperature=0.7")
-    elif "dialect" in options:  # it says what the numbers of params mean too
-        own: Any = {name: value for name, value in vars(params).items() if name in CHECKS and name not in options}
-        return SamplingParams(**own, **options)._settings
-    else:
+    elif isinstance(params, SamplingParams) and "dialect" not in options:
         settings = params._settings.updated(checked(options, params._settings.dialect))
+    else:  # a dialect says what the numbers of params mean too
+        return with_options(params, **options)._settings
     check_together(settings)
     return settings
+
+
+def with_options(params: SamplingParams, **options: Unpack[SamplingOptions]) -> SamplingParams:
+    """Return params with these options instead of their own."""
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"params: expected SamplingParams, got {shown(params)}; options are keywords, temperature=0.7")
+    own: Any = {name: value for name, value in vars(params).items() if name in CHECKS and name not in options}
+    return SamplingParams(**own, **options)
 
 
 def fault_in(status: int) -> tuple[int, str]:

@@ -10,7 +10,6 @@ width, V vocabulary, H query heads, G key/value heads, D head size, I inner widt
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -22,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 import headway as hw
 
 from .. import _check
-from .._sampling import Bans, Penalties, SamplingOptions
+from .._sampling import Bans, Penalties, SamplingOptions, with_options
 from .._signatures import Unpack, defaults_of, shows_options
 from .checkpoint import Config, Floats, Weights, read_checkpoint
 from .text import detokenize, tokenizer_errors, until_stop
@@ -248,12 +247,9 @@ class Model:
         if len(prompt_ids) >= context:
             raise ValueError(f"prompt: expected less than {context} tokens, the model's context, got {len(prompt_ids)}")
         grammar = options.pop("allowed") if callable(options.get("allowed")) else None
-        drawing: Any = {name: value for name, value in options.items() if name in SamplingOptions.__annotations__}
-        of_row: Any = {name: value for name, value in options.items() if name not in drawing}
-        of_row |= {"count_prompt": count_prompt, "stop_tokens": self.config.eos_token_ids}
-        chosen = dataclasses.replace(DEFAULTS if params is None else params, **drawing)
+        chosen = _params(DEFAULTS if params is None else params, **options)
         sampler = hw.Sampler(self.config.vocab_size)
-        sampler.admit(chosen, prompt_ids, **of_row)
+        _admit(sampler, chosen, prompt_ids, self.config, count_prompt=count_prompt, **options)
         return TextStream(self, prompt_ids, max_tokens, stops, sampler, grammar, logprobs)
 
     def _encode(self, prompt: str) -> list[int]:
@@ -349,6 +345,24 @@ class TextStream(Iterator[str]):
             yield token
             new = (token,)
         self.finish_reason = "max_tokens"
+
+
+# Of a text's options some are sampling's, the others a row's. Either function takes all of them and leaves out those of
+# the other, since editors on jedi complete what is handed on as **options.
+def _params(params: hw.SamplingParams, **options: Any) -> hw.SamplingParams:
+    """Return params with the options that are sampling's."""
+    for name in (*Penalties.__annotations__, *Bans.__annotations__):
+        options.pop(name, None)
+    return with_options(params, **options)
+
+
+def _admit(
+    sampler: hw.Sampler, params: hw.SamplingParams, prompt_ids: Sequence[int], config: Config, **options: Any
+) -> None:
+    """Add the one row of a text, with the options that are a row's."""
+    for name in SamplingOptions.__annotations__:
+        options.pop(name, None)
+    sampler.admit(params, prompt_ids, stop_tokens=config.eos_token_ids, **options)
 
 
 def _of_one_row(found: hw.Logprobs) -> hw.Logprobs:
