@@ -20,7 +20,7 @@ ieee = np.errstate(all="ignore")
 
 
 class Options(TypedDict, total=False):
-    """What every attention function takes: see `scores` for the first three, `allowed_keys` for the rest."""
+    """What every attention function takes; `scores` explains it."""
 
     scale: float | None
     softcap: float | None
@@ -52,8 +52,21 @@ def attention(
 
     A query that may attend to nothing gets out 0 and lse -inf.
 
-    q (..., H, L, D), k (..., G, S, D), v (..., G, S, E), sinks (H,) or (..., H) -> out (..., H, L, E), and
-    lse (..., H, L) on request.
+    Args:
+        q: (..., H, L, D).
+        k: (..., G, S, D).
+        v: (..., G, S, E).
+        sinks: (H,) or (..., H); None is -inf.
+        return_lse: whether lse comes back too.
+        **options: those of `scores`.
+
+    Returns:
+        out (..., H, L, E); with return_lse the pair of out and lse (..., H, L).
+
+    >>> import numpy as np
+    >>> from headway import reference
+    >>> reference.attention(np.zeros((1, 1, 4)), np.zeros((1, 2, 4)), np.array([[[1.0], [3.0]]]))
+    array([[[2.]]])
     """
     score, allowed = scores(with_batch_of(v, q), k, **options)
     values, sink = for_every_head(v, score.shape), for_every_row(sinks, score.shape)
@@ -68,7 +81,7 @@ def attention(
 
 
 def average(weight: Array, values: Array) -> Array:
-    """Sum weighted values (S, E) to their average (E,). Weights add up to 1, or less where a sink takes some.
+    """Return the average (E,) of weighted values (S, E). Weights add up to 1, or less where a sink takes some.
 
     So it lies between the least and the greatest value, or 0. Rounding could make it leave them, and so be infinite
     where the values are as large as numbers can be.
@@ -81,9 +94,22 @@ def average(weight: Array, values: Array) -> Array:
 def attention_weights(
     q: ArrayLike, k: ArrayLike, *, sinks: ArrayLike | None = None, **options: Unpack[Options]
 ) -> Array:
-    """Give the weights under which `attention` averages: 0 at forbidden keys, 1 in total less the sink.
+    """Give the weights under which `attention` averages.
 
-    q (..., H, L, D), k (..., G, S, D) -> (..., H, L, S)
+    Args:
+        q: (..., H, L, D).
+        k: (..., G, S, D).
+        sinks: (H,) or (..., H); None is -inf.
+        **options: those of `scores`.
+
+    Returns:
+        (..., H, L, S): 0 at forbidden keys, 1 in total less the sink.
+
+    >>> import numpy as np
+    >>> from headway import reference
+    >>> reference.attention_weights(np.zeros((1, 2, 4)), np.zeros((1, 2, 4)), causal=True)
+    array([[[1. , 0. ],
+            [0.5, 0.5]]])
     """
     score, allowed = scores(q, k, **options)
     sink = for_every_row(sinks, score.shape)
@@ -102,6 +128,18 @@ def softmax(score: Array, sink: float) -> tuple[Array, float]:
     Taken as written, exp(1000) would be infinite. Dividing above and below by exp(top), top being the largest
     score, changes no quotient and leaves exponentials between 0 and 1 of which one is 1: none overflows, and
     their sum is never 0 because all are tiny.
+
+    Args:
+        score: (S,), of the keys that the query may attend to.
+        sink: a score more, of no key; -inf is none.
+
+    Returns:
+        The weights (S,), and lse.
+
+    >>> import numpy as np
+    >>> from headway import reference
+    >>> reference.softmax(np.array([1000.0, 1000.0]), -np.inf)[0]
+    array([0.5, 0.5])
     """
     if score.size == 0:
         return score, -np.inf
@@ -124,15 +162,33 @@ def scores(
     kv_lengths: ArrayLike | None = None,
     key_offset: int = 0,
 ) -> tuple[Array, NDArray[np.bool_]]:
-    """Say how well each key answers each query, and whether it may: (score, allowed), both (..., H, L, S).
+    """Say how well each key answers each query, and whether it may.
 
     In this order:
 
-        score = q . k * scale                     scale: 1 / sqrt(D), which keeps the spread of scores near 1
-        score = softcap * tanh(score / softcap)   optional: no score beyond +-softcap
-        score = score + bias                      optional: (..., H, L, S), or what broadcasts to it
+        score = q . k * scale
+        score = softcap * tanh(score / softcap)
+        score = score + bias
 
-    The other options decide what is allowed: see `allowed_keys`.
+    Args:
+        q: (..., H, L, D).
+        k: (..., G, S, D).
+        scale: None is 1 / sqrt(D), which keeps the spread of scores near 1.
+        softcap: no score is beyond +-softcap; None leaves that step out.
+        bias: (..., H, L, S), or what broadcasts to it; None leaves that step out.
+        mask: as `allowed_keys` takes it, and so are the options that follow.
+        causal: see `allowed_keys`.
+        window: see `allowed_keys`.
+        kv_lengths: see `allowed_keys`.
+        key_offset: see `allowed_keys`.
+
+    Returns:
+        The scores, and which keys are allowed, both (..., H, L, S).
+
+    >>> import numpy as np
+    >>> from headway import reference
+    >>> reference.scores(np.ones((1, 1, 4)), np.ones((1, 2, 4)), bias=[0.0, -np.inf])
+    (array([[[  2., -inf]]]), array([[[ True, False]]]))
     """
     q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
     shape = (*np.broadcast_shapes(q.shape[:-3], k.shape[:-3]), *q.shape[-3:-1], k.shape[-2])
@@ -158,16 +214,27 @@ def allowed_keys(
     kv_lengths: ArrayLike | None = None,
     key_offset: int = 0,
 ) -> NDArray[np.bool_]:
-    """Say which keys each query may attend to, (..., H, L, S): those that every rule given allows.
-
-        mask         True or 1: it may; False or 0: it may not
-        bias         -inf: it may not
-        kv_lengths   one number for each batch item: only so many of its S keys are there
-        causal       no key after the query's own position
-        window       (left, right): from `left` keys before that position to `right` after it; None: no bound
+    """Say which keys each query may attend to: those that every rule given allows.
 
     Query i stands at position i. With causal="bottom_right" it stands at i + n - L, where n is the number of
     keys, S or the batch item's kv_length: the last query then stands at the last key, as decoding needs it.
+
+    Args:
+        shape: (..., H, L, S), that of the scores.
+        mask: (..., H, L, S), or what broadcasts to it. True or 1: it may; False or 0: it may not.
+        bias: the same. -inf: it may not.
+        causal: true, or "bottom_right": no key after the query's own position.
+        window: (left, right): from `left` keys before that position to `right` after it; None: no bound.
+        kv_lengths: (...), one number for each batch item: only so many of its S keys are there.
+        key_offset: the position of the first key.
+
+    Returns:
+        bool (..., H, L, S).
+
+    >>> from headway import reference
+    >>> reference.allowed_keys((1, 2, 3), causal="bottom_right")
+    array([[[ True,  True, False],
+            [ True,  True,  True]]])
     """
     L, S = shape[-2:]
     key = key_offset + np.arange(S)
@@ -197,7 +264,7 @@ def with_batch_of(v: ArrayLike, q: ArrayLike) -> Array:
 
 
 def for_every_head(x: ArrayLike, shape: Sequence[int]) -> Array:
-    """Give each of the H query heads its keys or values: (..., G, S, D) -> (..., H, S, D).
+    """Return the keys or values of each of the H query heads: (..., G, S, D) -> (..., H, S, D).
 
     Where query heads share keys and values (Ainslie et al., 2023), head h reads key/value head h // (H / G).
     """

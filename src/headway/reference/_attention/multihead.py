@@ -36,8 +36,35 @@ def multi_head_attention(
         head_h = attention(the columns of head h of q W_q + b_q, of k W_k + b_k, of v W_v + b_v)
         out    = (head_0, head_1, ... side by side) W_o + b_o
 
-    q (..., L, M), k and v (..., S, M), W (in, out) -> (..., L, M). A projection that is not given is the
-    identity. Head 0 has the first M / num_heads columns, head 1 the next, and so on. decimals rounds the end.
+    Head 0 has the first M / num_heads columns, head 1 the next, and so on.
+
+    Args:
+        q: (..., L, M).
+        k: (..., S, M).
+        v: (..., S, M).
+        num_heads: H.
+        w_q: (in, out), as every W; None is the identity.
+        w_k: (in, out) or None.
+        w_v: (in, out) or None.
+        w_o: (in, out) or None.
+        b_q: (out,), as every b; None is 0.
+        b_k: (out,) or None.
+        b_v: (out,) or None.
+        b_o: (out,) or None.
+        num_kv_heads: G; None is H.
+        decimals: to how many the end is rounded; None leaves it as it is.
+        sinks: as `attention` takes them.
+        return_lse: as `attention` takes it.
+        **options: those of `scores`.
+
+    Returns:
+        (..., L, M); with return_lse the pair of it and lse (..., H, L).
+
+    >>> from headway import reference
+    >>> x = [[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 0.0]]
+    >>> reference.multi_head_attention(x, x, x, num_heads=2, decimals=6)
+    array([[0.669762, 0.330238, 0.330238, 0.669762],
+           [0.330238, 0.669762, 0.669762, 0.330238]])
     """
     q = _split(linear(q, w_q, b_q), num_heads)
     k = _split(linear(k, w_k, b_k), num_kv_heads or num_heads)

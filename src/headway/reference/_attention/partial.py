@@ -15,11 +15,18 @@ from .attention import LOWEST, Array, Options, for_every_head, for_every_row, ie
 class AttentionState(NamedTuple):
     """What a part of the keys contributes to each query: all that is needed to join it with other parts.
 
-        maximum         (..., H, L)       the largest score
-        total           (..., H, L)       sum_j exp(score_j - maximum)
-        weighted_sum    (..., H, L, E)    sum_j exp(score_j - maximum) v_j
-
     For a query that may attend to no key of the part: -inf, 0 and 0.
+
+    Attributes:
+        maximum: (..., H, L), the largest score.
+        total: (..., H, L), sum_j exp(score_j - maximum).
+        weighted_sum: (..., H, L, E), sum_j exp(score_j - maximum) v_j.
+
+    >>> import numpy as np
+    >>> from headway import reference
+    >>> state = reference.partial_attention(np.zeros((1, 1, 4)), np.zeros((1, 2, 4)), [[[1.0], [3.0]]])
+    >>> state.maximum, state.total, state.weighted_sum
+    (array([[0.]]), array([[2.]]), array([[[4.]]]))
     """
 
     maximum: Array
@@ -28,7 +35,22 @@ class AttentionState(NamedTuple):
 
     @classmethod
     def from_lse(cls, out: ArrayLike, lse: ArrayLike) -> AttentionState:
-        """Make a state of a finished result: measured against exp(lse), its total is 1. Without keys, lse is -inf."""
+        """Make a state of a finished result: measured against exp(lse), its total is 1.
+
+        Args:
+            out: (..., H, L, E).
+            lse: (..., H, L); -inf without keys.
+
+        Returns:
+            The state.
+
+        Raises:
+            ValueError: an lse of +inf.
+
+        >>> from headway import reference
+        >>> reference.AttentionState.from_lse([[[2.0]]], [[0.5]]).maximum
+        array([[0.5]])
+        """
         lse = np.asarray(lse, np.float64)
         if np.isposinf(lse).any():
             raise ValueError("lse: expected numbers below infinity, got inf; a row without keys has the lse -inf")
@@ -41,7 +63,23 @@ def partial_attention(
 ) -> AttentionState:
     """Attention over the keys key_offset, key_offset + 1, ... alone, left unfinished for `merge_attention`.
 
-    mask and bias cover the part's keys; kv_lengths and all positions count from the first key of the whole.
+    Args:
+        q: (..., H, L, D).
+        k: (..., G, S, D), the part's keys.
+        v: (..., G, S, E), the part's values.
+        key_offset: the position of the part's first key.
+        **options: those of `scores`. mask and bias cover the part's keys; kv_lengths and all positions count from the
+            first key of the whole.
+
+    Returns:
+        The part's state.
+
+    >>> import numpy as np
+    >>> from headway import reference
+    >>> q, k, v = np.random.default_rng(0).normal(size=(3, 1, 5, 4))
+    >>> parts = [reference.partial_attention(q, k[:, i : i + 3], v[:, i : i + 3], key_offset=i) for i in (0, 3)]
+    >>> np.allclose(reference.merge_attention(parts), reference.attention(q, k, v))
+    True
     """
     score, allowed = scores(with_batch_of(v, q), k, key_offset=key_offset, **options)
     values = for_every_head(v, score.shape)
@@ -65,6 +103,19 @@ def merge_attention(
     """Join the states of all parts to what `attention` gives over all keys.
 
     Each part was measured against its own maximum; exp(maximum - the largest one) brings all to one measure.
+
+    Args:
+        states: those of all parts.
+        sinks: as `attention` takes them.
+        return_lse: as `attention` takes it.
+
+    Returns:
+        What `attention` returns.
+
+    >>> from headway import reference
+    >>> parts = [reference.AttentionState.from_lse([[[out]]], [[0.0]]) for out in (1.0, 3.0)]
+    >>> reference.merge_attention(parts)
+    array([[[2.]]])
     """
     top = np.max([state.maximum for state in states], axis=0)
     empty = top == -np.inf  # no key in any part

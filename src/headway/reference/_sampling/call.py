@@ -24,7 +24,7 @@ def through_stages(
     blocks: Sequence[tuple[int, ...]] | None = None,
     watch: Watch = lambda row, step, value: None,
 ) -> list[Row]:
-    """Every row of logits (..., V), in C order, with its own settings, taken through the stages.
+    """Return every row of logits (..., V), in C order, with its own settings, taken through the stages.
 
     blocks: the rows' random numbers, where they are not those of seed and position; good for one draw.
     """

@@ -21,11 +21,13 @@ _NO_LIMIT = 2**63 - 1  # what a top_k without limit is read as
 
 
 class StageFacts(NamedTuple):
-    """What one stage did; the fields are those of `headway.explain`'s stages.
+    """What one stage did; the other fields are those of `headway.Stage`.
 
-    last_kept, first_removed: a token and its share of the mass that came in.
-    found: the number that the stage worked out, which the note states: the temperature that a range came to, the
-        standard deviation, eta's least share, xtc's coin; None for all others.
+    Attributes:
+        last_kept: a token and its share of the mass that came in.
+        first_removed: the same.
+        found: the number that the stage worked out, which the note states: the temperature that a range came to, the
+            standard deviation, eta's least share, xtc's coin; None for all others.
     """
 
     option: str
@@ -44,12 +46,7 @@ class StageFacts(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What there is to say of a row.
-
-    kept: what can be drawn, the best first.
-    removed: gives for a token the stage that removed it, the number by which that judged, and the limit; None where no
-        stage did.
-    """
+    """What there is to say of a row: what `explain` returns."""
 
     stages: list[StageFacts]
     kept: AnyArray
@@ -57,9 +54,20 @@ class Facts(NamedTuple):
 
 
 def explain(logits: Any, params: Any = None, **options: Any) -> Facts:
-    """Look at one row of logits (V,) between one stage and the next.
+    """Look at one row of logits between one stage and the next.
 
-    >>> facts = explain([3.0, 1.0, 2.0, 2.0], top_k=2)
+    Args:
+        logits: (V,), or an array that holds one row.
+        params: `headway.SamplingParams`, or None.
+        **options: those of `headway.SamplingParams`.
+
+    Returns:
+        The stages, each with facts under the names that `headway.Stage` has for them; kept, the ids that can be drawn,
+        the best first; removed, a function that gives for a token the stage that removed it, the number by which that
+        judged, and the limit, or None where no stage did.
+
+    >>> from headway import reference
+    >>> facts = reference.explain([3.0, 1.0, 2.0, 2.0], top_k=2)
     >>> facts.kept
     array([0, 2])
     >>> facts.removed(1)

@@ -13,7 +13,7 @@ from .sample import filter_logits, masses
 
 
 class Logprobs(NamedTuple):
-    """Of given tokens, and of the best."""
+    """What `logprobs` returns."""
 
     logprobs: Any
     ranks: Any
@@ -30,11 +30,24 @@ def logprobs(
     processed: bool = False,
     **options: Any,
 ) -> Logprobs:
-    """Ln p of tokens (...) or (..., n), their places in the order, and the best tokens, for logits (..., V).
+    """Return logarithms of probabilities, of given tokens and of the best.
 
-    ln p is z - max z - ln(total / 2^s) for the logits as given, and ln(weight / total) for what `sample` draws from.
+    ln p is z - max z - ln(total / 2^s) for the logits as given, and ln(mass / total) for what `sample` draws from.
 
-    >>> found = logprobs([1.0, 3.0, 2.0], 2, top=2)
+    Args:
+        logits: (..., V).
+        tokens: ids, (...) or (..., n), or None.
+        params: `headway.SamplingParams`, or None.
+        top: how many of the best tokens are wanted; None is none of them.
+        processed: whether ln p is that of what `sample` draws from.
+        **options: those of `headway.SamplingParams`.
+
+    Returns:
+        The fields of `headway.Logprobs`: ln p and ranks of the tokens, in their shape; ids and ln p of the best,
+        (..., top).
+
+    >>> from headway import reference
+    >>> found = reference.logprobs([1.0, 3.0, 2.0], 2, top=2)
     >>> round(found.logprobs, 4), found.ranks, found.top_tokens
     (-1.4076, 2, array([1, 2]))
     """

@@ -63,7 +63,8 @@ def float32(numbers: AnyArray) -> AnyArray:
 def biased(logits: AnyArray, bias: AnyArray | None, allowed: AnyArray | None) -> AnyArray:
     """Return z (V,) float32: logits plus bias, -inf where a token is banned, no negative zero.
 
-    Raises ValueError where an allowed token's score is NaN or +inf, or no token is left.
+    Raises:
+        ValueError: an allowed token's score is NaN or +inf, or no token is left.
     """
     z = float32(logits)
     if bias is not None:
@@ -119,7 +120,7 @@ def least_mass(p: float, total: int, equal: bool = True) -> int:
 
 
 def log(v: float) -> float:
-    """Ln v of a normal number, in float64 by + - * / alone: v = 2^e m with m near 1, s = (m - 1) / (m + 1).
+    """Return ln v of a normal number, in float64 by + - * / alone: v = 2^e m with m near 1, s = (m - 1) / (m + 1).
 
     ln m = 2 s (1 + s^2 / 3 + s^4 / 5 + ... + s^20 / 21): the next term is below 2^-60.
     """

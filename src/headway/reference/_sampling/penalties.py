@@ -21,9 +21,25 @@ def penalize(
     dry_breakers: Any = (),
     **options: Any,
 ) -> AnyArray:
-    """Lower logits (..., V) for the tokens of each row's history, and for those that would go on repeating it.
+    """Lower logits for the tokens of each row's history, and for those that would go on repeating it.
 
-    >>> penalize([2.0, 1.0, -1.0, 0.0], [0, 2, 0], repetition=2.0)
+    Args:
+        logits: (..., V).
+        token_ids: of each row, in a list or an array nested as the leading axes are, the oldest first.
+        lengths: (...), how many tokens of each row count; None is all.
+        prompt_lengths: (...) or one for all rows: how many are the prompt, which frequency and presence do not count.
+        unknown_tokens: "error", or "ignore", which leaves ids without a logit out of the history.
+        dry_breakers: ids that no repetition goes across.
+        **options: the penalties of `headway.penalize`.
+
+    Returns:
+        (..., V), float32, or float64 for float64 logits.
+
+    Raises:
+        ValueError: an id without a logit where a penalty looks, unless unknown_tokens is "ignore".
+
+    >>> from headway import reference
+    >>> reference.penalize([2.0, 1.0, -1.0, 0.0], [0, 2, 0], repetition=2.0)
     array([ 1.,  1., -2.,  0.])
     """
     array = floats(logits)

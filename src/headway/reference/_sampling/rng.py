@@ -10,11 +10,21 @@ from .masses import AnyArray
 
 
 def philox(seed: int, stream: int, position: int, draw: int = 0) -> tuple[int, int, int, int]:
-    """Four random 64-bit words of a position and a draw: Philox4x64-10 (Salmon et al. 2011, "As easy as 1, 2, 3").
+    """Return four random words: Philox4x64-10 (Salmon et al. 2011, "As easy as 1, 2, 3").
 
     `numpy.random.Philox(key=[seed, stream], counter=position - 1)` begins with those of draw 0: NumPy counts up first.
 
-    >>> hex(philox(0, 0, 0)[0])
+    Args:
+        seed: a whole number below 2^64.
+        stream: a whole number below 2^64, such as the number of a row.
+        position: a whole number below 2^64, such as the number of a step.
+        draw: a whole number below 2^64, which of several draws at the position.
+
+    Returns:
+        Four whole numbers below 2^64.
+
+    >>> from headway import reference
+    >>> hex(reference.philox(0, 0, 0)[0])
     '0x16554d9eca36314c'
     """
     mask = 2**64 - 1

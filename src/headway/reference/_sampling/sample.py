@@ -14,15 +14,27 @@ from .rng import draw_from
 def sample(
     logits: Any, params: Any = None, *, num_samples: int | None = None, replacement: bool = True, **options: Any
 ) -> Any:
-    """One token id per row of logits (..., V): an int for (V,), else int64 (...); num_samples=n draws (..., n).
+    """Draw one token for each row of logits, or several.
 
-    The options are those of `headway.sample`.
+    Args:
+        logits: (..., V).
+        params: `headway.SamplingParams`, or None.
+        num_samples: how many tokens to draw for each row; None draws one and adds no axis.
+        replacement: whether a token that was drawn may be drawn again.
+        **options: those of `headway.SamplingParams`.
 
-    >>> sample([1.0, 3.0, 2.0], temperature=0)
+    Returns:
+        The id of the token: an int for (V,), else int64 (...), or (..., n) for n samples.
+
+    Raises:
+        ValueError: NaN or +inf in the logits, or a row in which every token is banned.
+
+    >>> from headway import reference
+    >>> reference.sample([1.0, 3.0, 2.0], temperature=0)
     1
-    >>> sample([1.0, 3.0, 2.0], uniform=0.05)  # the interval of token 0 is [0, 0.09)
+    >>> reference.sample([1.0, 3.0, 2.0], uniform=0.05)  # the interval of token 0 is [0, 0.09)
     0
-    >>> sample([1.0, 3.0, 2.0], uniform=0.05, num_samples=3, replacement=False)
+    >>> reference.sample([1.0, 3.0, 2.0], uniform=0.05, num_samples=3, replacement=False)
     array([0, 1, 2])
     """
     array = floats(logits)
@@ -45,9 +57,22 @@ def sample(
 
 
 def masses(logits: Any, params: Any = None, **options: Any) -> AnyArray:
-    """The whole numbers (..., V) that `sample` draws by: 0 where a token was removed.
+    """Return the whole numbers that `sample` draws by.
 
-    >>> masses([3.0, 2.0, 1.0], top_k=2) / 2**44
+    Args:
+        logits: (..., V).
+        params: `headway.SamplingParams`, or None.
+        **options: those of `headway.SamplingParams`.
+
+    Returns:
+        int64 (..., V): 2^s for the best token, s being 44, or less where V of them would exceed 2^62; 0 where a token
+        was removed.
+
+    Raises:
+        ValueError: as `sample`.
+
+    >>> from headway import reference
+    >>> reference.masses([3.0, 2.0, 1.0], top_k=2) / 2**44
     array([1.        , 0.36787945, 0.        ])
     """
     array = floats(logits)
@@ -56,9 +81,21 @@ def masses(logits: Any, params: Any = None, **options: Any) -> AnyArray:
 
 
 def probabilities(logits: Any, params: Any = None, **options: Any) -> AnyArray:
-    """The distribution (..., V) that `sample` draws from: float32, or float64 for float64 logits.
+    """Return the distribution that `sample` draws from.
 
-    >>> probabilities([3.0, 2.0, 1.0], temperature=0.5, top_k=2).round(4)
+    Args:
+        logits: (..., V).
+        params: `headway.SamplingParams`, or None.
+        **options: those of `headway.SamplingParams`.
+
+    Returns:
+        (..., V), float32, or float64 for float64 logits.
+
+    Raises:
+        ValueError: as `sample`.
+
+    >>> from headway import reference
+    >>> reference.probabilities([3.0, 2.0, 1.0], temperature=0.5, top_k=2).round(4)
     array([0.8808, 0.1192, 0.    ])
     """
     array = floats(logits)
@@ -70,11 +107,22 @@ def probabilities(logits: Any, params: Any = None, **options: Any) -> AnyArray:
 
 
 def filter_logits(logits: Any, params: Any = None, **options: Any) -> AnyArray:
-    """The logits (..., V) as given, in their own dtype, -inf where a token was removed.
+    """Return the logits as given, -inf where a token was removed.
 
-    With a bias they are z, the numbers that decide: float32, or float64 for float64 logits.
+    Args:
+        logits: (..., V).
+        params: `headway.SamplingParams`, or None.
+        **options: those of `headway.SamplingParams`.
 
-    >>> filter_logits([3.0, 2.0, 1.0], temperature=0.5, top_p=0.9)
+    Returns:
+        (..., V), in the dtype of logits. With a bias they are z, the numbers that decide: float32, or float64 for
+        float64 logits.
+
+    Raises:
+        ValueError: as `sample`.
+
+    >>> from headway import reference
+    >>> reference.filter_logits([3.0, 2.0, 1.0], temperature=0.5, top_p=0.9)
     array([  3.,   2., -inf])
     """
     array = floats(logits)

@@ -41,7 +41,11 @@ class Lazy(Sequence[AnyArray]):
 class Sampler:
     """Rows that come and go: each is penalized and sampled on its own.
 
-    >>> sampler = Sampler(3)
+    Args:
+        vocabulary: V.
+
+    >>> from headway import reference
+    >>> sampler = reference.Sampler(3)
     >>> row = sampler.admit(None, [2], seed=1, repetition=2.0)
     >>> sampler.step([[0.0, 1.0, 9.0]])
     array([2])
@@ -67,11 +71,35 @@ class Sampler:
         no_repeat_ngram: int | None = None,
         **penalties: Any,
     ) -> int:
-        """Add a row behind the others, whose next token comes behind prompt and output."""
+        """Add a row behind the others, whose next token comes behind prompt and output.
+
+        Args:
+            params: `headway.SamplingParams`, or None.
+            prompt_tokens: (n,), ids.
+            output_tokens: (n,), ids.
+            seed: the row's; None is that of params, or fresh entropy where that is None too.
+            stream: of the seed. None is the lowest that no active row with the seed of params has, and 0 beside a seed
+                of the row's own.
+            count_prompt: whether frequency and presence count the prompt.
+            stop_tokens: ids that are banned until the output has min_tokens.
+            min_tokens: how many tokens the output has before any of stop_tokens.
+            banned_sequences: ids and lists of ids: the last id of each is banned where the history ends with those
+                before it.
+            no_repeat_ngram: n: no n tokens come twice; None allows it.
+            **penalties: those of `headway.penalize`.
+
+        Returns:
+            The row's handle.
+
+        >>> from headway import reference
+        >>> sampler = reference.Sampler(3)
+        >>> sampler.admit(None, [2]), sampler.admit()
+        (0, 1)
+        """
         of_params = getattr(params, "seed", None) if seed is None else None
         if of_params is not None:
             seed = of_params
-            free = self.free_stream(seed)
+            free = self._free_stream(seed)
         else:
             free = 0
         self.rows[self.admitted] = {
@@ -93,14 +121,26 @@ class Sampler:
         return self.admitted - 1
 
     def step(self, logits: Any, *, allowed: Any = None, logprobs: int | None = None) -> Any:
-        """One token for each row of logits (rows, V); allowed holds a mask for each, or None.
+        """Draw one token for each row.
 
-        logprobs=n: also the logarithms of their probabilities, and of the best n.
+        Args:
+            logits: (rows, V), in the order in which the rows came.
+            allowed: a mask for each row, in any form of `allowed`, or None.
+            logprobs: n, for the logarithms of the tokens' probabilities too, and of the best n.
+
+        Returns:
+            int64 (rows,); with logprobs the fields of `headway.Drawn`.
+
+        >>> from headway import reference
+        >>> sampler = reference.Sampler(3)
+        >>> row = sampler.admit(seed=1)
+        >>> sampler.step([[0.0, 1.0, 9.0]], allowed=[[0, 1]])
+        array([1])
         """
         tokens, filtered, final = [], np.full(np.shape(logits), -np.inf), np.zeros(np.shape(logits), np.int64)
         for i, (z, (handle, row)) in enumerate(zip(floats(logits), self.rows.items(), strict=True)):
-            penalized = self.changed(handle, z, None if allowed is None else allowed[i])
-            block = self.block(row, len(row["history"]))
+            penalized = self._changed(handle, z, None if allowed is None else allowed[i])
+            block = self._block(row, len(row["history"]))
             (drawn,) = through_stages(penalized, row["params"], {}, [block])
             filtered[i, drawn.ids], final[i] = drawn.z, drawn.final_masses()
             tokens.append(draw_from(final[i], block[0]))
@@ -114,9 +154,25 @@ class Sampler:
         return Drawn(drawn_tokens, raw, of_distribution(z.dtype, filtered, final, drawn_tokens, top, True))
 
     def fork(self, handle: int, *, seed: Any = None, stream: int | None = None) -> int:
-        """Add a row that goes on from where another is, in a stream of its own."""
+        """Add a row that goes on from where another is, in a stream of its own.
+
+        Args:
+            handle: that of the other row.
+            seed: the new row's; None is the other's.
+            stream: of the seed. None is the lowest that no active row with the other's seed has, and 0 beside a seed of
+                its own.
+
+        Returns:
+            The new row's handle.
+
+        >>> from headway import reference
+        >>> sampler = reference.Sampler(3)
+        >>> row = sampler.admit(seed=1)
+        >>> sampler.fork(row)
+        1
+        """
         row = {**self.rows[handle], "history": list(self.rows[handle]["history"])}
-        row["stream"] = self.free_stream(row["seed"]) if seed is None else 0
+        row["stream"] = self._free_stream(row["seed"]) if seed is None else 0
         if seed is not None:
             row["seed"] = seed
         if stream is not None:
@@ -125,7 +181,7 @@ class Sampler:
         self.admitted += 1
         return self.admitted - 1
 
-    def free_stream(self, seed: Any) -> int:
+    def _free_stream(self, seed: Any) -> int:
         """The lowest stream that no row with this seed has."""
         taken = {row["stream"] for row in self.rows.values() if row["seed"] == seed}
         return min(set(range(len(taken) + 1)) - taken)
@@ -142,8 +198,22 @@ class Sampler:
     ) -> Verified:
         """For each row, what `verify_draft` makes of its places, each penalized and banned after the tokens before it.
 
-        target_logits (rows, n + 1, V), draft_logits (rows, n, V) or None, draft_tokens (rows, n), of which the first
-        lengths (rows,) count; allowed holds for each row a mask for each place, or None.
+        Args:
+            target_logits: (rows, n + 1, V).
+            draft_tokens: (rows, n), ids.
+            draft_logits: (rows, n, V), or None where the draft has no choice.
+            lengths: (rows,), how many of a row's drafted tokens count, the first ones; None is all.
+            draft_params: those of the draft; None is each row's own, with its penalties and bans.
+            allowed: for each row a mask for each place, or None.
+
+        Returns:
+            The fields of `headway.Verified`.
+
+        >>> from headway import reference
+        >>> sampler = reference.Sampler(3)
+        >>> row = sampler.admit(seed=1)
+        >>> sampler.verify([[[0.0, 99.0, 0.0], [99.0, 0.0, 0.0]]], [[1]])
+        Verified(accepted=array([1]), next_token=array([0]), tokens=array([[1, 0]]))
         """
         target, tokens = floats(target_logits), np.asarray(draft_tokens, np.int64)
         rows, n = target.shape[0], target.shape[1] - 1
@@ -151,7 +221,7 @@ class Sampler:
         drafts = [None] * rows if draft_logits is None else list(floats(draft_logits))
         masks = [None] * rows if allowed is None else allowed
         found = [
-            self.verify_one(handle, target[i], tokens[i, : counts[i]].tolist(), drafts[i], draft_params, masks[i])
+            self._verify_one(handle, target[i], tokens[i, : counts[i]].tolist(), drafts[i], draft_params, masks[i])
             for i, handle in enumerate(self.rows)
         ]
         chain = np.full((rows, n + 1), -1, np.int64)
@@ -161,16 +231,16 @@ class Sampler:
         accepted, following = (np.array([pair[j] for pair in found], np.int64) for j in range(2))
         return Verified(accepted, following, chain)
 
-    def verify_one(
+    def _verify_one(
         self, handle: int, target: AnyArray, tokens: list[int], draft: AnyArray | None, draft_params: Any, masks: Any
     ) -> tuple[int, int]:
         """How many tokens of a row are accepted, and the next one; target (places, V), draft (places - 1, V)."""
         row = self.rows[handle]
         start = len(row["history"])
-        blocks = [self.block(row, start + place) for place in range(len(tokens) + 1)]
+        blocks = [self._block(row, start + place) for place in range(len(tokens) + 1)]
 
         def masses_of_row(logits: AnyArray, place: int) -> AnyArray:
-            changed = self.changed(handle, logits, None if masks is None else masks[place], tokens[:place])
+            changed = self._changed(handle, logits, None if masks is None else masks[place], tokens[:place])
             return through_stages(changed, row["params"], {}, [blocks[place]])[0].final_masses()
 
         def masses_of_draft(place: int) -> AnyArray:
@@ -184,24 +254,34 @@ class Sampler:
         return verify_row(p, Lazy(len(tokens), masses_of_draft), tokens, blocks)
 
     def retire(self, handle: int) -> None:
-        """Remove a row."""
+        """Remove a row.
+
+        Args:
+            handle: the row's.
+
+        >>> from headway import reference
+        >>> sampler = reference.Sampler(3)
+        >>> sampler.retire(sampler.admit())
+        >>> len(sampler.rows)
+        0
+        """
         del self.rows[handle]
 
-    def changed(self, handle: int, z: AnyArray, allowed: Any, more: Sequence[int] = ()) -> AnyArray:
+    def _changed(self, handle: int, z: AnyArray, allowed: Any, more: Sequence[int] = ()) -> AnyArray:
         """Logits (V,) with the penalties of a row's history and more tokens, -inf where a token is banned."""
         row = self.rows[handle]
         penalized = penalize(z, [*row["history"], *more], **row["penalties"])
         mask = mask_of(allowed, z.shape)
         if mask is not None:
             penalized[~mask] = -np.inf
-        penalized[self.banned(handle, more)] = -np.inf
+        penalized[self._banned(handle, more)] = -np.inf
         return penalized
 
-    def block(self, row: dict[str, Any], length: int) -> tuple[int, ...]:
+    def _block(self, row: dict[str, Any], length: int) -> tuple[int, ...]:
         """The random words after so many tokens: those of row number `stream` of a batch with this seed."""
         return philox(int(row["seed"]), int(row["stream"]), (row["start"] + length) % 2**64)
 
-    def banned(self, handle: int, more: Sequence[int] = ()) -> list[int]:
+    def _banned(self, handle: int, more: Sequence[int] = ()) -> list[int]:
         """The tokens that a row may not draw next, after its history and more tokens."""
         row = self.rows[handle]
         stop_tokens, min_tokens, sequences, n = row["bans"]
@@ -215,13 +295,49 @@ class Sampler:
         return sorted(found)
 
     def history(self, handle: int) -> AnyArray:
-        """The tokens of its prompt and its output."""
+        """Return the tokens of a row.
+
+        Args:
+            handle: the row's.
+
+        Returns:
+            int64 (n,), prompt and output, the oldest first.
+
+        >>> from headway import reference
+        >>> sampler = reference.Sampler(3)
+        >>> sampler.history(sampler.admit(None, [2], [0]))
+        array([2, 0])
+        """
         return np.array(self.rows[handle]["history"], np.int64)
 
     def force(self, handle: int, token: int) -> None:
-        """Put a token behind its output."""
+        """Put a token behind a row's output.
+
+        Args:
+            handle: the row's.
+            token: its id.
+
+        >>> from headway import reference
+        >>> sampler = reference.Sampler(3)
+        >>> row = sampler.admit(None, [2])
+        >>> sampler.force(row, 1)
+        >>> sampler.history(row)
+        array([2, 1])
+        """
         self.rows[handle]["history"].append(token)
 
     def truncate(self, handle: int, length: int) -> None:
-        """Keep so many of its tokens, prompt included."""
+        """Keep the first tokens of a row.
+
+        Args:
+            handle: the row's.
+            length: how many, prompt included.
+
+        >>> from headway import reference
+        >>> sampler = reference.Sampler(3)
+        >>> row = sampler.admit(None, [2], [0, 1])
+        >>> sampler.truncate(row, 2)
+        >>> sampler.history(row)
+        array([2, 0])
+        """
         del self.rows[handle]["history"][length:]

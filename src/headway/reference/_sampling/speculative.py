@@ -15,7 +15,7 @@ from .rng import draw_from, philox
 
 
 class Verified(NamedTuple):
-    """How many drafted tokens were accepted, the token that follows, and both, padded by -1."""
+    """What `verify_draft` returns."""
 
     accepted: Any
     next_token: Any
@@ -70,10 +70,25 @@ def verify_draft(
 ) -> Verified:
     """Speculative sampling of Leviathan et al. (2023, arXiv:2211.17192) and Chen et al. (2023, arXiv:2302.01318).
 
-    target_logits (..., n + 1, V), draft_logits (..., n, V) or None, draft_tokens (..., n), of which the first lengths
-    (...) count, all unless given; options (...), allowed and logit_bias (V,) or of each place.
+    Args:
+        target_logits: (..., n + 1, V).
+        draft_logits: (..., n, V), or None where the draft has no choice.
+        draft_tokens: (..., n), ids.
+        params: `headway.SamplingParams`, or None.
+        lengths: (...), how many of a row's drafted tokens count, the first ones; None is all.
+        draft_params: those of the draft; None is params and options.
+        seed: one, or (...).
+        position: one, or (...): that of the first token.
+        **options: those of `headway.SamplingParams`, (...); allowed and logit_bias (V,) or of each place.
 
-    >>> verify_draft([[0.0, 2.0, 1.0], [3.0, 1.0, 0.0], [1.0, 2.0, 5.0]], None, [1, 2], seed=0, temperature=0)
+    Returns:
+        The fields of `headway.Verified`: accepted (...), next_token (...), tokens (..., n + 1).
+
+    Raises:
+        ValueError: a drafted token that its distribution cannot draw.
+
+    >>> from headway import reference
+    >>> reference.verify_draft([[0.0, 2.0, 1.0], [3.0, 1.0, 0.0], [1.0, 2.0, 5.0]], None, [1, 2], seed=0, temperature=0)
     Verified(accepted=1, next_token=0, tokens=array([ 1,  0, -1]))
     """
     target, tokens = floats(target_logits), np.asarray(draft_tokens, np.int64)
