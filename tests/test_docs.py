@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import inspect
 import pkgutil
 import re
 import runpy
+import textwrap
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +19,10 @@ import numpy as np
 import pytest
 
 import headway
+import headway.cli
 import headway.lm
 import headway.plot
+import headway.reference
 
 ROOT = Path(__file__).parent.parent
 PAGES = {str(page.relative_to(ROOT)): page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
@@ -78,15 +82,19 @@ def anchors(text: str) -> set[str]:
     return set(found)
 
 
-# Attributes of what a function returns, and numbers that are set by a constructor that nobody calls, need no sections.
-NO_ARGS = {"Explanation", "TextStream", "TextOptions", "dialects"}
+# Docstrings -----------------------------------------------------------------------------------------------------------
+
+SECTION = re.compile(r"^(Args|Attributes|Raises|Returns):\n((?:(?: {4}.*)?\n)+)", re.MULTILINE)
+ENTRY = re.compile(r"^ {4}(\**\w+(?:, \w+)*): ", re.MULTILINE)
+OPTIONS = re.compile(r"^ {4}\*\*\w+: (.*(?:\n {8}.*)*)", re.MULTILINE)
 
 
 def faces() -> Iterator[tuple[str, Any]]:
     """Yield every public function and class, and the public methods and properties of the classes."""
-    for module in (headway, headway.lm, headway.plot):
+    for module in (headway, headway.lm, headway.plot, headway.reference, headway.cli):
         for name in module.__all__:
             face = getattr(module, name)
+            name = f"{module.__name__}.{name}".removeprefix("headway.")
             if not inspect.isfunction(face) and not inspect.isclass(face):
                 continue
             yield name, face
@@ -97,27 +105,79 @@ def faces() -> Iterator[tuple[str, Any]]:
                     yield f"{name}.{own}", method
 
 
-@pytest.mark.parametrize(("name", "face"), list(faces()), ids=lambda value: value if isinstance(value, str) else "")
-def test_docstrings_have_their_sections(name: str, face: Any) -> None:
-    """Args with each parameter, Returns, Raises where arguments can be wrong, and an example."""
-    text = inspect.getdoc(face) or ""
-    assert ">>> " in text, "an example"
-    hints = {} if inspect.isclass(face) else typing.get_type_hints(face)
-    assert "Returns:" in text or hints.get("return", type(None)) is type(None)
-    listed = re.findall(r"^    (\**\w+(?:, \**\w+)*):", text.partition("Args:")[2], re.MULTILINE)
-    arguments = {argument for line in listed for argument in line.split(", ")}
-    shown = [] if name in NO_ARGS else [p for p in inspect.signature(face).parameters if p not in ("self", "_wrap")]
-    if "**options" in arguments or "**penalties" in arguments:  # which stand for those of a TypedDict
-        shown = [p for p in shown if p in own_parameters(face)]
-    assert set(shown) <= arguments, "Args"
-    made = inspect.isclass(face) and not hasattr(face.__init__, "__wrapped__")  # by a function, not by the user
-    assert "Raises:" in text or not shown or made, "Raises"
+FACES = dict(faces())
+FUNCTIONS = [name for name, face in FACES.items() if not inspect.isclass(face)]
+CLASSES = [name for name, face in FACES.items() if inspect.isclass(face) and not typing.is_typeddict(face)]
 
 
-def own_parameters(face: Any) -> tuple[str, ...]:
-    """Name the parameters that a function's code spells out."""
-    code = inspect.unwrap(face).__code__
-    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+def sections(name: str) -> dict[str, set[str]]:
+    """Return the sections of a docstring, each with the names that it lists."""
+    text = inspect.getdoc(FACES[name]) or ""
+    return {title: {*", ".join(ENTRY.findall(body)).split(", ")} for title, body in SECTION.findall(text + "\n")}
+
+
+def arguments(name: str) -> set[str]:
+    """Return the arguments of a call as a docstring writes them."""
+    shown = inspect.signature(FACES[name]).parameters.values()
+    return {"*" * 2 * (p.kind is p.VAR_KEYWORD) + p.name for p in shown if p.name not in ("self", "cls")}
+
+
+def explained(name: str) -> set[str]:
+    """Return the arguments that a docstring explains, by itself or by those that its line for **options names."""
+    found = sections(name).get("Args", set())
+    line = OPTIONS.search(inspect.getdoc(FACES[name]) or "")
+    for other in re.findall(r"`(?:headway\.)?([\w.]+)`", line[1]) if line else ():
+        parts = name.split(".")
+        near = [".".join([*parts[:i], other]) for i in range(len(parts))]  # such as a method of the same class
+        found = found.union(*(explained(one) for one in near[::-1] if one in FACES))
+    return found
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_docstrings_have_an_example(name: str) -> None:
+    examples = [e.source for e in doctest.DocTestParser().get_examples(inspect.getdoc(FACES[name]) or "")]
+    assert examples
+    assert name.rpartition(".")[2] in "".join(examples) or name in CLASSES  # many of which a function returns
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstrings_of_functions_have_their_sections(name: str) -> None:
+    """Args with each argument, Returns, and Raises where arguments can be wrong."""
+    found, own = sections(name), inspect.unwrap(FACES[name])
+    spelled = {*own.__code__.co_varnames[: own.__code__.co_argcount + own.__code__.co_kwonlyargcount]}
+    options = arguments(name) - spelled  # those of a TypedDict, or **options where these may be any
+    listed = found.get("Args", set())
+    if listed >= options:
+        assert listed == arguments(name)
+    else:  # one line says where they are explained
+        assert {argument for argument in listed if argument[:2] != "**"} == arguments(name) - options
+        assert options <= explained(name)
+    assert ("Returns" in found) == (typing.get_type_hints(own)["return"] is not type(None))
+    raised = {*raised_by(own)}
+    assert raised <= found.get("Raises", set())
+    assert "Raises" in found or not arguments(name) or name.startswith("reference.")  # which hardly checks them
+
+
+def raised_by(function: Any) -> Iterator[str]:
+    """Yield the exceptions that a function raises by name; most are raised further down."""
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+        if isinstance(node, ast.Raise):
+            error = getattr(node.exc, "func", node.exc)
+            if isinstance(error, ast.Name) and error.id[0].isupper():
+                yield error.id
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_docstrings_of_classes_have_their_sections(name: str) -> None:
+    """Args and Raises where users make one, else the attributes of what they get."""
+    face, found = FACES[name], sections(name)
+    made = re.findall(r"self\.([a-z]\w*)(?:: .+)? = ", inspect.getsource(face))
+    attributes = {one for one in inspect.get_annotations(face) or made if one[0] != "_"}
+    if hasattr(face.__init__, "__wrapped__"):  # it checks what users give it
+        assert found["Args"] == arguments(name)
+        assert "Raises" in found
+    else:
+        assert found.get("Args") == arguments(name) or found["Attributes"] == attributes
 
 
 def test_the_page_of_names_is_fresh() -> None:

@@ -26,9 +26,26 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+__all__ = ["main"]
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with `argv` (None: the arguments of the process), and return its exit status."""
+    """Run the command.
+
+    Args:
+        argv: the arguments behind the name of the command; None are those of the process.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SystemExit: with the status 0 after --help, 2 for arguments that the command does not have.
+
+    >>> from headway.cli import main
+    >>> main(["info"])  # doctest: +ELLIPSIS
+    version  ...
+    0
+    """
     _open_closed_streams()
     try:
         arguments = _parser().parse_args(argv)

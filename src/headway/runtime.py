@@ -15,7 +15,7 @@ __all__ = ["Info", "get_num_threads", "info", "set_num_threads"]
 class Info:
     """What this process computes with. Only isa and num_threads differ between machines; no result does.
 
-    Args:
+    Attributes:
         version: of headway.
         isa: the instruction set in use.
         isas: those that this machine can run, the best first.

@@ -34,6 +34,12 @@ _alone = one_at_a_time(
 class KVCache:
     """Keys and values of the tokens so far, for attention token by token.
 
+    Decoding with a cache equals attention over the whole, bit for bit. Keys are kept in panels of 16, transposed,
+    (..., G, panels, D, 16): a kernel reads the scores of 16 keys in one go, and never transposes.
+
+    A cache belongs to one thread at a time: where two calls meet, the second is a RuntimeError and changes nothing. Its
+    forks are caches of their own.
+
     Args:
         num_kv_heads: G.
         head_dim: D, the head size of the keys.
@@ -44,12 +50,6 @@ class KVCache:
 
     Raises:
         TypeError, ValueError: they name the argument, what was expected and what came.
-
-    A cache belongs to one thread at a time: where two calls meet, the second is a RuntimeError and changes nothing. Its
-    forks are caches of their own.
-
-    Keys are kept in panels of 16, transposed, (..., G, panels, D, 16): a kernel reads the scores of 16 keys in
-    one go, and never transposes. Decoding with a cache equals attention over the whole, bit for bit:
 
     >>> import numpy as np, headway as hw
     >>> q, k, v = np.random.default_rng(0).normal(size=(3, 2, 5, 8))
@@ -224,7 +224,7 @@ class KVCache:
     @_check.public
     @_alone
     def truncate(self, length: int) -> None:
-        """Forget all tokens but the first.
+        """Keep the first tokens, and forget the others.
 
         Args:
             length: how many to keep, at most as many as there are.

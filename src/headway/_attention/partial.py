@@ -31,7 +31,7 @@ class AttentionState:
     A few nodes of the fixed tree over chunks of keys. States pickle, so that parts can be computed anywhere; a state
     that has been unpickled gives NumPy arrays.
 
-    Args:
+    Attributes:
         maximum: (nodes, ..., H, L), the largest score of each row.
         total_weight: (nodes, ..., H, L), the sum of exp(score - maximum).
         weighted_sum: (nodes, ..., H, L, E), the same sum with the values as factors.
@@ -45,12 +45,12 @@ class AttentionState:
     ((0,), 2, [600.0])
     """
 
-    maximum: NDArray[Any]  # (nodes, ..., H, L)
-    total_weight: NDArray[Any]  # (nodes, ..., H, L)
-    weighted_sum: NDArray[Any]  # (nodes, ..., H, L, E)
-    chunks: tuple[int, ...] | None  # the first chunk of each node; None: from another library
-    end: int  # the chunk after the last
-    dtype: str  # of the result
+    maximum: NDArray[Any]
+    total_weight: NDArray[Any]
+    weighted_sum: NDArray[Any]
+    chunks: tuple[int, ...] | None
+    end: int
+    dtype: str
     _wrap: Any = field(default=as_numpy, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ Words = Callable[[int], str]
 class Candidate:
     """A token and its probability: at a boundary that of the stage, in the head the final one.
 
-    Args:
+    Attributes:
         token: its id.
         probability: from 0 to 1.
         word: its text, "" where no tokens were given.
@@ -59,7 +59,7 @@ class Candidate:
 class Stage:
     """What one stage did to a row.
 
-    Args:
+    Attributes:
         option: the option that switches the stage on.
         value: of that option.
         before: how many tokens came in.
@@ -151,7 +151,7 @@ class Stage:
 class Why:
     """Why a token can be drawn, or cannot; `str()` says it in a sentence.
 
-    Args:
+    Attributes:
         token: its id.
         word: its text, "" where no tokens were given.
         kept: whether it can be drawn.

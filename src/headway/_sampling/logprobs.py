@@ -23,7 +23,7 @@ _SORTED_AT_ONCE = 2**18  # keys: NumPy looks for no signal while it sorts
 class Logprobs(NamedTuple):
     """What `logprobs` found; None for what was not asked for.
 
-    Args:
+    Attributes:
         logprobs: of the given tokens, in their shape: natural logarithms.
         ranks: of the given tokens, in their shape: places in the order of the row, from 1.
         top_tokens: (..., top), the best tokens of each row, the best first.

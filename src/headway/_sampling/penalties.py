@@ -110,9 +110,8 @@ def penalize(
     """Lower the logits of tokens that occurred before. Give the result to `sample`.
 
     The penalties come in the order in which they are listed. Each but dry_breakers may be an array with one value per
-    row.
-    -inf stays -inf, and a finite logit stays finite. Work and memory are linear in the history, and in the vocabulary
-    only for the copy.
+    row. -inf stays -inf, and a finite logit stays finite. Work and memory are linear in the history, and in the
+    vocabulary only for the copy.
 
     Args:
         logits: (V,) or (..., V), of any kind of array.

@@ -50,7 +50,7 @@ _ROWS_PER_CALL = 4  # at least, on average: calls of fewer leave threads idle, w
 class Drawn(NamedTuple):
     """What `Sampler.step` drew, with log-probabilities.
 
-    Args:
+    Attributes:
         tokens: (rows,).
         raw: of each token under the logits as they were given, as `logprobs` finds them.
         processed: the same under the distribution that it was drawn from.

@@ -23,7 +23,7 @@ __all__ = ["Verified", "verify_draft"]
 class Verified(NamedTuple):
     """What `verify_draft` decided, for each row.
 
-    Args:
+    Attributes:
         accepted: (...), how many of the drafted tokens, from the first on, were accepted.
         next_token: (...), the token that comes after them.
         tokens: (..., n + 1), the accepted tokens, then the next one, then -1.

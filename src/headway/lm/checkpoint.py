@@ -39,7 +39,7 @@ _NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 class Config:
     """The shape of a Llama model, under the names that its config.json uses.
 
-    Args:
+    Attributes:
         vocab_size: V, the number of tokens.
         hidden_size: M, the width of the model.
         intermediate_size: I, the inner width of the feed-forward block.

@@ -84,7 +84,7 @@ def load(path: str | PathLike[str] | None = None) -> Model:
 class Model:
     """A Llama language model: `load` makes one, `generate` and `stream` write text, `logits` scores it.
 
-    Args:
+    Attributes:
         config: its shape.
         weights: its tensors, as `load` reads them.
         tokenizer: of the tokenizers library.
