@@ -152,7 +152,9 @@ class Model:
         """Continue a prompt, and return the new text without the prompt.
 
         The text ends where the model says so (an end-of-text token), at max_tokens, before a stop string, or where
-        the context is full: prompt and text together have at most config.max_position_embeddings tokens.
+        the context is full: prompt and text together have at most config.max_position_embeddings tokens. It is the text
+        of a row of a `headway.Sampler`: one seed gives one text, wherever it stops and goes on; without a seed each is
+        another.
 
         Args:
             prompt: any text, or the ids of its tokens, (n,). An empty one starts from the model's beginning-of-text
@@ -161,12 +163,11 @@ class Model:
             stop: end before this string, or before the one of these strings that is complete first.
             params: as in `headway.sample`; `headway.lm.DEFAULTS`, temperature 0.8 and top_p 0.95, unless given.
             count_prompt: as in `headway.Sampler.admit`: whether frequency and presence count the prompt too.
-            **options: as in `headway.sample`, but for uniform, and as in `headway.penalize`; they replace what params
-                say. min_tokens, banned_sequences and no_repeat_ngram as in `headway.Sampler.admit`, whose stop_tokens
-                are the model's end-of-text tokens. `allowed` may also be a function, which is called before each draw
-                with the list of the tokens drawn so far and returns what may come next in a form of `allowed`, or
-                None: a grammar. The text is that of a row of a `headway.Sampler`: one seed gives one text, wherever it
-                stops and goes on; without a seed each is another.
+            **options: those of `headway.SamplingParams`, but for uniform, and the penalties of `headway.penalize`; they
+                replace what params say. min_tokens, banned_sequences and no_repeat_ngram are those of
+                `headway.Sampler.admit`, whose stop_tokens are the model's end-of-text tokens. `allowed` may also be a
+                function, which is called before each draw with the list of the tokens drawn so far and returns what
+                may come next in a form of `allowed`, or None: a grammar.
 
         Returns:
             The new text.
