@@ -105,7 +105,7 @@ def attention_weights(q: AnyArray, k: AnyArray, **options: Unpack[WeightOptions]
     Args:
         q: queries (..., H, L, D).
         k: keys (..., G, S, D).
-        **options: mask, bias, causal, window, scale, softcap, sinks and kv_lengths, which `attention` explains.
+        **options: those of `attention`, but for precision.
 
     Returns:
         (..., H, L, S) of q's kind, in the type that q and k promote to. Rows sum to 1, less what a sink takes; a row

@@ -197,8 +197,7 @@ class KVCache:
             q: queries (..., H, L, D), which count as the last L tokens of the cache, causally, unless causal says
                 otherwise.
             return_lse: also return the log-sum-exp of each row's scores.
-            **options: mask, bias, causal, window, scale, softcap, sinks, kv_lengths and precision, which `attention`
-                explains; causal is "bottom_right" unless given.
+            **options: those of `attention`; causal is "bottom_right" unless given.
 
         Returns:
             (..., H, L, E) of q's kind; with return_lse a pair, the second (..., H, L).
