@@ -1,6 +1,7 @@
 # The doors. Each sets up .venv from nothing; PYTHON chooses the interpreter that it is made with.
 #
 #   make demo     text from the model that ships, every attention layer and every token through headway
+#   make demo-transformers  the laws of bits of a transformers model, stock and with headway; MODEL=folder
 #   make test     the tests, against the peers that run here
 #   make check    lint, types, formatting of code and pages, freshness of the generated stub
 #   make sanitize the tests that look for memory errors, undefined behaviour and races, under the compiler's sanitizers
@@ -30,13 +31,16 @@ BENCH_PEERS := onnx onnxruntime openvino llama-cpp-python
 CONFORMANCE_PEERS := llama-cpp-python msgspec
 LONE_PEERS := sglang # installed without what they need
 
-.PHONY: demo test check sanitize mutants bench docs vectors conformance versions constraints cross stub format clean
+.PHONY: demo demo-transformers test check sanitize mutants bench docs vectors conformance versions constraints cross stub format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
 	@$(BIN)/headway info
 	@echo
 	$(BIN)/headway generate "In the beginning" --max-tokens 200 --temperature 0.8 --top-p 0.95 --seed 7
+
+demo-transformers: $(VENV)/peers
+	$(BIN)/python examples/transformers_bits.py $(MODEL)
 
 test: $(VENV)/test $(VENV)/peers
 	$(BIN)/python -m pytest

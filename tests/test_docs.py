@@ -42,6 +42,9 @@ def run(test: doctest.DocTest) -> None:
 def test_page(name: str) -> None:
     """Run all blocks of one page in one namespace, with the line numbers of the page."""
     text = PAGES[name].read_text()
+    if needs := re.match(r"<!-- needs: (.*) -->", text):
+        for package in needs[1].split(", "):
+            pytest.importorskip(package, reason=f"{package} is not installed")
     lines = [""] * (text.count("\n") + 1)
     for block in BLOCK.finditer(text):
         first = text.count("\n", 0, block.start(1))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from .. import _arrays
-from .._check import no_such
+from .._check import no_such, shown
 from .checks import Check, Choice, Integers, Reading, Reals, allowed, logit_bias
 from .dialects import DIALECTS, rules
 from .options import Settings
@@ -192,6 +192,9 @@ def identity(value: Any) -> Any:
     return value
 
 
+P = TypeVar("P", bound="Params")
+
+
 class Params:
     """What SamplingParams is, but for its options, which params.py lists."""
 
@@ -200,6 +203,35 @@ class Params:
         for name in CHECKS:
             object.__setattr__(self, name, frozen(getattr(self, name), name))
         check_together(self._settings)
+
+    @classmethod
+    def from_generation_config(cls: type[P], config: Any) -> P:
+        """Make params of the filters in a GenerationConfig of transformers, with its order and boundaries.
+
+        Args:
+            config: of transformers, or anything with its attributes; None there is unset. do_sample=False is
+                temperature 0. Its penalties are no filters: `headway.integrations.transformers.row_options` reads them.
+
+        Returns:
+            Params with `dialect="hf"`.
+
+        Raises:
+            TypeError, ValueError: an option out of range, or a filter that headway does not have.
+
+        >>> import headway as hw
+        >>> from types import SimpleNamespace
+        >>> config = SimpleNamespace(do_sample=True, temperature=0.7, top_k=50, top_p=None)
+        >>> hw.SamplingParams.from_generation_config(config)
+        SamplingParams(temperature=0.7, top_k=50, dialect='hf')
+        """
+        make: Any = cls
+        if not getattr(config, "do_sample", False):
+            return make(temperature=0.0)  # type: ignore[no-any-return]
+        if getattr(config, "top_h", None) is not None:
+            raise ValueError(f"top_h: expected None, got {shown(config.top_h)}; headway has no such filter")
+        names = ("temperature", *(step.option for step in DIALECTS["hf"].steps))
+        given = {name: getattr(config, name, None) for name in names}
+        return make(dialect="hf", **{name: value for name, value in given.items() if value is not None})  # type: ignore[no-any-return]
 
     @cached_property
     def _settings(self) -> Settings:
