@@ -34,7 +34,7 @@ def run(test: doctest.DocTest) -> None:
     report: list[str] = []
     runner = doctest.DocTestRunner(verbose=False)
     with np.printoptions():
-        runner.run(test, out=report.append)
+        runner.run(test, out=report.append, clear_globs=False)  # in which torch.compile has names of its own
     assert runner.failures == 0, "".join(report)
 
 

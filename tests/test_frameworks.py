@@ -12,6 +12,7 @@ import pytest
 from test_doors import DOORS, Door, numbers
 
 import headway as hw
+from headway import _arrays
 
 # What torch says of its own parts, not of what is done here.
 pytestmark = [
@@ -40,8 +41,9 @@ def same(got: Any, want: Any) -> None:
 
 class TestTorch:
     @pytest.fixture(autouse=True)
-    def _torch(self) -> None:
+    def _torch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("torch", reason="PyTorch is not installed")
+        monkeypatch.delitem(_arrays.TRACED, "torch", raising=False)  # as before its integration was imported
 
     @pytest.mark.parametrize("name", READ_AS_FLOATS)
     def test_a_gradient_is_not_lost_silently(self, name: str) -> None:
@@ -83,7 +85,7 @@ class TestTorch:
         x = torch.from_numpy(np.array(one.good)).to(torch.float32 if "float32" in one.takes else torch.int64)
         with FakeTensorMode():
             fake = torch.ones(x.shape, dtype=x.dtype)
-        refused(argument, "memory of its own", lambda: one.call(fake))
+        refused(argument, "`import headway.integrations.torch`", lambda: one.call(fake))
         refused(argument, "CPU memory", lambda: one.call(x.to("meta")))
         refused(argument, f"`{argument}.to_dense()`", lambda: one.call(x.to_sparse()))
         if x.dtype == torch.float32:
@@ -154,8 +156,6 @@ def unknown_to_dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a process that imported headway before torch.compile was asked for."""
     import torch._dynamo.trace_rules as rules
 
-    from headway import _arrays
-
     torch = rules.torch
     torch._dynamo.reset()
     for place in [place for place in rules.SKIP_DIRS if "headway" in place]:
@@ -207,8 +207,9 @@ SINGLE: dict[str, Callable[[Any], Any]] = {
 
 class TestJax:
     @pytest.fixture(autouse=True)
-    def _jax(self) -> None:
+    def _jax(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("jax", reason="JAX is not installed")
+        monkeypatch.delitem(_arrays.TRACED, "jax", raising=False)
 
     @staticmethod
     def given(one: Door) -> Any:

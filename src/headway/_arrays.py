@@ -30,6 +30,19 @@ TOO_LARGE = "integers beyond 64 bits"  # what NumPy keeps as objects
 Wrap = Callable[[NDArray[Any], str], Any]  # of a result, a NumPy array and the name of its type
 
 
+class Traced(TypeError):
+    """An array that a library's transformation put in the place of another, and that has no numbers to be read."""
+
+    def __init__(self, library: str, message: str) -> None:
+        super().__init__(message)
+        self.library = library
+
+
+# How a library calls a public function inside its transformations: (function, args, kwargs) -> result. A module of
+# headway.integrations puts it here.
+TRACED: dict[str, Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]] = {}
+
+
 class Operand(NamedTuple):
     """A user's array, ready for the kernels.
 
@@ -242,7 +255,7 @@ def _foreign(x: Any, name: str, floating: bool) -> tuple[NDArray[Any], bool, Wra
                 makers = (base.__module__.partition(".")[0] for base in type(x).__mro__)
                 return *_from_dlpack(x), next((_KINDS[maker] for maker in makers if maker in _KINDS), as_numpy)
             expected = _ON_THE_CPU
-    except MemoryError:
+    except (MemoryError, Traced):
         raise
     except Exception as error:
         reason, cure = " ".join(str(error).split()), _cure(x, name) if floating else ""
@@ -279,10 +292,13 @@ def _torch_expected(x: Any, name: str) -> str | None:
         memory = 0
     if not memory and x.layout != torch.strided:
         return f"a dense tensor, got one of layout {x.layout}; pass `{name}.to_dense()`"
-    if not memory and (not own or torch._C._functorch.is_functorch_wrapped_tensor(x) or x.numel()):
-        return (
-            "a tensor with memory of its own, got one inside torch.vmap, torch.func.grad or another transformation, or "
-            "one that only stands for another; call headway outside of it, where leading axes are batch axes"
+    wrapped = not memory and (not own or torch._C._functorch.is_functorch_wrapped_tensor(x) or x.numel())
+    if wrapped or ("torch" in TRACED and _torch_traces(torch)):
+        raise Traced(
+            "torch",
+            f"{name}: expected a tensor with memory of its own, got one inside torch.vmap, torch.func.grad or another "
+            f"transformation, or one that only stands for another; call headway outside of it, where leading axes are "
+            f"batch axes, or `import headway.integrations.torch`, with which functions work inside",
         )
     forward = torch.autograd.forward_ad
     dual = forward._current_level >= 0 and forward.unpack_dual(x).tangent is not None
@@ -292,6 +308,11 @@ def _torch_expected(x: Any, name: str) -> str | None:
             f"headway is forward only; call it under torch.no_grad(), or pass `{name}.detach()`"
         )
     return None
+
+
+def _torch_traces(torch: Any) -> bool:
+    """Whether somebody takes down what torch computes, which our kernels would be left out of."""
+    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._is_tracing()
 
 
 _hidden = False

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ._arrays import TOO_LARGE, dtype_name, held, hide_from_dynamo, plain, unrepeated, unwrap
+from ._arrays import TOO_LARGE, TRACED, Traced, dtype_name, held, hide_from_dynamo, plain, unrepeated, unwrap
 
 Shape = tuple[int, ...]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -33,11 +33,16 @@ def public(face: F) -> F:
         hide_from_dynamo()
         try:
             return face(*args, **kwargs)
-        except TypeError:
+        except TypeError as error:
             misfit = _misfit(inspect.signature(face), args, kwargs)
-            if misfit is None:
+            traced = error if isinstance(error, Traced) else None
+            if misfit is None and traced is None:
                 raise
-        raise TypeError(misfit)
+        if misfit is None and traced is not None and traced.library in TRACED:
+            result = TRACED[traced.library](face, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        raise TypeError(misfit or str(traced))
 
     return cast(F, call)
 
