@@ -17,7 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(  # torch's own
-    "ignore::DeprecationWarning", "ignore::UserWarning:torch", "ignore::torch.jit.TracerWarning", "ignore::ResourceWarning"
+    "ignore::DeprecationWarning",
+    "ignore::UserWarning:torch",
+    "ignore::torch.jit.TracerWarning",
+    "ignore::ResourceWarning",
 )
 
 
