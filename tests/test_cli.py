@@ -693,6 +693,14 @@ def test_a_model_that_is_a_file(run: Any, tmp_path: Path) -> None:
         refused(run(*command, "--model", tmp_path / "model.gguf"), "model.gguf: is a file; expected a folder with")
 
 
+def test_a_text_ends_before_a_stop_string(run: Any) -> None:
+    given = ("generate", "In the beginning", "--max-tokens", 40, "--seed", 3)
+    whole = run(*given).stdout
+    words = whole.split()[5:7]
+    cut = run(*given, "--stop", words[1], "--stop", words[0]).stdout
+    assert cut.rstrip("\n") == whole[: len("In the beginning") + whole[len("In the beginning") :].index(words[0])]
+
+
 BAD_VALUES = {
     "--temperature": "-1", "--top-k": "0", "--top-p": "2", "--min-p": "2", "--typical-p": "2", "--top-n-sigma": "-1",
     "--epsilon-cutoff": "2", "--eta-cutoff": "2", "--xtc-probability": "2", "--xtc-threshold": "2",
@@ -702,7 +710,7 @@ BAD_VALUES = {
     "--repetition": "0", "--frequency": "nan", "--presence": "nan", "--dry-multiplier": "-1", "--dry-base": "0",
     "--dry-allowed-length": "0", "--dry-breakers": "-1", "--repetition-window": "0", "--frequency-window": "0",
     "--dry-window": "0", "--logprobs": "-1", "--no-repeat-ngram": "0",
-    "--min-tokens": "-1",
+    "--min-tokens": "-1", "--stop": "",
 }  # fmt: skip
 
 

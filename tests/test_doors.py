@@ -335,7 +335,7 @@ def test_no_door_is_forgotten() -> None:
     for kind in (hw.KVCache, hw.Sampler, hw.AttentionState):
         functions += [f for n, f in vars(kind).items() if inspect.isfunction(f) and not n.startswith("_")]
     functions.append(hw.AttentionState.from_lse)
-    results = (hw.AttentionState, hw.Drawn, hw.Explanation, hw.Info, hw.Logprobs, hw.Verified)
+    results = (hw.AttentionState, hw.Drawn, hw.Explanation, hw.Info, hw.Logprobs, hw.RowError, hw.Verified)
     results += (hw.Candidate, hw.Stage, hw.Why)
     for function in functions:
         if function in results:

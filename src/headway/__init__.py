@@ -1,6 +1,6 @@
 """headway: attention and next-token sampling for LLM inference. The contract is docs/semantics.md."""
 
-from typing import Any
+from typing import Any as _Any
 
 from ._attention import (
     AttentionState,
@@ -20,6 +20,7 @@ from ._sampling import (
     Drawn,
     Explanation,
     Logprobs,
+    RowError,
     Sampler,
     SamplingParams,
     Stage,
@@ -44,6 +45,7 @@ __all__ = [
     "Info",
     "KVCache",
     "Logprobs",
+    "RowError",
     "Sampler",
     "SamplingParams",
     "Stage",
@@ -72,7 +74,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _Any:
     """Look the version up only when it is asked for: that takes longer than importing all of headway."""
     if name == "__version__":
         return info().version

@@ -77,7 +77,7 @@ _PENALTIES = ("repetition", "frequency", "presence", "dry_multiplier", "dry_base
 def no_such(name: str, value: Any, what: str, known: Iterable[str]) -> str:
     """Say that there is no such option, which one was meant, and which there are."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, 1)
+    near = difflib.get_close_matches(name.lower(), known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     stem = name.removesuffix("_penalty").replace("repeat", "repetition")
     if stem in _PENALTIES and stem not in known:
@@ -148,7 +148,15 @@ def number(
 def choice(x: Any, name: str, options: tuple[Any, ...]) -> None:
     """Raise unless x is one of the options."""
     if not any(x is option or (isinstance(x, str) and x == option) for option in options):
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {shown(x)}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {shown(x)}{meant(x, options)}")
+
+
+def meant(x: Any, words: Iterable[Any]) -> str:
+    """Return which of the words may be meant by another one, as the end of an error message."""
+    if not isinstance(x, str):
+        return ""
+    near = difflib.get_close_matches(x.lower(), [word for word in words if isinstance(word, str)], 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def broadcast(array: NDArray[Any], shape: Shape, name: str, meaning: str, cure: str = "") -> NDArray[Any]:

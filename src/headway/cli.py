@@ -74,7 +74,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     seed = _seed(arguments)
     with _language_model(arguments) as model:
         start = time.perf_counter()
-        options = _given(arguments, (*_SAMPLING_OPTIONS, *_TEXT_OPTIONS, "count_prompt", "logprobs"))
+        options = _given(arguments, (*_SAMPLING_OPTIONS, *_TEXT_OPTIONS, "stop", "count_prompt", "logprobs"))
         stream = model.stream(prompt, max_tokens=arguments.max_tokens, seed=seed, **options)
         _show(prompt, end="")
         for piece in stream:
@@ -549,6 +549,9 @@ def _parser() -> _Parser:
             metavar="ID" if name == "dry_breakers" else "N" if kind is int else "X",
             help=f"{text} (default: {default})",
         )
+    generate.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end the text before this one; repeatable (default: none)"
+    )
     generate.add_argument(
         "--count-prompt", action="store_true", help="let frequency and presence count the prompt too (default: off)"
     )

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import headway as hw
-from headway import reference
+from headway import _arrays, reference
 
 BF16 = ml_dtypes.bfloat16
 NAN, INF = np.nan, np.inf
@@ -385,9 +385,10 @@ def test_a46_forward_only() -> None:
         assert torch.equal(hw.attention(x, x, x), hw.attention(*[x.detach()] * 3))
 
 
-def test_a47_compilers_and_transformations() -> None:
-    """For every argument: tests/test_frameworks.py."""
+def test_a47_compilers_and_transformations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every argument: tests/test_frameworks.py; inside transformations: tests/integrations/test_torch.py."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    monkeypatch.delitem(_arrays.TRACED, "torch", raising=False)  # as before its integration was imported
     x = torch.ones(2, 3, 4)
     with pytest.raises(TypeError, match=r"^gate: expected a tensor with memory of its own, got one inside torch.vmap"):
         torch.vmap(lambda x: hw.swiglu(x, x))(x)

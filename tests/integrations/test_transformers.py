@@ -270,7 +270,7 @@ def test_the_draws_are_those_of_a_sampler() -> None:
 def test_params_of_a_generation_config() -> None:
     make = hw.SamplingParams.from_generation_config
     assert make(hf.GenerationConfig()) == hw.SamplingParams(temperature=0)
-    assert make(hf.GenerationConfig(do_sample=True)) == hw.SamplingParams(dialect="hf")
+    assert make(hf.GenerationConfig(do_sample=True)) == hw.SamplingParams(dialect="hf", top_k=50)
     config = hf.GenerationConfig(do_sample=True, temperature=0.7, top_k=0, top_p=1.0, min_p=0.1, typical_p=0.9)
     assert make(config) == hw.SamplingParams(
         dialect="hf", temperature=0.7, top_k=0, top_p=1.0, min_p=0.1, typical_p=0.9
@@ -278,6 +278,40 @@ def test_params_of_a_generation_config() -> None:
     with pytest.raises(ValueError, match=r"^top_h: expected None, got 0.5"):
         make(hf.GenerationConfig(do_sample=True, top_h=0.5))
     assert row_options(hf.GenerationConfig()) == {}
+
+
+def test_params_are_those_of_stock_generate() -> None:
+    """What a config leaves unset is filled in by `generate`: the same tokens stay."""
+    model, ids = made("llama"), torch.arange(3, 9)[None]
+    options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "max_new_tokens": 3}
+    for given in ({}, {"top_k": 7}, {"top_p": 0.5, "temperature": 0.3}, {"top_k": 0}):
+        config = hf.GenerationConfig(do_sample=True, **given)
+        stock = model.generate(ids, generation_config=config, **options)
+        params = hw.SamplingParams.from_generation_config(config)
+        for scores, logits in zip(stock.scores, stock.logits, strict=True):
+            kept = hw.filter_logits(logits, params)
+            assert torch.equal(torch.isfinite(scores), torch.isfinite(kept)), given
+
+
+def test_scores_are_what_tokens_are_drawn_by() -> None:
+    model, ids = made("llama"), torch.arange(3, 15).reshape(2, 6)
+    options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "max_new_tokens": 3}
+    out = model.generate(ids, custom_generate=generate, do_sample=True, top_k=5, temperature=0.7, seed=1, **options)
+    want = model.generate(
+        ids, custom_generate=generate, do_sample=True, top_k=5, temperature=0.7, seed=1, max_new_tokens=3
+    )
+    assert torch.equal(out.sequences, want)
+    for scores, logits in zip(out.scores, out.logits, strict=True):
+        probabilities = hw.probabilities(logits, temperature=0.7, top_k=5, dialect="hf")
+        torch.testing.assert_close(scores.exp(), probabilities, rtol=1e-5, atol=1e-7)
+    found = model.compute_transition_scores(out.sequences, out.scores)
+    assert bool((found < 0).all())
+
+
+def test_drafts_are_refused() -> None:
+    model, ids = made("llama"), torch.arange(3, 9)[None]
+    with pytest.raises(ValueError, match=r"^prompt_lookup_num_tokens: expected None, got 3"):
+        model.generate(ids, custom_generate=generate, do_sample=True, max_new_tokens=3, prompt_lookup_num_tokens=3)
 
 
 def test_weights_come_where_they_are_asked_for() -> None:

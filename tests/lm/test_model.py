@@ -408,6 +408,36 @@ def test_token_ids_are_a_prompt(tiny: headway.lm.Model) -> None:
     assert tiny.stream([]).prompt_ids == (BOS,)
 
 
+@pytest.mark.parametrize(
+    "own", [{}, {"presence": 0.8}, {"frequency": 0.3, "count_prompt": True}, {"min_tokens": 30}], ids=str
+)
+def test_a_text_goes_on_with_its_output(tiny: headway.lm.Model, own: dict[str, Any]) -> None:
+    """As if it had never stopped, whatever counts the output."""
+    options: dict[str, Any] = {"seed": 3, "logit_bias": {EOS: 1.0}, "no_repeat_ngram": 4, **own}
+    whole = tiny.stream("né", max_tokens=40, **options)
+    text = "".join(whole)
+    for n in (0, 15, len(whole.token_ids) - 1):
+        asked: list[list[int]] = []
+
+        def grammar(drawn: list[int], asked: list[list[int]] = asked) -> None:
+            asked.append(drawn)
+
+        rest = tiny.stream("né", output_tokens=whole.token_ids[:n], max_tokens=40 - n, allowed=grammar, **options)
+        assert text.endswith("".join(rest)[1:])
+        assert rest.token_ids == whole.token_ids[n:]
+        assert list(rest.output_ids) == whole.token_ids[:n] == asked[0]
+    with pytest.raises(ValueError, match=r"^output_tokens: expected integers from 0"):
+        tiny.generate("a", output_tokens=[-1])
+    with pytest.raises(TypeError, match=r"^output_tokens: expected token ids, got text"):
+        tiny.generate("a", output_tokens="b")
+
+
+@pytest.mark.parametrize("stop", [None, 3, b"a", {"a": 1}, ["a", 3]], ids=str)
+def test_a_stop_that_is_no_string(tiny: headway.lm.Model, stop: Any) -> None:
+    with pytest.raises(TypeError, match=r"^stop: expected a string, or a list of strings, got "):
+        tiny.generate("a", stop=stop)
+
+
 @pytest.mark.parametrize("package", ["safetensors", "tokenizers"])
 def test_a_missing_extra_says_how_to_get_it(package: str) -> None:
     code = f"import sys; sys.modules[{package!r}] = None; import headway; import headway.lm"

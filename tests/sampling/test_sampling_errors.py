@@ -79,7 +79,7 @@ def refused(argument: str, call: Callable[[], Any], says: str = "") -> None:
     with pytest.raises((ValueError, TypeError)) as caught:
         call()
     message = str(caught.value)
-    assert type(caught.value) in (ValueError, TypeError)
+    assert type(caught.value) in (ValueError, TypeError, hw.RowError)
     assert message.startswith(f"{argument}: "), message
     assert says in message, message
     assert "\n" not in message

@@ -584,13 +584,13 @@ def test_p33_seeds() -> None:
         sampler = hw.Sampler(70)
         for admission in admissions:
             sampler.admit(**admission)
-        return [sampler.step(ROWS[0, :1].repeat(len(admissions), 0)).tolist() for _ in range(8)]
+        return [sampler.step(np.zeros((len(admissions), 70))).tolist() for _ in range(8)]
 
     params = hw.SamplingParams(seed=5)
     assert drawn({"params": params}) == drawn({"seed": 5}) == drawn({"params": params, "seed": 5})
     assert drawn({"seed": 5}, {"params": params, "seed": 5}) == [[token] * 2 for (token,) in drawn({"seed": 5})]
     assert drawn({"params": params, "seed": 6}) == drawn({"seed": 6}) != drawn({"seed": 5})
-    assert drawn({}) != drawn({})  # 1 in 10^10 that eight draws are equal
+    assert drawn({}) != drawn({})  # 1 in 70^8 that eight draws are equal
     assert drawn({"params": hw.SamplingParams(seed=5, position=2)})[:6] == drawn({"seed": 5})[2:]
     for bad in ({"seed": -1}, {"seed": [1, 2]}, {"params": hw.SamplingParams(seed=[1])}):
         with pytest.raises(ValueError, match=r"^seed"):
@@ -794,6 +794,24 @@ def test_p52_forks() -> None:
         sampler.fork(9)
     with pytest.raises(ValueError, match=r"^seed: expected an integer from 0 to 18446744073709551615, got -1"):
         sampler.fork(0, seed=-1)
+    tried = []
+    for _ in range(3):  # one after another, from one state
+        twin = sampler.fork(answers[0])
+        tried.append(sampler.step(rows[:4]).tolist()[3])
+        sampler.retire(twin)
+        for row in answers:
+            sampler.truncate(row, sampler.length(row) - 1)
+    want = []
+    for stream in (3, 4, 5):
+        one = hw.Sampler(70)
+        one.admit(params, prompt, sampler.history(answers[0])[3:], stream=stream, seed=5, **options)
+        want.append(one.step(rows[3:4])[0])
+    assert tried == want
+    for row in answers:
+        sampler.retire(row)
+    assert sampler.fork(sampler.admit(params)) == 7
+    again = sampler.step(rows[:2])  # streams 0 and 1 once more
+    assert again.tolist() == hw.sample(rows[:2], params, position=9).tolist()
 
 
 def test_p53_drafts_in_a_step() -> None:
@@ -920,7 +938,7 @@ def test_p51_bans() -> None:
     assert drawn(4) == [0, 0, 0, 0]
     assert drawn(4, stop_tokens=[0, 1], min_tokens=3) == [3, 3, 3, 0]
     assert drawn(4, [2, 2], [2], stop_tokens=[0, 1], min_tokens=3) == [3, 3, 0, 0]
-    assert drawn(2, stop_tokens=[0]) == drawn(2, min_tokens=9) == [0, 0]
+    assert drawn(2, stop_tokens=[0]) == [0, 0]
     assert drawn(2, banned_sequences=[0, [1]]) == [3, 3]
     assert drawn(4, banned_sequences=[[0, 0, 0]]) == [0, 0, 1, 0]
     assert drawn(2, [0], [0], banned_sequences=[[0, 0, 0], [1, 0]]) == [1, 1]
@@ -932,8 +950,20 @@ def test_p51_bans() -> None:
     for mask in (np.array([False, True, True, True]), np.array([14], np.int32), np.array([14], np.uint32)):
         assert drawn(3, mask=mask, no_repeat_ngram=1, banned_sequences=[[1, 3]]) == [1, 2, 3]
         assert mask.tolist() in ([False, True, True, True], [14])  # the caller's own stays
-    with pytest.raises(ValueError, match=r"^allowed: expected at least one token .* in row 1, got none"):
+    says = r"^logits: expected at least one token .* in row 1, got none; less of no_repeat_ngram leaves one; the row's"
+    with pytest.raises(ValueError, match=says) as caught:
         drawn(5, no_repeat_ngram=1)
+    assert isinstance(caught.value, hw.RowError)
+    assert caught.value.handle == 1
+    # An id without a logit has its place in the sequence, and is equal to no other.
+    for prompt, own in (([0, 99, 1, 0], {"no_repeat_ngram": 2}), ([0, 99], {"banned_sequences": [[0, 1]]})):
+        sampler = hw.Sampler(4)
+        row = sampler.admit(hw.SamplingParams(temperature=0), prompt, **own)
+        assert sampler.step([[0.0, 5.0, 4.0, 0.0]]) == [1]
+        assert sampler.length(row) == len(prompt) + 1
+    sampler = hw.Sampler(4)
+    sampler.admit(hw.SamplingParams(temperature=0), [0, 99, 0, 98, 0, 1, 99, 0], no_repeat_ngram=2)
+    assert sampler.step([[0.0, 5.0, 4.0, 0.0]]) == [2]  # (0, 1) has occurred
     for bad, message in {
         "stop_tokens": ([4], "stop_tokens: expected integers from 0 to 3, got 4"),
         "min_tokens": (-1, "min_tokens: expected an integer >= 0, got -1"),
@@ -942,6 +972,8 @@ def test_p51_bans() -> None:
     }.items():
         with pytest.raises(ValueError, match=f"^{message[1]}"):
             drawn(0, **{bad: message[0]})
+    with pytest.raises(ValueError, match=r"^stop_tokens: expected the ids that min_tokens bans, got none"):
+        drawn(0, min_tokens=9)
     with pytest.raises(TypeError, match=r"^banned_sequences: expected a list of lists of token ids, got 3"):
         drawn(0, banned_sequences=3)
 

@@ -96,6 +96,10 @@ class KVCache:
         """Return the number of tokens."""
         return self._length
 
+    def __repr__(self) -> str:
+        shape = f"num_kv_heads={self._heads}, head_dim={self._key_size}, batch_shape={self._batch}"
+        return f"KVCache({shape}, dtype={self._dtype!r}, length={self._length})"
+
     def __bool__(self) -> bool:
         """An empty cache is a cache."""
         return True

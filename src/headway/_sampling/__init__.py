@@ -9,7 +9,7 @@ from .logprobs import Logprobs, logprobs
 from .params import SamplingOptions, SamplingParams, shows_sampling_options
 from .penalties import Penalties, penalize
 from .sample import filter_logits, probabilities, sample
-from .sampler import Drawn, Sampler
+from .sampler import Drawn, RowError, Sampler
 from .settings import CHECKS, DEFAULTS, OPTIONS
 from .speculative import Verified, verify_draft
 from .stages import OFF, STAGES
@@ -32,6 +32,7 @@ __all__ = [
     "Logprobs",
     "Penalties",
     "Reading",
+    "RowError",
     "Sampler",
     "SamplingOptions",
     "SamplingParams",

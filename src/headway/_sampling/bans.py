@@ -30,7 +30,10 @@ class RowBans(NamedTuple):
     ngram: int | None
 
     def next(self, history: Array, drawn: int) -> Array:
-        """Return the ids that are banned after this history, of which so many tokens are output."""
+        """Return the ids that are banned after these tokens, of which so many are output.
+
+        A number below 0 is a token that has no logit, and equal to no other.
+        """
         banned = [self.stop_tokens] if drawn < self.min_tokens else []
         for sequence in self.sequences:
             before = sequence.size - 1
@@ -41,13 +44,22 @@ class RowBans(NamedTuple):
             repeats, end = np.ones(history.size - before, np.bool_), history[history.size - before :]
             for i in range(before):
                 repeats &= history[i : i + repeats.size] == end[i]
-            banned.append(history[before:][repeats])
+            found = history[before:][repeats]
+            banned.append(found[found >= 0])
         return np.concatenate(banned) if banned else _NONE
 
     def any(self) -> bool:
         """Whether any of them can ban a token."""
-        stops = self.stop_tokens.size and self.min_tokens
-        return bool(stops or self.sequences or self.ngram is not None)
+        return bool(self.names())
+
+    def names(self) -> list[str]:
+        """Return which of them can ban a token."""
+        on = {
+            "min_tokens": self.stop_tokens.size and self.min_tokens,
+            "banned_sequences": self.sequences,
+            "no_repeat_ngram": self.ngram,
+        }
+        return [name for name, given in on.items() if given]
 
 
 _NONE = np.empty(0, np.int64)
@@ -70,4 +82,7 @@ def checked(
             raise ValueError(f"{name}: expected a token id, or a list of at least one, got shape {sequence.shape}")
         sequences.append(sequence)
     ngram = None if no_repeat_ngram is None else _check.integer(no_repeat_ngram, "no_repeat_ngram", 1)
-    return RowBans(stops, _check.integer(min_tokens, "min_tokens", 0), tuple(sequences), ngram)
+    least = _check.integer(min_tokens, "min_tokens", 0)
+    if least and not stops.size:
+        raise ValueError("stop_tokens: expected the ids that min_tokens bans, got none; leave min_tokens out")
+    return RowBans(stops, least, tuple(sequences), ngram)

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .. import _arrays
-from .._check import shown
+from .._check import meant, shown
 from .rows import Array
 
 _LARGEST: dict[Any, int] = {np.int64: 2**63 - 1, np.uint64: 2**64 - 1}
@@ -171,7 +171,8 @@ class Choice:
 
     def __call__(self, name: str, value: Any, readings: tuple[Reading, ...] = ()) -> str | None:
         if (value is not None and not isinstance(value, str)) or value not in self.choices:
-            raise ValueError(f"{name}: expected {' or '.join(map(repr, self.choices))}, got {shown(value)}")
+            expected = " or ".join(map(repr, self.choices))
+            raise ValueError(f"{name}: expected {expected}, got {shown(value)}{meant(value, self.choices)}")
         return value
 
 

@@ -16,7 +16,7 @@ __all__ = ["SamplingOptions", "SamplingParams"]
 
 
 @_check.public
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class SamplingParams(Params):
     """How to sample: checked once, frozen, hashable; the options that `sample` takes as keywords.
 

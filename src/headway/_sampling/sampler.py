@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import threading
 import typing
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,7 @@ from .settings import CHECKS
 from .speculative import Verified, chains, check_draft_params, draft_ids, fail_draft
 from .stages import OFF
 
-__all__ = ["Drawn", "Sampler"]
+__all__ = ["Drawn", "RowError", "Sampler"]
 
 _WORDS = ("ties", "nucleus", "dialect", "xtc_special_tokens")  # the settings that cannot be one per row
 _ROWS_PER_CALL = 4  # at least, on average: calls of fewer leave threads idle, which costs more than masks and biases do
@@ -74,7 +75,7 @@ class _Row(NamedTuple):
     slot: int  # of its history
     settings: Settings  # of one row: allowed and logit_bias (V,) or None; the position is that of index 0
     stream: np.uint64
-    prompt: int  # how many tokens of its sequence
+    prompt: Array  # the first tokens of its sequence, a number below 0 of its own for each that has no logit
     penalties: dict[str, Array]
     breakers: frozenset[int]
     bans: bans.RowBans
@@ -86,6 +87,11 @@ class _Row(NamedTuple):
     def kind(self) -> tuple[Any, ...]:
         """Return what rows should share to be sampled by one call: those without a mask or bias (V,) get none."""
         return *self.words(), self.settings.allowed is None, self.settings.logit_bias is None
+
+
+def _seed_of(row: _Row) -> int:
+    assert row.settings.seed is not None
+    return int(row.settings.seed)
 
 
 def _masks(own: Any, name: str) -> Sequence[Any] | None:
@@ -100,13 +106,42 @@ def _masks(own: Any, name: str) -> Sequence[Any] | None:
     return list(array)
 
 
+class RowError(ValueError):
+    """What is wrong with one row of a `Sampler`.
+
+    Attributes:
+        handle: the row's, for `Sampler.retire`, say.
+
+    >>> import headway as hw
+    >>> sampler = hw.Sampler(2)
+    >>> row = sampler.admit()
+    >>> try:
+    ...     sampler.step([[float("nan"), 0.0]])
+    ... except hw.RowError as error:
+    ...     sampler.retire(error.handle)
+    >>> sampler.handles
+    []
+    """
+
+    def __init__(self, message: str, handle: int) -> None:
+        super().__init__(message, handle)
+        self.handle = handle
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}; the row's handle is {self.handle}"
+
+
 @contextlib.contextmanager
 def _of_row(row: _Row) -> Iterator[None]:
-    """Let an error say the row's handle."""
+    """Let an error say the row's handle, and that the bans of the row have a part in it."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{error}; the row's handle is {row.handle}") from None
+        message = str(error)
+        if row.bans.any() and "not banned" in message:
+            names = " and ".join(row.bans.names())
+            message = f"logits: {message.partition(': ')[2].rpartition(';')[0]}; less of {names} leaves one"
+        raise RowError(message, row.handle) from None
 
 
 class _Group(NamedTuple):
@@ -146,6 +181,11 @@ def _in_turn(method: F) -> F:
             return alone(self, *args, **kwargs)
 
     return cast(F, call)
+
+
+def _of_admit() -> list[str]:
+    """Return the names of the options of `Sampler.admit`."""
+    return [name for name in inspect.signature(Sampler.admit).parameters if name != "self"]
 
 
 class Sampler:
@@ -189,6 +229,7 @@ class Sampler:
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = _check.integer(vocabulary, "vocabulary", 1, 2**31 - 1)
         self._admitted = 0
+        self._streams: dict[int, int] = {}  # of each seed of an active row, the highest that rows with it have had
         none = np.zeros(0, np.int64)
         self._histories = Histories(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.bool_), none, none)
         self._active = _Active((), (), none, np.zeros(0, np.uint64), {}, False, ())
@@ -201,6 +242,9 @@ class Sampler:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become the sampler with this state."""
         self.__dict__.update(state, _lock=threading.RLock())
+
+    def __repr__(self) -> str:
+        return f"Sampler(vocabulary={self.vocabulary}, handles={self.handles})"
 
     @property
     def handles(self) -> list[int]:
@@ -285,7 +329,9 @@ class Sampler:
                 raise ValueError(f"{name}: expected one value for the row, got shape {value.shape}")
         for name, value in penalties.items():
             if name in CHECKS:
-                raise TypeError(f"{name}: no such penalty; give `params=hw.SamplingParams({name}={shown(value)})`")
+                raise TypeError(f"{name}: no such option; give `params=hw.SamplingParams({name}={shown(value)})`")
+            if name not in Penalties.__annotations__:
+                raise TypeError(_check.no_such(name, value, "option", _of_admit()))
         own = checked(**penalties)
         for name, value in own.items():
             if value.ndim:
@@ -294,7 +340,7 @@ class Sampler:
         breakers = breaker_ids(penalties.get("dry_breakers", ()), self.vocabulary)
         count_prompt = _check.boolean(count_prompt, "count_prompt")
         of_all, of_output = penalizes(own)
-        prompt, before = self._prompt(prompt_tokens, unknown_tokens, bool(of_all | (of_output & count_prompt)))
+        prompt, known = self._prompt(prompt_tokens, unknown_tokens, bool(of_all | (of_output & count_prompt)))
         output = _check.integers(output_tokens, "output_tokens", 0, self.vocabulary - 1)
         if output.ndim != 1:
             raise ValueError(f"output_tokens: expected a list of token ids, got shape {output.shape}")
@@ -303,7 +349,7 @@ class Sampler:
 
         alone.spared()  # so that an id outside of the vocabulary is an error here
         source, bias = alone.source(), alone.bias()
-        position = source["position"] + np.uint64(before + output.size)
+        position = source["position"] + np.uint64(prompt.size + output.size)
         allowed, packed = alone.allowed()
         if allowed is not None:
             allowed = unpacked(allowed, self.vocabulary) if packed else allowed.view(np.bool_)
@@ -314,23 +360,29 @@ class Sampler:
         if stream is None:
             of_params = seed is None and alone.settings.seed is not None
             stream = self._free_stream(source["seed"][0]) if of_params else 0
-        history = np.concatenate([prompt, output])
-        slot = self._histories.admit(history, np.isin(history, breakers), 0 if count_prompt else prompt.size)
+        history = np.concatenate([known, output])
+        slot = self._histories.admit(history, np.isin(history, breakers), 0 if count_prompt else known.size)
         ids = frozenset(breakers.tolist())
-        row = _Row(self._admitted, slot, settings, np.uint64(stream), before, with_windows(own), ids, own_bans)
+        row = _Row(self._admitted, slot, settings, np.uint64(stream), prompt, with_windows(own), ids, own_bans)
         active = self._with([*self._active.rows, row], np.append(self._active.position, position))
+        self._note(row)
         # No function is called between the two, so that no signal's handler runs there.
         self._active = active
         self._admitted += 1
         return row.handle
+
+    def _note(self, row: _Row) -> None:
+        """Keep in mind which stream a row draws from."""
+        seed = _seed_of(row)
+        self._streams[seed] = max(self._streams.get(seed, 0), int(row.stream))
 
     def _free_stream(self, seed: Any) -> int:
         """Return the lowest stream that no active row with this seed draws from."""
         taken = {int(row.stream) for row in self._active.rows if row.settings.seed == seed}
         return next(stream for stream in count() if stream not in taken)
 
-    def _prompt(self, prompt_tokens: AnyArray, unknown_tokens: UnknownTokens, looked_at: bool) -> tuple[Array, int]:
-        """Return the tokens of a prompt that have a logit, and how many tokens there are.
+    def _prompt(self, prompt_tokens: AnyArray, unknown_tokens: UnknownTokens, looked_at: bool) -> tuple[Array, Array]:
+        """Return the tokens of a prompt as `_Row` has them, and those of them that have a logit.
 
         All must have one where penalties look at the prompt, unless told otherwise.
         """
@@ -345,7 +397,7 @@ class Sampler:
                 f"prompt_tokens: expected ids from 0 to {self.vocabulary - 1}, got {prompt[at]} at {at}; leave such "
                 f'ids out of what penalties count with unknown_tokens="ignore"'
             )
-        return prompt[known], prompt.size
+        return np.where(known, prompt, -1 - np.arange(prompt.size)), prompt[known]
 
     @_check.public
     @_in_turn
@@ -369,6 +421,8 @@ class Sampler:
         rows, position = self._active.rows, self._active.position
         self._active = self._with([*rows[:at], *rows[at + 1 :]], np.delete(position, at))
         self._histories.retire(rows[at].slot)
+        if _seed_of(rows[at]) not in map(_seed_of, self._active.rows):
+            self._streams.pop(_seed_of(rows[at]), None)
 
     def _place(self, handle: int) -> int:
         """Return where in `handles` a row stands."""
@@ -403,6 +457,29 @@ class Sampler:
 
     @_check.public
     @_in_turn
+    def length(self, handle: int) -> int:
+        """Return how many tokens the sequence of a row has: all of its prompt, and its output.
+
+        Args:
+            handle: an active row.
+
+        Returns:
+            The index of the token that the row draws next. It is the length of `history`, unless tokens of the prompt
+            have no logit.
+
+        Raises:
+            ValueError: a handle of no active row.
+
+        >>> import headway as hw
+        >>> sampler = hw.Sampler(4)
+        >>> sampler.length(sampler.admit(None, [3, 3, 99], [1]))
+        4
+        """
+        at = self._place(handle)
+        return int(self._active.position[at] - self._active.rows[at].settings.position)
+
+    @_check.public
+    @_in_turn
     def fork(self, handle: int, *, seed: int | None = None, stream: int | None = None) -> int:
         """Add a row behind the others that goes on from where another is, and return its handle.
 
@@ -413,8 +490,9 @@ class Sampler:
         Args:
             handle: an active row.
             seed: of the new row, a whole number below 2^64; None is the other row's.
-            stream: of the seed, a whole number below 2^64. None is the lowest that no active row with the other row's
-                seed has, and 0 beside a seed of its own.
+            stream: of the seed, a whole number below 2^64. None is a new one, above all that rows with the other row's
+                seed have had while one of them was active: forks that are tried one after another differ. Beside a
+                seed of its own it is 0.
 
         Returns:
             The new row's handle.
@@ -437,11 +515,12 @@ class Sampler:
         if seed is not None:
             settings = settings.updated({"seed": np.uint64(_check.integer(seed, "seed", 0, 2**64 - 1))})
         if stream is None:
-            stream = self._free_stream(settings.seed) if seed is None else 0
+            stream = (self._streams[_seed_of(row)] + 1) % 2**64 if seed is None else 0
         stream = _check.integer(stream, "stream", 0, 2**64 - 1)
         slot = self._histories.fork(row.slot)
         new = row._replace(handle=self._admitted, slot=slot, settings=settings, stream=np.uint64(stream))
         active = self._with([*self._active.rows, new], np.append(position, position[at]))
+        self._note(new)
         # No function is called between the two, so that no signal's handler runs there.
         self._active = active
         self._admitted += 1
@@ -483,7 +562,8 @@ class Sampler:
 
         Args:
             handle: an active row.
-            length: of the sequence, prompt included, as of a `KVCache`: from the prompt's length to the present one.
+            length: of the sequence, prompt included, as of a `KVCache`: from the prompt's length to the present one,
+                which `length(handle)` says.
 
         Raises:
             TypeError: a length that is no integer.
@@ -500,7 +580,7 @@ class Sampler:
         active, histories, row = self._active, self._histories, self._active.rows[at]
         start, this, slots = row.settings.position, slice(at, at + 1), active.slots[at : at + 1]
         present = int((active.position[this] - start)[0])
-        length = _check.integer(length, "length", row.prompt, present)
+        length = _check.integer(length, "length", row.prompt.size, present)
         less = present - length
         back = np.uint64(less)
         # No function is called from here on, so that no signal's handler runs there: all of it happens, or nothing.
@@ -799,8 +879,9 @@ class Sampler:
         banned = {}
         for at in active.banning:
             row = active.rows[at]
-            length = int((position[at : at + 1] - row.settings.position)[0])
-            ids = row.bans.next(histories.tokens_of(row.slot), length - row.prompt)
+            drawn = int((position[at : at + 1] - row.settings.position)[0]) - row.prompt.size
+            history = histories.tokens_of(row.slot)
+            ids = row.bans.next(np.concatenate([row.prompt, history[history.size - drawn :]]), drawn)
             if ids.size:
                 banned[at] = ids
         if not banned:

@@ -209,8 +209,9 @@ class Params:
         """Make params of the filters in a GenerationConfig of transformers, with its order and boundaries.
 
         Args:
-            config: of transformers, or anything with its attributes; None there is unset. do_sample=False is
-                temperature 0. Its penalties are no filters: `headway.integrations.transformers.row_options` reads them.
+            config: of transformers, or anything with its attributes; None there is unset, and becomes what
+                transformers' `generate` makes of it: top_k=50. do_sample=False is temperature 0. Its penalties are no
+                filters: `headway.integrations.transformers.row_options` reads them.
 
         Returns:
             Params with `dialect="hf"`.
@@ -230,8 +231,8 @@ class Params:
         if getattr(config, "top_h", None) is not None:
             raise ValueError(f"top_h: expected None, got {shown(config.top_h)}; headway has no such filter")
         names = ("temperature", *(step.option for step in DIALECTS["hf"].steps))
-        given = {name: getattr(config, name, None) for name in names}
-        return make(dialect="hf", **{name: value for name, value in given.items() if value is not None})  # type: ignore[no-any-return]
+        given = {"top_k": 50} | {name: x for name in names if (x := getattr(config, name, None)) is not None}
+        return make(dialect="hf", **given)  # type: ignore[no-any-return]
 
     @cached_property
     def _settings(self) -> Settings:

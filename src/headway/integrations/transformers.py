@@ -393,11 +393,15 @@ def row_options(config: GenerationConfig) -> dict[str, Any]:
 
 
 class _Draw:
-    """A logits processor that leaves one token of each row, which a `Sampler` draws."""
+    """A logits processor that leaves one token of each row, which a `Sampler` draws.
 
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
+    Where scores are asked for, it keeps what they are without it: the log-probabilities that each token is drawn by.
+    """
+
+    def __init__(self, rows: list[dict[str, Any]], keeps_scores: bool) -> None:
         self.rows = rows  # the arguments of `Sampler.admit`
         self.sampler: hw.Sampler | None = None
+        self.scores: list[torch.Tensor] | None = [] if keeps_scores else None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if self.sampler is None:
@@ -405,7 +409,16 @@ class _Draw:
             for row in self.rows:
                 self.sampler.admit(**row)
         left = torch.full_like(scores, -torch.inf)
-        left[torch.arange(len(scores)), self.sampler.step(scores)] = 0
+        if self.scores is None:
+            tokens = self.sampler.step(scores)
+        else:
+            tokens, _, processed = self.sampler.step(scores, logprobs=scores.shape[-1])
+            found = torch.full_like(processed.top_logprobs, -torch.inf)
+            some = processed.top_tokens >= 0
+            rows = torch.arange(len(scores))[:, None].expand_as(some)
+            found[rows[some], processed.top_tokens[some]] = processed.top_logprobs[some]
+            self.scores.append(found)
+        left[torch.arange(len(scores)), tokens] = 0
         return left
 
 
@@ -422,7 +435,8 @@ def generate(
 
     The options are those of the GenerationConfig, in the order and with the boundaries of transformers
     (`dialect="hf"`). Each draw has the position of its token in the row's own sequence, so that neither padding nor the
-    other rows have a part in it. Logits processors of the caller's own come before headway's.
+    other rows have a part in it. Logits processors of the caller's own, and a watermark's, come before headway's.
+    output_scores gives the log-probabilities that tokens are drawn by.
 
     Args:
         model: as transformers hands it over, like input_ids, logits_processor, stopping_criteria, generation_config and
@@ -439,7 +453,7 @@ def generate(
         What `model.generate` returns.
 
     Raises:
-        ValueError: beams, or an option that has no meaning in headway.
+        ValueError: beams, drafts, or an option that has no meaning in headway.
 
     >>> import torch, transformers as hf
     >>> from headway.integrations.transformers import enable, generate
@@ -452,6 +466,10 @@ def generate(
     """
     if (generation_config.num_beams or 1) > 1:
         raise ValueError(f"num_beams: expected 1, got {generation_config.num_beams}; headway draws, and has no beams")
+    if lookup := generation_config.prompt_lookup_num_tokens:
+        raise ValueError(
+            f"prompt_lookup_num_tokens: expected None, got {lookup}; headway.Sampler.verify accepts and replaces drafts"
+        )
     params = hw.SamplingParams.from_generation_config(generation_config)
     batch = len(input_ids)
     name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
@@ -469,4 +487,8 @@ def generate(
     kept = [one for one in logits_processor if not isinstance(one, _DRAWN_BY_HEADWAY)]
     greedy = copy.copy(generation_config)
     greedy.do_sample = False
-    return model._sample(input_ids, type(logits_processor)([*kept, _Draw(rows)]), stopping_criteria, greedy, **kwargs)
+    draw = _Draw(rows, bool(generation_config.output_scores and generation_config.return_dict_in_generate))
+    out = model._sample(input_ids, type(logits_processor)([*kept, draw]), stopping_criteria, greedy, **kwargs)
+    if draw.scores is not None:
+        out["scores"] = tuple(draw.scores)
+    return out

@@ -146,6 +146,7 @@ class Model:
         max_tokens: int = 256,
         stop: str | Sequence[str] = (),
         params: hw.SamplingParams | None = None,
+        output_tokens: ArrayLike = (),
         count_prompt: bool = False,
         **options: Unpack[TextOptions],
     ) -> str:
@@ -153,8 +154,8 @@ class Model:
 
         The text ends where the model says so (an end-of-text token), at max_tokens, before a stop string, or where
         the context is full: prompt and text together have at most config.max_position_embeddings tokens. It is the text
-        of a row of a `headway.Sampler`: one seed gives one text, wherever it stops and goes on; without a seed each is
-        another.
+        of a row of a `headway.Sampler`: one seed gives one text, wherever it stops and goes on with its output_tokens;
+        without a seed each is another.
 
         Args:
             prompt: any text, or the ids of its tokens, (n,). An empty one starts from the model's beginning-of-text
@@ -162,6 +163,8 @@ class Model:
             max_tokens: draw at most so many tokens.
             stop: end before this string, or before the one of these strings that is complete first.
             params: as in `headway.sample`; `headway.lm.DEFAULTS`, temperature 0.8 and top_p 0.95, unless given.
+            output_tokens: (n,), ids that a call before has drawn, with which the text goes on: penalties and min_tokens
+                count them as output. They are not returned again.
             count_prompt: as in `headway.Sampler.admit`: whether frequency and presence count the prompt too.
             **options: those of `headway.SamplingParams`, but for uniform, and the penalties of `headway.penalize`; they
                 replace what params say. min_tokens, banned_sequences and no_repeat_ngram are those of
@@ -182,8 +185,8 @@ class Model:
         """
         if "logprobs" in options:
             raise TypeError("logprobs: expected none, since the text is all that comes back; give it to stream")
-        more: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, "params": params, "count_prompt": count_prompt}
-        return "".join(self.stream(prompt, **more, **options))
+        more: dict[str, Any] = {"params": params, "output_tokens": output_tokens, "count_prompt": count_prompt}
+        return "".join(self.stream(prompt, max_tokens=max_tokens, stop=stop, **more, **options))
 
     @shows_text_options
     @_check.public
@@ -194,6 +197,7 @@ class Model:
         max_tokens: int = 256,
         stop: str | Sequence[str] = (),
         params: hw.SamplingParams | None = None,
+        output_tokens: ArrayLike = (),
         count_prompt: bool = False,
         logprobs: int | None = None,
         **options: Unpack[TextOptions],
@@ -208,6 +212,7 @@ class Model:
             max_tokens: as `generate` takes it.
             stop: as `generate` takes it.
             params: as `generate` takes them.
+            output_tokens: as `generate` takes them.
             count_prompt: as `generate` takes it.
             logprobs: n, from 0 to V, collects log-probabilities of each token and of the n best in
                 `TextStream.logprobs`.
@@ -231,27 +236,32 @@ class Model:
         """
         for name, value in options.items():
             if name not in TextOptions.__annotations__:
-                known = ("max_tokens", "stop", "params", "count_prompt", "logprobs", *TextOptions.__annotations__)
+                own = ("max_tokens", "stop", "params", "output_tokens", "count_prompt", "logprobs")
+                known = (*own, *TextOptions.__annotations__)
                 raise TypeError(_check.no_such(name, value, "option", known))
         max_tokens = _check.integer(max_tokens, "max_tokens", 0)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(isinstance(text, str) and text for text in stops):
-            raise ValueError(f"stop: expected strings of at least one character, got {stop!r}")
+        stops = (stop,) if isinstance(stop, str) else stop
+        if not isinstance(stops, (list, tuple)) or not all(isinstance(text, str) for text in stops):
+            raise TypeError(f"stop: expected a string, or a list of strings, got {_check.shown(stop)}")
+        if not all(stops):
+            raise ValueError("stop: expected strings of at least one character, got an empty one")
         if logprobs is not None:
             logprobs = _check.integer(logprobs, "logprobs", 0, self.config.vocab_size)
-        prompt_ids = self._encode(prompt) if isinstance(prompt, str) else self._ids(prompt)
+        prompt_ids = self._encode(prompt) if isinstance(prompt, str) else self._ids(prompt, "prompt")
+        output_ids = self._ids(output_tokens, "output_tokens")
         if not prompt_ids:
             if self.config.bos_token_id is None:
                 raise ValueError("prompt: expected text, got none, and the model has no beginning-of-text token")
             prompt_ids = [self.config.bos_token_id]
         context = self.config.max_position_embeddings
-        if len(prompt_ids) >= context:
-            raise ValueError(f"prompt: expected less than {context} tokens, the model's context, got {len(prompt_ids)}")
+        length = len(prompt_ids) + len(output_ids)
+        if length >= context:
+            raise ValueError(f"prompt: expected less than {context} tokens, the model's context, got {length}")
         grammar = options.pop("allowed") if callable(options.get("allowed")) else None
         chosen = _params(DEFAULTS if params is None else params, **options)
         sampler = hw.Sampler(self.config.vocab_size)
-        _admit(sampler, chosen, prompt_ids, self.config, count_prompt=count_prompt, **options)
-        return TextStream(self, prompt_ids, max_tokens, stops, sampler, grammar, logprobs)
+        _admit(sampler, chosen, prompt_ids, output_ids, self.config, count_prompt=count_prompt, **options)
+        return TextStream(self, prompt_ids, output_ids, max_tokens, stops, sampler, grammar, logprobs)
 
     def _encode(self, prompt: str) -> list[int]:
         try:
@@ -263,11 +273,11 @@ class Model:
             ids: list[int] = self.tokenizer.encode(prompt).ids
         return ids
 
-    def _ids(self, prompt: ArrayLike) -> list[int]:
-        whole = _check.whole(prompt, "prompt", "text or token ids")
-        ids = _check.integers(whole, "prompt", 0, self.config.vocab_size - 1)
+    def _ids(self, tokens: ArrayLike, name: str) -> list[int]:
+        expected = "text or token ids" if name == "prompt" else "token ids"
+        ids = _check.integers(_check.whole(tokens, name, expected), name, 0, self.config.vocab_size - 1)
         if ids.ndim != 1:
-            raise ValueError(f"prompt: expected text or token ids (n,), got shape {ids.shape}")
+            raise ValueError(f"{name}: expected {expected} (n,), got shape {ids.shape}")
         listed: list[int] = ids.tolist()
         return listed
 
@@ -277,6 +287,7 @@ class TextStream(Iterator[str]):
 
     Attributes:
         prompt_ids: the tokens of the prompt.
+        output_ids: the output_tokens that the text went on with.
         token_ids: the tokens drawn so far, without one that ends the text.
         logprobs: for each of these, where they were asked for, what `headway.Sampler.step` says of the one row.
         finish_reason: None while the text goes on, then "eos" (the model ended it), "stop" (a stop string),
@@ -293,6 +304,7 @@ class TextStream(Iterator[str]):
         self,
         model: Model,
         prompt_ids: Sequence[int],
+        output_ids: Sequence[int],
         max_tokens: int,
         stops: Sequence[str],
         sampler: hw.Sampler,
@@ -300,11 +312,13 @@ class TextStream(Iterator[str]):
         logprobs: int | None,
     ) -> None:
         self.prompt_ids = tuple(prompt_ids)
+        self.output_ids = tuple(output_ids)
         self.token_ids: list[int] = []
         self.logprobs: list[hw.Drawn] = []
         self.finish_reason: Literal["eos", "stop", "max_tokens", "context"] | None = None
         tokens = self._draw(model, max_tokens, sampler, grammar, logprobs)
-        self._pieces = self._write(detokenize(model.tokenizer, self.prompt_ids, tokens), stops)
+        context = (*self.prompt_ids, *self.output_ids)
+        self._pieces = self._write(detokenize(model.tokenizer, context, tokens), stops)
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -324,13 +338,13 @@ class TextStream(Iterator[str]):
     ) -> Iterator[int]:
         """Draw the tokens of the one row of the sampler."""
         session = model.session()
-        new: Sequence[int] = self.prompt_ids
+        new: Sequence[int] = (*self.prompt_ids, *self.output_ids)
         while len(self.token_ids) < max_tokens:
             if len(session) + len(new) == model.config.max_position_embeddings:
                 self.finish_reason = "context"
                 return
             logits = session.next_logits(new)
-            allowed = None if grammar is None else [grammar(list(self.token_ids))]
+            allowed = None if grammar is None else [grammar([*self.output_ids, *self.token_ids])]
             drawn = None
             if logprobs is None:
                 token = int(sampler.step(logits[None], allowed=allowed)[0])
@@ -358,12 +372,19 @@ def _params(params: hw.SamplingParams, **options: Any) -> hw.SamplingParams:
 
 
 def _admit(
-    sampler: hw.Sampler, params: hw.SamplingParams, prompt_ids: Sequence[int], config: Config, **options: Any
+    sampler: hw.Sampler,
+    params: hw.SamplingParams,
+    prompt_ids: Sequence[int],
+    output_ids: Sequence[int],
+    config: Config,
+    **options: Any,
 ) -> None:
     """Add the one row of a text, with the options that are a row's."""
     for name in SamplingOptions.__annotations__:
         options.pop(name, None)
-    sampler.admit(params, prompt_ids, stop_tokens=config.eos_token_ids, **options)
+    if not config.eos_token_ids:  # of which min_tokens would wait for one
+        _check.integer(options.pop("min_tokens", 0), "min_tokens", 0)
+    sampler.admit(params, prompt_ids, output_ids, stop_tokens=config.eos_token_ids, **options)
 
 
 def _of_one_row(found: hw.Logprobs) -> hw.Logprobs:

@@ -55,6 +55,7 @@ class Sampler:
         self.vocabulary = vocabulary
         self.admitted = 0
         self.rows: dict[int, dict[str, Any]] = {}
+        self.streams: dict[int, int] = {}  # of each seed of a row, the highest that rows with it have had
 
     def admit(
         self,
@@ -102,7 +103,7 @@ class Sampler:
             free = self._free_stream(seed)
         else:
             free = 0
-        self.rows[self.admitted] = {
+        row = {
             "history": [int(token) for part in (prompt_tokens, output_tokens) for token in part],
             "params": params,
             "penalties": {"prompt_lengths": 0 if count_prompt else len(prompt_tokens), **penalties},
@@ -117,6 +118,12 @@ class Sampler:
             ),
             "start": int(getattr(params, "position", None) or 0),  # the position of the history's first token
         }
+        return self._added(row)
+
+    def _added(self, row: dict[str, Any]) -> int:
+        """Keep a new row, and the stream that it has; return its handle."""
+        self.rows[self.admitted] = row
+        self.streams[row["seed"]] = max(self.streams.get(row["seed"], 0), row["stream"])
         self.admitted += 1
         return self.admitted - 1
 
@@ -159,8 +166,8 @@ class Sampler:
         Args:
             handle: that of the other row.
             seed: the new row's; None is the other's.
-            stream: of the seed. None is the lowest that no active row with the other's seed has, and 0 beside a seed of
-                its own.
+            stream: of the seed. None is one above all that rows with the other's seed have had while one of them was
+                there, and 0 beside a seed of its own.
 
         Returns:
             The new row's handle.
@@ -172,14 +179,12 @@ class Sampler:
         1
         """
         row = {**self.rows[handle], "history": list(self.rows[handle]["history"])}
-        row["stream"] = self._free_stream(row["seed"]) if seed is None else 0
+        row["stream"] = (self.streams[row["seed"]] + 1) % 2**64 if seed is None else 0
         if seed is not None:
             row["seed"] = seed
         if stream is not None:
             row["stream"] = stream
-        self.rows[self.admitted] = row
-        self.admitted += 1
-        return self.admitted - 1
+        return self._added(row)
 
     def _free_stream(self, seed: Any) -> int:
         """The lowest stream that no row with this seed has."""
@@ -265,7 +270,9 @@ class Sampler:
         >>> len(sampler.rows)
         0
         """
-        del self.rows[handle]
+        seed = self.rows.pop(handle)["seed"]
+        if all(row["seed"] != seed for row in self.rows.values()):
+            del self.streams[seed]
 
     def _changed(self, handle: int, z: AnyArray, allowed: Any, more: Sequence[int] = ()) -> AnyArray:
         """Logits (V,) with the penalties of a row's history and more tokens, -inf where a token is banned."""
@@ -285,14 +292,15 @@ class Sampler:
         """The tokens that a row may not draw next, after its history and more tokens."""
         row = self.rows[handle]
         stop_tokens, min_tokens, sequences, n = row["bans"]
-        sequence = [*row["history"], *more]
-        history = [token for token in sequence if 0 <= token < self.vocabulary]
-        found = {token for token in stop_tokens if len(sequence) - row["prompt"] < min_tokens}
+        history = [*row["history"], *more]
+        found = {token for token in stop_tokens if len(history) - row["prompt"] < min_tokens}
+        # A token without a logit is equal to none.
+        history = [token if 0 <= token < self.vocabulary else -1 - i for i, token in enumerate(history)]
         found |= {last for *before, last in sequences if history[len(history) - len(before) :] == before}
         if n is not None:
             runs = [history[i : i + n] for i in range(len(history) - n + 1)]
             found |= {last for *before, last in runs if history[len(history) - n + 1 :] == before}
-        return sorted(found)
+        return sorted(token for token in found if token >= 0)
 
     def history(self, handle: int) -> AnyArray:
         """Return the tokens of a row.
