@@ -695,9 +695,9 @@ def test_a_model_that_is_a_file(run: Any, tmp_path: Path) -> None:
 
 def test_a_text_ends_before_a_stop_string(run: Any) -> None:
     given = ("generate", "In the beginning", "--max-tokens", 40, "--seed", 3)
-    whole = run(*given).stdout
+    whole = run(*given)[1]
     words = whole.split()[5:7]
-    cut = run(*given, "--stop", words[1], "--stop", words[0]).stdout
+    cut = run(*given, "--stop", words[1], "--stop", words[0])[1]
     assert cut.rstrip("\n") == whole[: len("In the beginning") + whole[len("In the beginning") :].index(words[0])]
 
 
