@@ -245,7 +245,8 @@ def _foreign(x: Any, name: str, floating: bool) -> tuple[NDArray[Any], bool, Wra
         if isinstance(x, tensor):
             if (expected := _torch_expected(x, name)) is None:
                 return *_from_dlpack((x.detach() if x.requires_grad else x).resolve_neg()), _as_torch
-        elif (expected := _jax_expected(x)) is None:
+        else:
+            _refuse_tracers(x, name)
             if isinstance(x, Mapping):  # no sequence of its values, nor an empty one
                 return _object(x), False, as_numpy
             if not (hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__")):
@@ -329,14 +330,15 @@ def hide_from_dynamo() -> None:
 hide_from_dynamo()
 
 
-def _jax_expected(x: Any) -> str | None:
-    """Say what was expected instead of one of JAX's tracers, which stand for arrays inside its transformations."""
-    if not any(base.__name__ == "Tracer" and base.__module__.startswith("jax") for base in type(x).__mro__):
-        return None
-    return (
-        "an array, got a tracer inside jax.jit, jax.vmap, jax.grad or another transformation; call headway outside of "
-        "it, where leading axes are batch axes, or inside jax.jit through jax.pure_callback"
-    )
+def _refuse_tracers(x: Any, name: str) -> None:
+    """Raise where x is one of JAX's tracers, which stand for arrays inside its transformations."""
+    if any(base.__name__ == "Tracer" and base.__module__.startswith("jax") for base in type(x).__mro__):
+        raise Traced(
+            "jax",
+            f"{name}: expected an array, got a tracer inside jax.jit, jax.vmap, jax.grad or another transformation; "
+            f"call headway outside of it, where leading axes are batch axes, inside jax.jit through jax.pure_callback, "
+            f"or `import headway.integrations.jax`, with which functions work inside",
+        )
 
 
 def _cure(x: Any, name: str) -> str:

@@ -6,7 +6,6 @@ public functions go by them where a tensor has no numbers to read: while torch t
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 import headway as hw
 
 from .. import _arrays, _check
+from ._operators import OPERATORS, Operator, aligned, arguments
 
 try:
     import torch
@@ -28,102 +28,6 @@ __all__ = ["MultiheadAttention", "from_torch", "scaled_dot_product_attention"]
 
 
 # Operators ------------------------------------------------------------------------------------------------------------
-
-_Shapes = list[tuple[Sequence[Any], torch.dtype]]  # of results
-
-
-class _Operator(NamedTuple):
-    """A public function as an operator.
-
-    shapes: of the results, from the function's arguments. axes: how many trailing axes of an argument belong to one
-    call, the others being batch axes: with all of them known, torch.vmap is one call. Else it is one for each item.
-    """
-
-    function: Callable[..., Any]
-    shapes: Callable[..., _Shapes]
-    axes: dict[str, int] = {}  # noqa: RUF012
-
-
-def _broadcast(*shapes: Any) -> Any:
-    return torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
-
-
-def _promoted(*tensors: torch.Tensor | None) -> torch.dtype:
-    given = (_arrays.dtype_name(x) for x in tensors if x is not None)
-    dtype: torch.dtype = getattr(torch, _arrays.promote(*(x if x in _arrays.FLOATING else "float64" for x in given)))
-    return dtype
-
-
-def _computed(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _attention(q: Any, k: Any, v: Any, return_lse: bool = False, **options: Any) -> _Shapes:
-    lead = _broadcast(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-    dtype = _promoted(q, k, v)
-    out: _Shapes = [((*lead, *q.shape[-3:-1], v.shape[-1]), dtype)]
-    return [*out, ((*lead, *q.shape[-3:-1]), _computed(dtype))] if return_lse else out
-
-
-def _attention_weights(q: Any, k: Any, **options: Any) -> _Shapes:
-    lead = _broadcast(q.shape[:-3], k.shape[:-3])
-    return [((*lead, *q.shape[-3:-1], k.shape[-2]), _promoted(q, k))]
-
-
-def _multi_head_attention(
-    q: Any,
-    k: Any,
-    v: Any,
-    num_heads: int,
-    num_kv_heads: int | None,
-    decimals: int | None,
-    return_lse: bool,
-    **more: Any,
-) -> _Shapes:
-    lead = _broadcast(q.shape[:-2], k.shape[:-2], v.shape[:-2])
-    weights = {name: more[name] for name in ("w_q", "w_k", "w_v", "w_o")}
-    dtype = _promoted(q, k, v, *weights.values(), *(more[name] for name in ("b_q", "b_k", "b_v", "b_o")))
-    width = v.shape[-1] if weights["w_v"] is None else weights["w_v"].shape[-1]
-    width = width // (num_kv_heads or num_heads) * num_heads
-    width = width if weights["w_o"] is None else weights["w_o"].shape[-1]
-    out: _Shapes = [((*lead, q.shape[-2], width), _computed(dtype) if decimals is not None else dtype)]
-    return [*out, ((*lead, num_heads, q.shape[-2]), _computed(dtype))] if return_lse else out
-
-
-def _sample(logits: Any, num_samples: int | None, **options: Any) -> _Shapes:
-    return [((*logits.shape[:-1], *(() if num_samples is None else (num_samples,))), torch.int64)]
-
-
-def _filter_logits(logits: Any, logit_bias: Any, **options: Any) -> _Shapes:
-    dtype = _promoted(logits)
-    return [(logits.shape, dtype if logit_bias is None else _computed(dtype))]
-
-
-def _logprobs(logits: Any, tokens: Any, top: int | None, **options: Any) -> _Shapes:
-    dtype = _computed(_promoted(logits))
-    found: _Shapes = [] if tokens is None else [(tokens.shape, dtype), (tokens.shape, torch.int64)]
-    best = () if top is None else (*logits.shape[:-1], top)
-    return found if top is None else [*found, (best, torch.int64), (best, dtype)]
-
-
-_SCORES = {"mask": 3, "bias": 3, "sinks": 1, "kv_lengths": 0}
-OPERATORS = {
-    operator.function.__name__: operator
-    for operator in (
-        _Operator(hw.attention, _attention, {"q": 3, "k": 3, "v": 3, **_SCORES}),
-        _Operator(hw.attention_weights, _attention_weights, {"q": 3, "k": 3, **_SCORES}),
-        _Operator(hw.multi_head_attention, _multi_head_attention, {"q": 2, "k": 2, "v": 2, **_SCORES}),
-        _Operator(hw.linear, lambda x, w, b: [((*x.shape[:-1], w.shape[-1]), _promoted(x, w, b))], {"x": 1}),
-        _Operator(hw.rotary, lambda x, **options: [(x.shape, _promoted(x))], {"x": 2, "positions": 1}),
-        _Operator(hw.rms_norm, lambda x, weight, eps: [(x.shape, _promoted(x, weight))], {"x": 1}),
-        _Operator(hw.swiglu, lambda gate, up: [(gate.shape, _promoted(gate, up))]),
-        _Operator(hw.sample, _sample),
-        _Operator(hw.probabilities, lambda logits, **options: [(logits.shape, _computed(_promoted(logits)))]),
-        _Operator(hw.filter_logits, _filter_logits),
-        _Operator(hw.logprobs, _logprobs),
-        _Operator(hw.penalize, lambda logits, **options: [(logits.shape, _promoted(logits))]),
-    )
-}
 
 # The types of arguments in an operator's schema, by their annotations. What is none of them is a word.
 _TYPES = {
@@ -175,7 +79,7 @@ def _named(arguments: Sequence[_Argument], given: Sequence[Any]) -> dict[str, An
     return {x.name: given[i] if i < len(given) else x.default for i, x in enumerate(arguments)}
 
 
-def _run(operator: _Operator, *given: Any) -> list[torch.Tensor]:
+def _run(operator: Operator, *given: Any) -> list[torch.Tensor]:
     """Compute the results of an operator from tensors that hold numbers."""
     arguments = _ARGUMENTS[operator.function.__name__]
     named = {
@@ -188,13 +92,13 @@ def _run(operator: _Operator, *given: Any) -> list[torch.Tensor]:
     return [torch.as_tensor(x) for x in (out if isinstance(out, tuple) else [out]) if x is not None]
 
 
-def _fake(operator: _Operator, *given: Any) -> list[torch.Tensor]:
+def _fake(operator: Operator, *given: Any) -> list[torch.Tensor]:
     """Return empty results of an operator, for tensors that stand for others."""
-    shapes = operator.shapes(**_named(_ARGUMENTS[operator.function.__name__], given))
-    return [given[0].new_empty(shape, dtype=dtype) for shape, dtype in shapes]
+    results = operator.results(**_named(_ARGUMENTS[operator.function.__name__], given))
+    return [given[0].new_empty(shape, dtype=getattr(torch, dtype)) for shape, dtype in results]
 
 
-def _mapped(operator: _Operator, info: Any, dims: Sequence[int | None], *given: Any) -> Any:
+def _mapped(operator: Operator, info: Any, dims: Sequence[int | None], *given: Any) -> Any:
     """Compute an operator for torch.vmap: the result of each item is what a call of its own gives."""
     call: Any = getattr(torch.ops.headway, operator.function.__name__)
     names = [x.name for x in _ARGUMENTS[operator.function.__name__]]
@@ -208,13 +112,8 @@ def _mapped(operator: _Operator, info: Any, dims: Sequence[int | None], *given: 
         x if own is None else x[None].expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
         for x, dim, own in zip(given, dims, axes)
     ]
-    most = max(x.ndim - own for x, own in zip(batched, axes) if own is not None)
-    out = call(
-        *(
-            x if own is None else x.reshape(size, *[1] * (most + own - x.ndim), *x.shape[1:])
-            for x, own in zip(batched, axes)
-        )
-    )
+    lead = max(x.ndim - 1 - own for x, own in zip(batched, axes) if own is not None)
+    out = call(*(x if own is None else aligned(x, lead, own, True) for x, own in zip(batched, axes)))
     return out, [0] * len(out)
 
 
@@ -224,7 +123,7 @@ def _no_gradient(name: str, *_: Any) -> None:
     )
 
 
-def _register(name: str, operator: _Operator) -> None:
+def _register(name: str, operator: Operator) -> None:
     arguments = _ARGUMENTS[name]
     op = torch.library.custom_op(
         f"headway::{name}",
@@ -244,72 +143,30 @@ def _register(name: str, operator: _Operator) -> None:
 def _through_operator(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Call a public function by its operator. A result that is a number outside is a tensor here."""
     name = function.__name__
-    if name not in _ARGUMENTS:
+    if name not in OPERATORS:
         return NotImplemented
-    signature = inspect.signature(OPERATORS[name].function)
-    given = signature.bind(*args, **kwargs).arguments
+    given = arguments(OPERATORS[name], torch.Tensor, args, kwargs)
     for argument, x in given.items():
         if isinstance(x, torch.Tensor) and functorch.is_gradtrackingtensor(x):
             raise TypeError(
                 f"{argument}: expected a tensor that waits for no gradient, got one inside torch.func.grad or "
                 f"torch.func.jvp, and headway is forward only; pass `{argument}.detach()`"
             )
-    if "seed" in signature.parameters:
-        given |= _sampling_options(given)
-    if "causal" in signature.parameters:
-        given |= _attention_options(given)
-    values = [
-        _as_tensor(given[x.name], x.name, given) if x.type.startswith("Tensor") else _as_plain(given[x.name], x.name)
+    if "causal" in inspect.signature(OPERATORS[name].function).parameters:
+        given["window_left"], given["window_right"] = given.pop("window", None) or (None, None)
+    values = {
+        x.name: _as_tensor(given[x.name], given) if x.type.startswith("Tensor") else given[x.name]
         for x in _ARGUMENTS[name]
         if x.name in given
-    ]
-    names = [x.name for x in _ARGUMENTS[name] if x.name in given]
-    out = getattr(torch.ops.headway, name)(**dict(zip(names, values)))
+    }
+    out = getattr(torch.ops.headway, name)(**values)
     if name != "logprobs":
         return tuple(out) if len(out) > 1 else out[0]
     found = [None, None] if given.get("tokens") is None else [out.pop(0), out.pop(0)]
     return hw.Logprobs(*found, *(out or (None, None)))
 
 
-def _sampling_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of sampling: those of params too. What is no tensor is checked at once."""
-    options = {name: value for name, value in given.items() if name in _SAMPLING}
-    params = given.get("params")
-    if params is not None:
-        if not isinstance(params, hw.SamplingParams):
-            raise TypeError(f"params: expected SamplingParams, got {_check.shown(params)}")
-        own = {name: getattr(params, name) for name in _SAMPLING}
-        options = {name: value for name, value in own.items() if value is not _SAMPLING[name]} | options
-    hw.SamplingParams(**{name: value for name, value in options.items() if not isinstance(value, torch.Tensor)})
-    return options
-
-
-def _attention_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the plain options of attention as an operator takes them. They are checked on a single key."""
-    names = ("causal", "window", "scale", "softcap", "precision")
-    options = {name: _as_plain(given[name], name) for name in names if name in given}
-    one = np.zeros((1, 1, 1), np.float32)
-    hw.attention(one, one, one, **options)
-    left, right = options.pop("window", None) or (None, None)
-    if isinstance(options.get("causal"), (bool, np.bool_)):
-        options["causal"] = _corner(given)
-    return {**options, "window_left": left, "window_right": right}
-
-
-def _corner(given: Mapping[str, Any]) -> str | None:
-    """Return what causal=True and False mean."""
-    if not given["causal"]:
-        return None
-    queries, keys = given["q"].shape[-2], given["k"].shape[-2]
-    if queries != keys:
-        raise ValueError(
-            f"causal: expected 'top_left' or 'bottom_right' where the numbers of queries and keys differ, got True "
-            f"with {queries} queries and {keys} keys: say which corner the triangle starts from"
-        )
-    return "top_left"
-
-
-def _as_tensor(x: Any, name: str, given: Mapping[str, Any]) -> torch.Tensor | None:
+def _as_tensor(x: Any, given: Mapping[str, Any]) -> torch.Tensor | None:
     """Return an argument as a tensor, of which an operator takes no other kinds of arrays."""
     if x is None or isinstance(x, torch.Tensor):
         return x
@@ -318,20 +175,10 @@ def _as_tensor(x: Any, name: str, given: Mapping[str, Any]) -> torch.Tensor | No
         for token, value in x.items():
             bias[token] = value
         x = bias
-    if isinstance(x, (set, frozenset)):
-        x = sorted(x)
-    array = _arrays.plain(x, name)[0]
+    array = _arrays.plain(sorted(x) if isinstance(x, (set, frozenset)) else x, "array")[0]
     return torch.tensor(array.astype(array.dtype.name))  # C's long long, say, is int64 by another name
 
 
-def _as_plain(x: Any, name: str) -> Any:
-    """Return an argument that is one number or word, which a tensor without numbers cannot give."""
-    if isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}: expected a plain value inside a transformation, got a tensor; pass Python's own")
-    return x
-
-
-_SAMPLING = {field.name: field.default for field in dataclasses.fields(hw.SamplingParams)}
 _ARGUMENTS = {name: _arguments(operator.function) for name, operator in OPERATORS.items()}
 for _name, _operator in OPERATORS.items():
     _register(_name, _operator)
