@@ -26,8 +26,8 @@ CXX_FILES := $(shell find src/core tests -name '*.h' -o -name '*.cpp')
 # would bring gigabytes of CUDA along.
 BUILD_TOOLS := scikit-build-core nanobind cmake ninja
 CHECK_TOOLS := ruff mypy pyright[nodejs] jedi clang-format
-PEERS := $(shell grep '^torch==' constraints.txt) transformers mlx[cpu] mlx-lm jax
-BENCH_PEERS := onnx onnxruntime openvino llama-cpp-python
+PEERS := $(shell grep '^torch==' constraints.txt) transformers mlx[cpu] mlx-lm jax onnx onnxruntime
+BENCH_PEERS := openvino llama-cpp-python
 CONFORMANCE_PEERS := llama-cpp-python msgspec
 LONE_PEERS := sglang # installed without what they need
 

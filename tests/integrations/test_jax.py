@@ -17,8 +17,9 @@ import pytest
 import headway as hw
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
-hj = pytest.importorskip("headway.integrations.jax")
 import jax.numpy as jnp  # noqa: E402
+
+import headway.integrations.jax as hj  # noqa: E402
 
 rng = np.random.default_rng(0)
 

@@ -12,9 +12,10 @@ import pytest
 import headway as hw
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-ht = pytest.importorskip("headway.integrations.torch")
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+
+import headway.integrations.torch as ht  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(  # torch's own
     "ignore::DeprecationWarning",
