@@ -194,7 +194,8 @@ def dot_product_attention(
         if x.ndim not in (3, 4):
             raise ValueError(f"{name}: expected shape (B, length, heads, size) or without B, got {x.shape}")
     batch, queries, keys = query.shape[:-3], query.shape[-3], key.shape[-3]
-    window = (local_window_size,) * 2 if isinstance(local_window_size, int) else local_window_size
+    both_sides = isinstance(local_window_size, int)
+    window: Any = (local_window_size, local_window_size) if both_sides else local_window_size
     masks = [] if mask is None else [jnp.asarray(mask)]
     if masks and masks[0].dtype != bool:
         raise TypeError(

@@ -240,7 +240,7 @@ class Prepared(BackendRep):
         Raises:
             ValueError: another number of inputs, or an input that an operator does not take.
         """
-        names = self.evaluator.input_names
+        names = list(map(str, self.evaluator.input_names))
         if not isinstance(inputs, dict):
             inputs = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
             if len(inputs) > len(names):

@@ -20,7 +20,6 @@ from ._operators import OPERATORS, Operator, aligned, arguments
 
 try:
     import torch
-    from torch._C import _functorch as functorch
 except ImportError as error:
     raise ImportError(f"headway.integrations.torch needs torch ({error}): pip install 'headway[torch]'") from error
 
@@ -117,6 +116,12 @@ def _mapped(operator: Operator, info: Any, dims: Sequence[int | None], *given: A
     return out, [0] * len(out)
 
 
+def _gradtracking(x: torch.Tensor) -> bool:
+    """Whether a tensor stands for one whose gradient torch.func takes."""
+    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 (which type checkers do not know)
+    return bool(functorch.is_gradtrackingtensor(x))
+
+
 def _no_gradient(name: str, *_: Any) -> None:
     raise RuntimeError(
         f"headway.{name} is forward only and has no gradient; call it under torch.no_grad(), or on `tensor.detach()`"
@@ -147,7 +152,7 @@ def _through_operator(function: Callable[..., Any], args: Sequence[Any], kwargs:
         return NotImplemented
     given = arguments(OPERATORS[name], torch.Tensor, args, kwargs)
     for argument, x in given.items():
-        if isinstance(x, torch.Tensor) and functorch.is_gradtrackingtensor(x):
+        if isinstance(x, torch.Tensor) and _gradtracking(x):
             raise TypeError(
                 f"{argument}: expected a tensor that waits for no gradient, got one inside torch.func.grad or "
                 f"torch.func.jvp, and headway is forward only; pass `{argument}.detach()`"
