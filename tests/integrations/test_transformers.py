@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,6 +49,11 @@ DECODERS: dict[str, Callable[[], Any]] = {
     "gpt_oss": lambda: hf.GptOssForCausalLM(
         hf.GptOssConfig(**TINY, **MIXED, num_local_experts=4, num_experts_per_tok=2, rope_parameters=ROPE)
     ),
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+DECODERS |= {
+    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**TINY, **EXPERTS, head_dim=8, num_experts=4)),
 }
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 OTHERS: dict[str, Callable[[], Any]] = {
@@ -128,7 +137,9 @@ def test_it_computes_what_eager_computes(name: str, dtype: Any) -> None:
             got = outputs(name, enable(model, **options), ids, mask)
             limit = (1e-5 if dtype == torch.float32 else 0.05) * want.float().abs().max()
             off = (got - want).float().abs().amax(-1)
-            if name == "gpt_oss" and dtype == torch.bfloat16:  # where a token may go to another expert
+            if (
+                name in ("gpt_oss", "mixtral", "qwen3_moe") and dtype == torch.bfloat16
+            ):  # where a token may go to another expert
                 off = off.sort().values[: len(off) * 3 // 4]
             assert off.max() <= limit, (options, side)
         assert torch.equal(outputs(name, disable(model), ids, mask), want)
@@ -139,9 +150,7 @@ LAWFUL = [pytest.param(name, dtype, options, id=f"{name}-{dtype}-{'linear' if op
           for name in [*DECODERS, "bert"]
           for dtype, options in (
               (torch.float32, {"linear": True, "norms": True}), (torch.bfloat16, {"linear": True}), (torch.bfloat16, {})
-          )
-          # Its experts are batched products of torch's, which depend on the number of rows.
-          if (name, dtype) != ("gpt_oss", torch.float32)]  # fmt: skip
+          )]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "dtype", "options"), LAWFUL)
@@ -199,6 +208,48 @@ def test_sequences_of_several_chunks(name: str) -> None:
         real = mask[:, start:end].bool()
         assert torch.equal(part[real], batch[:, start:end][real]), end
         start = end
+
+
+ISAS = """
+import hashlib, sys
+sys.path.insert(0, sys.argv[1])
+import torch, headway as hw
+from test_transformers import DECODERS, enable, made, outputs, padded
+digest = hashlib.sha256()
+with torch.no_grad():
+    for name in ("llama", "gemma3", "gpt_oss"):
+        for dtype in (torch.float32, torch.bfloat16):
+            model = enable(made(name, dtype), linear=True, norms=True)
+            digest.update(outputs(name, model, *padded([24, 7, 15], "left")).float().numpy().tobytes())
+print(hw.info().isa, digest.hexdigest())
+"""
+
+
+def test_every_instruction_set_gives_the_same_bits() -> None:
+    found = {}
+    for isa in hw.info().isas:
+        env = {**os.environ, "HEADWAY_ISA": isa}
+        command = [sys.executable, "-W", "ignore", "-c", ISAS, str(Path(__file__).parent)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        ran, digest = done.stdout.split()
+        assert ran == isa
+        found[isa] = digest
+    assert len(set(found.values())) == 1, found
+
+
+def test_threads_do_not_matter() -> None:
+    before = torch.get_num_threads(), hw.get_num_threads()
+    for name in ("llama", "gpt_oss", "gpt2"):
+        model = enable(made(name), linear=True, norms=True)
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            hw.set_num_threads(threads)
+            results.append(outputs(name, model, IDS, torch.ones_like(IDS)))
+        torch.set_num_threads(before[0])
+        hw.set_num_threads(before[1])
+        assert torch.equal(*results), name
 
 
 def test_stock_transformers_breaks_these_laws() -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from .._signatures import AnyArray
 
 try:
     import torch
+    from torch.overrides import TorchFunctionMode
     from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, PreTrainedModel
     from transformers.activations import ACT2CLS
     from transformers.generation import logits_process as processors
@@ -233,8 +235,8 @@ def enable(model: PreTrainedModel, *, linear: bool = False, norms: bool = False)
     Args:
         model: any model whose attention goes by transformers' AttentionInterface, in evaluation mode. It is changed in
             place.
-        linear: also the linear maps, `torch.nn.Linear` and GPT-2's `Conv1D`; and torch's activations and rotary
-            angles, which are computed such that no number depends on its place.
+        linear: also the linear maps: `torch.nn.Linear`, GPT-2's `Conv1D`, experts and their routers; and torch's
+            activations and rotary angles, which are computed such that no number depends on its place.
         norms: also the RMSNorms. LayerNorm stays torch's, which computes each row on its own.
 
     Returns:
@@ -275,6 +277,10 @@ def enable(model: PreTrainedModel, *, linear: bool = False, norms: bool = False)
             module.forward = functools.partial(_by_element, module)
         elif linear and kind.__name__.endswith("RotaryEmbedding"):
             module.forward = functools.partial(_by_position, module)
+        elif linear and hasattr(kind, "_apply_gate") and hasattr(module, "is_transposed"):
+            module.forward = functools.partial(_experts, module)
+        elif linear and kind.__name__.endswith("Router") and isinstance(getattr(module, "weight", None), torch.Tensor):
+            module.forward = functools.partial(_router, module)
         elif norms and kind.__name__.endswith("RMSNorm"):
             module.forward = functools.partial(_rms_norm, module, offset=_offset_of(module))
     return model
@@ -301,7 +307,7 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
         model.set_attn_implementation(before)
     for module in model.modules():
         forward = module.__dict__.get("forward")
-        if isinstance(forward, functools.partial) and forward.func in (_linear, _by_element, _by_position, _rms_norm):
+        if isinstance(forward, functools.partial) and forward.func in _FORWARDS:
             del module.forward
     return model
 
@@ -339,11 +345,69 @@ def _by_position(module: Any, x: torch.Tensor, position_ids: torch.Tensor, *args
     return tuple(part.reshape(*position_ids.shape, part.shape[-1]) for part in joined)
 
 
+def _experts(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Apply to each token the experts that are chosen for it, and add up in the order in which they are chosen."""
+
+    def projected(x: torch.Tensor, name: str, expert: int) -> torch.Tensor:
+        weight = getattr(module, name).detach()[expert]
+        bias = getattr(module, f"{name}_bias").detach()[expert] if module.has_bias else None
+        y: torch.Tensor = hw.linear(x, weight if module.is_transposed else weight.T, bias)
+        return y
+
+    def gated(x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+        return y
+
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    out = hidden_states.new_zeros(*top_k_index.shape, hidden_states.shape[-1], dtype=torch.float32)
+    for expert in sorted(set(top_k_index.flatten().tolist())):
+        if expert >= module.num_experts:  # which has no part in the result
+            continue
+        tokens, places = torch.where(top_k_index == expert)
+        y = projected(_by_row(gated, projected(hidden_states[tokens], first, expert)), "down_proj", expert)
+        y = module.post_expert_norm(y) if module.has_post_expert_norm else y
+        out[tokens, places] = (y * top_k_weights[tokens, places, None]).float()
+    total = out[:, 0]
+    for place in range(1, out.shape[1]):
+        total = total + out[:, place]
+    return total.to(hidden_states.dtype)
+
+
+def _by_row(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Apply a function of each number of rows (n, size), whose result at a number depends on nothing else."""
+    rows = _WHOLE // math.gcd(x.shape[1], 2 * _WHOLE) * 2 or 1  # so many hold whole vectors, halves of rows too
+    rows *= max(_ONE_THREAD // (rows * x.shape[1]), 1)
+    whole = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % rows))
+    return torch.cat([function(part) for part in torch.split(whole, rows)])[: len(x)]
+
+
+class _Linear(TorchFunctionMode):
+    """Puts `torch.nn.functional.linear` under the contract."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.nn.functional.linear:
+            x, weight, *bias = args
+            given = bias[0] if bias else (kwargs or {}).get("bias")
+            return hw.linear(x, weight.detach().T, _held(given))
+        return function(*args, **(kwargs or {}))
+
+
+def _router(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Choose the experts of each token."""
+    with _Linear():
+        return type(module).forward(module, *args, **kwargs)
+
+
 def _rms_norm(module: Any, x: torch.Tensor, *, offset: float) -> torch.Tensor:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6))
     weight = module.weight.detach()
     out: torch.Tensor = hw.rms_norm(x, weight + offset if offset else weight, eps=eps)
     return out.to(x.dtype)
+
+
+_FORWARDS = (_linear, _by_element, _by_position, _experts, _router, _rms_norm)
 
 
 def _offset_of(module: Any) -> float:
