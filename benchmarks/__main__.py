@@ -13,11 +13,11 @@ import time
 
 import headway as hw
 
-from . import attention, layers, report, sampling
+from . import attention, layers, models, report, sampling
 from .harness import measure
 from .limits import limits
 
-SUBJECTS = {"attention": attention.rows, "layers": layers.rows, "sampling": sampling.rows}
+SUBJECTS = {"attention": attention.rows, "layers": layers.rows, "sampling": sampling.rows, "models": models.rows}
 
 
 def main() -> None:
