@@ -366,9 +366,9 @@ def test_bad_rows(call: dict[str, Any], error: type[Exception], message: str) ->
 
 BAD_MASKS = [
     (np.ones(70, bool), ValueError, r"^allowed: expected a mask for each active row, of shape \(2, 70\) for bool or"),
-    (np.ones((2, 2), np.int32), ValueError, r"or \(2, 3\) for packed int32, .*got uint32 of shape \(2, 2\)"),
+    (np.ones((2, 2), np.int32), ValueError, r"or \(2, 3\) for packed int32, .*got a packed mask of shape \(2, 2\)"),
     (np.ones((2, 70), np.float32), TypeError, r"^allowed: expected a bool mask"),
-    (np.array([1, 2]), ValueError, r"^allowed: expected a mask for each active row, .*got int64 of shape \(2,\)"),
+    (np.array([1, 2]), ValueError, r"^allowed: expected a mask for each active row, .*got ids of shape \(2,\)"),
     ({1, 2}, ValueError, r"^allowed: expected a mask for each active row"),
     ([None], ValueError, r"^allowed: expected 2 masks, one for each active row, got 1"),
     ([None, np.ones(7, bool)], ValueError, r"^allowed\[1\]: expected a last axis of 70, one for each token"),

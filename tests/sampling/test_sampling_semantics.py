@@ -165,6 +165,14 @@ def test_s6_masks_per_row_and_bad_ids() -> None:
     for mixed in ([True, False, 1], {True, 3}):
         with pytest.raises(TypeError, match=r"^allowed: .*mixture"):
             hw.sample(ROWS, allowed=mixed)
+    for words in (2, 4):  # of a tokenizer with fewer tokens, and with more
+        with pytest.raises(
+            ValueError, match=rf"^allowed: expected .* 3 .* for 70 tokens, got shape \(1, {words}\); make"
+        ):
+            hw.sample(ROWS[0, 0], allowed=np.full((1, words), -1, np.int32))
+    past = np.array([0, 0, -64], np.int32)  # bits of tokens that logits do not have allow nothing
+    with pytest.raises(ValueError, match=r"^allowed: expected at least one token that is not banned, got none"):
+        hw.sample(ROWS[0, 0], allowed=past)
     for dtype in (np.int32, np.uint32):  # as many words as 70 tokens take: no ids
         assert np.flatnonzero(hw.probabilities(ROWS[0, 0], allowed=np.array([1, 3, 0], dtype))).tolist() == [0, 32, 33]
 

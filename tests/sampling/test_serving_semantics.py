@@ -1065,6 +1065,31 @@ def test_p35_masks_of_a_step() -> None:
                 history.append(token)
 
 
+def test_p54_masks_of_an_only_row() -> None:
+    """Each kind of mask, with the axis of rows and without, in both samplers; with more rows it is refused."""
+    masks, logits = np.random.default_rng(6).random((3, 70)) < 0.4, ROWS[0]
+    draft = [[int(mask.argmax()) for mask in masks[:2]]]
+    for kind in (masks, packed(masks), packed(masks).view(np.uint32), np.asfortranarray(masks)):
+        tokens, verified = [], []
+        for make in (hw.Sampler, reference.Sampler):
+            for own in (kind, kind[None]):
+                sampler = make(70)
+                sampler.admit(seed=3)
+                tokens.append([sampler.step(logits[i : i + 1], allowed=own[..., i, :]).tolist() for i in range(3)])
+                verified.append(sampler.verify(logits[None], draft, logits[None, :2], allowed=own).tokens.tolist())
+                sampler.admit(seed=4)
+                if make is hw.Sampler:
+                    for rows in (1, 3):
+                        wrong = own[..., 0, :].reshape(-1)
+                        with pytest.raises(ValueError, match=r"^allowed: expected a mask for each active row"):
+                            sampler.step(logits[:2], allowed=wrong)
+                        with pytest.raises(ValueError, match=r"^allowed: expected a mask for each place of each row"):
+                            sampler.verify(logits[None, :rows].repeat(2, 0), [[1] * (rows - 1)] * 2, allowed=kind)
+        assert tokens == tokens[:1] * 4
+        assert verified == verified[:1] * 4
+        assert all(masks[i][token] for i, (token,) in enumerate(tokens[0]))
+
+
 def test_p36_copies() -> None:
     """Both go on alike; what one does then, the other does not see."""
     sampler = hw.Sampler(70)

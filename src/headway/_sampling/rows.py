@@ -84,7 +84,8 @@ def mask_bytes(name: str, allowed: Array, shape: tuple[int, ...]) -> tuple[Array
     if allowed.ndim == 0 or allowed.shape[-1] != words:
         raise ValueError(
             f"{name}: expected a packed mask of {words} 32-bit words for {vocabulary} tokens, got shape "
-            f"{allowed.shape}; int32 and uint32 arrays are always such masks: give ids as a list or an int64 array"
+            f"{allowed.shape}; make it for the tokens that logits have, which may be more than those of a tokenizer; "
+            "int32 and uint32 arrays are always such masks: give ids as a list or an int64 array"
         )
     over_rows(name, allowed, (*lead, words))  # an error says the shape in words, as it was given
     return over_rows(name, np.ascontiguousarray(allowed).view(np.uint8), (*lead, 4 * words)), True

@@ -606,8 +606,8 @@ class Sampler:
             logits: (rows, V), in the order of `handles`, of any kind of array.
             allowed: which tokens each row may draw in this step alone, of those that its params allow, such as a
                 grammar's: a bool array (rows, V); an int32 or uint32 array (rows, ceil(V / 32)) with token 0 in the
-                lowest bit of the first word, as grammar libraries fill it; or a list with, for each row, such a mask,
-                (W,) or (1, W), ids, or None.
+                lowest bit of the first word, as grammar libraries fill it; of a lone row also (V,) or (ceil(V / 32),);
+                or a list with, for each row, such a mask of one row, ids, or None.
             logprobs: n, from 0 to V, asks for log-probabilities of the drawn tokens, and of the n best.
 
         Returns:
@@ -692,8 +692,8 @@ class Sampler:
             draft_params: how the draft was drawn, where that was with other params and without penalties and bans; no
                 seed, position or uniform, and one value for each option.
             allowed: which tokens each place may have, of those that the params allow: bool (rows, n + 1, V); int32
-                or uint32 (rows, n + 1, ceil(V / 32)), packed as `step` takes them; or a list with, for each row, None
-                or a list of masks, one for each of its places.
+                or uint32 (rows, n + 1, ceil(V / 32)), packed as `step` takes them; of a lone row also without the
+                first axis; or a list with, for each row, None or a list of masks, one for each of its places.
 
         Returns:
             `Verified`: accepted (rows,), next_token (rows,), tokens (rows, n + 1), of the kind of target_logits.
@@ -822,6 +822,8 @@ class Sampler:
                 self._mask([None if own is None or i >= len(own) else own[i] for own in each]) for i in range(places)
             ]
         array: Array = CHECKS["allowed"]("allowed", allowed, ())
+        if rows == 1 and array.ndim == 2:
+            array = array[None]
         if array.ndim != 3 or array.shape[:2] != (rows, places):
             raise ValueError(
                 f"allowed: expected a mask for each place of each row, of shape ({rows}, {places}, ...), got shape "
@@ -864,12 +866,15 @@ class Sampler:
             return masks
         array: Array = CHECKS["allowed"]("allowed", allowed, ())
         shapes = {np.dtype(np.bool_): (rows, vocabulary), np.dtype(np.uint32): (rows, -(-vocabulary // 32))}
-        own = array[0] if array.ndim == 3 and len(array) == 1 else array
+        own = array[None] if rows == 1 and array.ndim == 1 else array
+        while own.ndim > 2 and len(own) == 1:
+            own = own[0]
         if own.shape != shapes.get(array.dtype):
             bools, words = shapes.values()
+            kind = {"bool": "a bool mask", "uint32": "a packed mask"}.get(array.dtype.name, "ids")
             raise ValueError(
                 f"allowed: expected a mask for each active row, of shape {bools} for bool or {words} for packed int32, "
-                f"or a list of {rows}, got {array.dtype} of shape {array.shape}"
+                f"or a list of {rows}, got {kind} of shape {array.shape}"
             )
         return own
 

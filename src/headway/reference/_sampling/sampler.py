@@ -132,7 +132,7 @@ class Sampler:
 
         Args:
             logits: (rows, V), in the order in which the rows came.
-            allowed: a mask for each row, in any form of `allowed`, or None.
+            allowed: a mask for each row, in any form of `allowed`, or None; or an array of the mask of a lone row.
             logprobs: n, for the logarithms of the tokens' probabilities too, and of the best n.
 
         Returns:
@@ -145,8 +145,9 @@ class Sampler:
         array([1])
         """
         tokens, filtered, final = [], np.full(np.shape(logits), -np.inf), np.zeros(np.shape(logits), np.int64)
+        masks = _of_rows(allowed, len(self.rows), 2)
         for i, (z, (handle, row)) in enumerate(zip(floats(logits), self.rows.items(), strict=True)):
-            penalized = self._changed(handle, z, None if allowed is None else allowed[i])
+            penalized = self._changed(handle, z, masks[i])
             block = self._block(row, len(row["history"]))
             (drawn,) = through_stages(penalized, row["params"], {}, [block])
             filtered[i, drawn.ids], final[i] = drawn.z, drawn.final_masses()
@@ -209,7 +210,7 @@ class Sampler:
             draft_logits: (rows, n, V), or None where the draft has no choice.
             lengths: (rows,), how many of a row's drafted tokens count, the first ones; None is all.
             draft_params: those of the draft; None is each row's own, with its penalties and bans.
-            allowed: for each row a mask for each place, or None.
+            allowed: for each row a mask for each place, or None; or an array of the masks of a lone row.
 
         Returns:
             The fields of `headway.Verified`.
@@ -224,7 +225,7 @@ class Sampler:
         rows, n = target.shape[0], target.shape[1] - 1
         counts = np.broadcast_to(n if lengths is None else np.asarray(lengths), (rows,))
         drafts = [None] * rows if draft_logits is None else list(floats(draft_logits))
-        masks = [None] * rows if allowed is None else allowed
+        masks = _of_rows(allowed, rows, 3)
         found = [
             self._verify_one(handle, target[i], tokens[i, : counts[i]].tolist(), drafts[i], draft_params, masks[i])
             for i, handle in enumerate(self.rows)
@@ -349,3 +350,10 @@ class Sampler:
         array([2, 0])
         """
         del self.rows[handle]["history"][length:]
+
+
+def _of_rows(allowed: Any, rows: int, axes: int) -> Any:
+    """Masks row by row; an array of so many axes has one for rows, which a lone row's may lack."""
+    if allowed is None:
+        return [None] * rows
+    return [allowed] if rows == 1 and np.ndim(allowed) == axes - 1 and not isinstance(allowed, list) else allowed
