@@ -26,10 +26,11 @@ CXX_FILES := $(shell find src/core tests -name '*.h' -o -name '*.cpp')
 # would bring gigabytes of CUDA along.
 BUILD_TOOLS := scikit-build-core nanobind cmake ninja
 CHECK_TOOLS := ruff mypy pyright[nodejs] jedi clang-format
-PEERS := $(shell grep '^torch==' constraints.txt) transformers mlx[cpu] mlx-lm jax onnx onnxruntime
+PEERS := $(shell grep '^torch==' constraints.txt) transformers mlx[cpu] mlx-lm jax onnx onnxruntime llguidance apache-tvm-ffi pydantic
+LONE_PEERS := xgrammar # installed without what they need
 BENCH_PEERS := openvino llama-cpp-python
 CONFORMANCE_PEERS := llama-cpp-python msgspec
-LONE_PEERS := sglang # installed without what they need
+CONFORMANCE_LONE_PEERS := sglang
 
 .PHONY: demo demo-transformers test check sanitize mutants bench docs vectors conformance versions constraints cross stub format clean
 .DELETE_ON_ERROR:
@@ -88,7 +89,7 @@ vectors: $(VENV)/test
 	$(BIN)/python tools/make_vectors.py
 
 conformance: $(VENV)/peers
-	for peer in $(CONFORMANCE_PEERS) $(LONE_PEERS:%='--no-deps %'); do $(PIP) $$peer || echo "no $$peer here"; done
+	for peer in $(CONFORMANCE_PEERS) $(CONFORMANCE_LONE_PEERS:%='--no-deps %'); do $(PIP) $$peer || echo "no $$peer here"; done
 	$(BIN)/python tools/conformance.py
 
 # Without the peers: not every one of them has a wheel for every Python.
@@ -100,7 +101,7 @@ versions:
 
 constraints:
 	$(PYTHON) tools/constraints.py $(BUILD_TOOLS) $(CHECK_TOOLS) \
-	  --peers '$(subst $() ,' ',$(strip $(PEERS) $(BENCH_PEERS) $(CONFORMANCE_PEERS)))' --alone $(LONE_PEERS)
+	  --peers '$(subst $() ,' ',$(strip $(PEERS) $(BENCH_PEERS) $(CONFORMANCE_PEERS)))' --alone $(LONE_PEERS) $(CONFORMANCE_LONE_PEERS)
 
 cross:
 	tests/cross/run
@@ -135,7 +136,7 @@ $(VENV)/test: $(VENV)/demo
 
 # Peers are oracles: where one cannot be had (no wheel for this platform), its tests skip and say so.
 $(VENV)/peers: $(VENV)/test
-	for peer in $(patsubst %,'%',$(PEERS)); do $(PIP) "$$peer" || { echo "no $$peer here: its tests skip"; test -z "$$CI"; }; done
+	for peer in $(patsubst %,'%',$(PEERS)) $(LONE_PEERS:%='--no-deps %'); do $(PIP) $$peer || { echo "no $$peer here: its tests skip"; test -z "$$CI"; }; done
 	touch $@
 
 $(VENV)/bench: $(VENV)/peers

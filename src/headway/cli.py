@@ -1,8 +1,8 @@
 """The `headway` command: generate, sample, explain, attend, info.
 
-Exit status: 0, 2 for bad input or what the system refuses (with one line on standard error), 130 after Ctrl-C, 141
-where the reader of the output went away. What an extra brings is imported by the command that needs it, so `info` works
-without any.
+Exit status: 0, 1 where the text of a grammar was cut off, 2 for bad input or what the system refuses (with one line on
+standard error), 130 after Ctrl-C, 141 where the reader of the output went away. What an extra brings is imported by the
+command that needs it, so `info` works without any.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_closed_streams()
     try:
         arguments = _parser().parse_args(argv)
-        arguments.run(arguments)
+        status: int | None = arguments.run(arguments)
     except BrokenPipeError:
         return 141
     except KeyboardInterrupt:
@@ -58,13 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         _complain(error)
         return 2
-    return 0
+    return status or 0
 
 
 # ------------------------------------------------------------------------------------------------- commands
 
 
-def _generate(arguments: argparse.Namespace) -> None:
+def _generate(arguments: argparse.Namespace) -> int:
     import time
 
     if arguments.prompt == "-" or (arguments.prompt is None and not sys.stdin.isatty()):
@@ -75,8 +75,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     with _language_model(arguments) as model:
         start = time.perf_counter()
         options = _given(arguments, (*_SAMPLING_OPTIONS, *_TEXT_OPTIONS, "stop", "count_prompt", "logprobs"))
+        if arguments.json_schema is not None:
+            options["allowed"] = _grammar(arguments.json_schema, model)
         stream = model.stream(prompt, max_tokens=arguments.max_tokens, seed=seed, **options)
-        _show(prompt, end="")
+        _show("" if "allowed" in options else prompt, end="")
         for piece in stream:
             _show(piece, end="")
         seconds = time.perf_counter() - start
@@ -84,6 +86,22 @@ def _generate(arguments: argparse.Namespace) -> None:
     count, reason = len(stream.token_ids), stream.finish_reason
     speed = f"{count} tokens, {count / seconds:.1f} tokens/s"
     _note(f"headway: {speed}, ended by {reason}, --seed {seed}")
+    if "allowed" in options and reason != "eos":
+        _note("headway: the JSON is cut off before its end; give it more room with --max-tokens")
+        return 1
+    return 0
+
+
+def _grammar(name: str, model: Any) -> Any:
+    """Return the grammar of the JSON schema in a file."""
+    with _named(_label(name)):
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    from headway.integrations.llguidance import json_schema
+
+    try:
+        return json_schema(data.decode(), model)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"json_schema: {_label(name)}: {error}") from None
 
 
 def _logprob_lines(model: Any, stream: Any) -> Iterator[str]:
@@ -509,7 +527,7 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(metavar="command", required=True)
 
-    def command(run: Callable[[argparse.Namespace], None], summary: str, text: str) -> argparse.ArgumentParser:
+    def command(run: Callable[[argparse.Namespace], int | None], summary: str, text: str) -> argparse.ArgumentParser:
         description, epilog = text.split("\n\n", 1)
         added = commands.add_parser(
             run.__name__[1:],
@@ -551,6 +569,11 @@ def _parser() -> _Parser:
         )
     generate.add_argument(
         "--stop", action="append", metavar="TEXT", help="end the text before this one; repeatable (default: none)"
+    )
+    generate.add_argument(
+        "--json-schema",
+        metavar="FILE",
+        help="write JSON that this JSON schema allows, and nothing else; - for standard input; needs llguidance",
     )
     generate.add_argument(
         "--count-prompt", action="store_true", help="let frequency and presence count the prompt too (default: off)"
@@ -679,6 +702,7 @@ examples:
   echo "Blessed is the man" | headway generate - --top-k 40 --top-p 1
   headway generate "Once upon a time" --model path/to/checkpoint
   headway generate "And God said" --max-tokens 5 --logprobs 3
+  headway generate "And the king was " --json-schema person.json --seed 1
 
 The same seed gives the same text, on every machine.
 """

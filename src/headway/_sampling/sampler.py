@@ -866,17 +866,17 @@ class Sampler:
             return masks
         array: Array = CHECKS["allowed"]("allowed", allowed, ())
         shapes = {np.dtype(np.bool_): (rows, vocabulary), np.dtype(np.uint32): (rows, -(-vocabulary // 32))}
-        own = array[None] if rows == 1 and array.ndim == 1 else array
-        while own.ndim > 2 and len(own) == 1:
-            own = own[0]
-        if own.shape != shapes.get(array.dtype):
+        shaped: Array = array[None] if rows == 1 and array.ndim == 1 else array
+        while shaped.ndim > 2 and len(shaped) == 1:
+            shaped = shaped[0]
+        if shaped.shape != shapes.get(array.dtype):
             bools, words = shapes.values()
             kind = {"bool": "a bool mask", "uint32": "a packed mask"}.get(array.dtype.name, "ids")
             raise ValueError(
                 f"allowed: expected a mask for each active row, of shape {bools} for bool or {words} for packed int32, "
                 f"or a list of {rows}, got {kind} of shape {array.shape}"
             )
-        return own
+        return shaped
 
     def _without_banned(self, mask: Array | None, histories: Histories, position: Array) -> Array | None:
         """Return a step's masks, without what rows have banned after these histories, at these positions."""
