@@ -1,3 +1,7 @@
+import pickle
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -22,6 +26,24 @@ def test_it_saves_a_picture(tmp_path):
     path = tmp_path / "map.png"
     attention_map(np.full((2, 4), 0.25)).savefig(path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_fresh_notebook_shows_it():
+    """IPython asks for the method; where pyplot is loaded, its own way of showing figures comes first."""
+    figure = pickle.loads(pickle.dumps(attention_map(np.full((2, 4), 0.25))))
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert hw.explain([1.0, 2.0], top_k=1).plot()._repr_png_().startswith(b"\x89PNG")
+    code = """
+import sys, numpy as np
+from headway.plot import attention_map
+from IPython.core.formatters import DisplayFormatter
+data, _ = DisplayFormatter().format(attention_map(np.full((2, 4), 0.25)))
+assert data["image/png"].startswith(b"\\x89PNG"), data
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    pytest.importorskip("IPython", reason="IPython is not installed")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_queries_are_the_last_of_the_tokens():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from io import BytesIO
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -137,9 +139,22 @@ def filter_stages(explanation: Explained) -> Figure:
     return figure
 
 
-def _figure(name: str) -> type[Figure]:
+def _figure(name: str) -> Callable[..., Figure]:
+    """Return what makes figures that notebooks show, also where pyplot, which would see to that, is not loaded."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(f"{name} needs matplotlib: pip install 'headway[plot]'") from error
-    return Figure
+
+    def make(**options: Any) -> Figure:
+        figure: Any = Figure(**options)
+        figure._repr_png_ = partial(_png, figure)
+        return figure  # type: ignore[no-any-return]
+
+    return make
+
+
+def _png(figure: Figure) -> bytes:
+    file = BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
