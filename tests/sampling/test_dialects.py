@@ -399,6 +399,7 @@ def random_options(dialect: str, rng: np.random.Generator, logits: Array) -> Opt
         out.pop("typical_p", None)
         if "xtc_probability" in out:
             out.pop("min_tokens_to_keep", None)
+            out["xtc_threshold"] = abs(out["xtc_threshold"])
     return out
 
 
