@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -285,23 +288,36 @@ def test_inference_mode_and_autocast() -> None:
         same(torch.vmap(lambda x: hw.attention(x, x, x))(X[None])[0], want)
 
 
-class Draws(torch.utils.data.Dataset):  # type: ignore[misc]
-    def __len__(self) -> int:
+LOADER = """
+import sys
+import numpy as np, torch, headway as hw
+
+
+class Draws(torch.utils.data.Dataset):
+    def __len__(self):
         return 6
 
-    def __getitem__(self, i: int) -> tuple[Any, int]:
+    def __getitem__(self, i):
         x = torch.from_numpy(np.random.default_rng(i).standard_normal((4, 300, 64), dtype=np.float32))
         return hw.attention(x, x, x), hw.sample(x[0, 0], seed=i)
 
 
+if __name__ == "__main__":
+    want = [Draws()[i] for i in range(6)]  # with threads, which a fork does not have
+    loader = torch.utils.data.DataLoader(Draws(), batch_size=2, num_workers=2, multiprocessing_context=sys.argv[1])
+    got = list(loader)
+    assert torch.equal(torch.cat([x for x, _ in got]), torch.stack([x for x, _ in want]))
+    assert torch.cat([ids for _, ids in got]).tolist() == [token for _, token in want]
+"""
+
+
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_of_a_data_loader(start: str) -> None:
-    hw.attention(*[normal(4, 300, 64)] * 3)  # whose threads a fork does not have
-    loader = torch.utils.data.DataLoader(Draws(), batch_size=2, num_workers=2, multiprocessing_context=start)
-    got = [x for x, _ in loader], [ids for _, ids in loader]
-    want = [Draws()[i] for i in range(6)]
-    assert torch.equal(torch.cat(got[0]), torch.stack([x for x, _ in want]))
-    assert torch.cat(got[1]).tolist() == [token for _, token in want]
+def test_workers_of_a_data_loader(start: str, tmp_path: Path) -> None:
+    """In a process of its own: other libraries here do not like to be forked."""
+    (tmp_path / "loader.py").write_text(LOADER)
+    command = [sys.executable, str(tmp_path / "loader.py"), start]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # scaled_dot_product_attention -----------------------------------------------------------------------------------------
