@@ -15,7 +15,6 @@ import headway._native as _native
 from .. import _check
 from .._arrays import FLOATING, Operand, as_numpy, items, storage, unwrap
 from .._signatures import AnyArray, NumPyLike, Tensor, Unpack, shows_options
-from .._turns import one_at_a_time
 from .call import DEFAULTS, LARGEST_HEAD, Keys, prepare, run
 from .options import AttentionOptions
 
@@ -25,7 +24,7 @@ LANES: int = _native.LANES
 _FIRST_CAPACITY = 64
 _MOST_HEADS = 2**24
 
-_alone = one_at_a_time(
+_alone = _check.one_at_a_time(
     "KVCache: another call of this cache is under way, in another thread or in what a signal interrupted; "
     "give each thread its own fork(), or guard the cache with a lock"
 )

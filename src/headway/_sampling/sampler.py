@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 import headway._native as _native
 
 from .. import _arrays, _check
-from .._check import shown
+from .._check import F, one_at_a_time, shown
 from .._signatures import AnyArray, NumPyLike, Tensor, Unpack
-from .._turns import F, one_at_a_time
 from . import bans
 from .call import Call, prepare, ready, resolve
 from .histories import Histories

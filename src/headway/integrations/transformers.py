@@ -20,7 +20,6 @@ import numpy as np
 import headway as hw
 
 from .. import _check
-from .._signatures import AnyArray
 
 try:
     import torch
@@ -492,7 +491,7 @@ def generate(
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: GenerationConfig,
-    seed: int | Sequence[int] | AnyArray | None = None,
+    seed: int | Sequence[int] | torch.Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
     """Draw the tokens of `model.generate` with a `headway.Sampler`, as `custom_generate`.
