@@ -91,6 +91,19 @@ def test_a_batch_of_lengths_is_each_alone() -> None:
         assert np.array_equal(y[i], hw.attention(q[i], k[i, :, :n], v[i, :, :n], causal="bottom_right"))
 
 
+@pytest.mark.parametrize("causal", [0, 1])
+def test_windows_count_from_the_last_real_key(causal: int) -> None:
+    if onnx.defs.onnx_opset_version() < 25 or "left_window_size" not in onnx.defs.get_schema("Attention").attributes:
+        pytest.skip("windows came with opset 25")
+    q, k, v = normal(3, 2, 2, 16), normal(3, 2, 9, 16), normal(3, 2, 9, 16)
+    lengths, window = np.array([9, 2, 5]), {"left_window_size": 2, "right_window_size": 1}
+    (y,) = run("Attention", [q, k, v, None, None, None, lengths], opset=25, is_causal=causal, **window)
+    for i, n in enumerate(lengths):
+        away = np.arange(9) - (np.arange(2)[:, None] + n - 2)
+        allowed = (away >= -2) & (away <= (0 if causal else 1)) & (np.arange(9) < n)
+        assert np.array_equal(y[i], hw.attention(q[i], k[i], v[i], mask=allowed))
+
+
 def test_three_axes_are_four() -> None:
     q, k, v = normal(2, 5, 24), normal(2, 7, 12), normal(2, 7, 6)
     heads = {"q_num_heads": 4, "kv_num_heads": 2}
