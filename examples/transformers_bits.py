@@ -24,6 +24,8 @@ LENGTHS = (48, 17, 33, 1)  # tokens of each row of the batch
 
 def main(folder: str) -> None:
     """Print the table."""
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
     print(f"{folder}\n")
     print(f"{'':34}{'float32':>24}{'bfloat16':>24}")
     print(f"{'':34}{'stock':>12}{'headway':>12}" + f"{'stock':>12}{'headway':>12}")
@@ -58,7 +60,7 @@ def laws(model: Any, ids: torch.Tensor) -> dict[str, float]:
     start, parts, cache = 0, [], None
     for n in (16, *[1] * (ids.shape[1] - 16)):
         out = model(ids[:, start : start + n], use_cache=True, **({} if cache is None else {named(model): cache}))
-        cache = out.get("cache", out.get("past_key_values"))
+        cache = out[named(model)]
         parts.append(out.logits)
         start += n
     off["token by token == at once"] = most([(torch.cat(parts, 1), whole)])
