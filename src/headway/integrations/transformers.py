@@ -227,9 +227,9 @@ AttentionMaskInterface.register(NAME, _mask)
 def enable(model: PreTrainedModel, *, linear: bool = False, norms: bool = False) -> PreTrainedModel:
     """Let a model of transformers compute with headway.
 
-    With attention alone, bfloat16 models have the law of bits: a row does not depend on its batch, its padding, or on
-    whether it was computed at once or token by token. float32 models have it with linear=True and norms=True, since
-    torch's linear maps depend on the number of rows.
+    The law of bits is that a row does not depend on its batch, its padding, or on whether it was computed at once or
+    token by token. With linear=True and norms=True a model has it. With attention alone bfloat16 models often have it
+    too, since rounding hides what the rest of the model adds, but nothing promises it.
 
     Args:
         model: any model whose attention goes by transformers' AttentionInterface, in evaluation mode. It is changed in
@@ -265,6 +265,11 @@ def enable(model: PreTrainedModel, *, linear: bool = False, norms: bool = False)
     disable(model)
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        raise ValueError(
+            f"model: expected one whose attention goes by transformers' AttentionInterface, got "
+            f"{type(model).__name__}, whose attention is its own"
+        )
     model.__dict__["_headway_before"] = before
     for module in model.modules():
         kind = type(module)
@@ -329,9 +334,14 @@ _ACTIVATIONS = {kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS
 
 def _by_element(module: Any, x: torch.Tensor) -> torch.Tensor:
     """Apply an activation, whose result at a number depends on nothing else."""
+    return _each(functools.partial(type(module).forward, module), x)
+
+
+def _each(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Apply a function of each number."""
     flat = x.reshape(-1)
     whole = torch.nn.functional.pad(flat, (0, -flat.numel() % _WHOLE))
-    parts = [type(module).forward(module, part) for part in torch.split(whole, _ONE_THREAD)]
+    parts = [function(part) for part in torch.split(whole, _ONE_THREAD)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[: flat.numel()].reshape(x.shape)
 
 
@@ -382,20 +392,25 @@ def _by_row(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -
     return torch.cat([function(part) for part in torch.split(whole, rows)])[: len(x)]
 
 
-class _Linear(TorchFunctionMode):
-    """Puts `torch.nn.functional.linear` under the contract."""
+_OF_EACH = (torch.sigmoid, torch.Tensor.sigmoid, torch.nn.functional.sigmoid, torch.nn.functional.softplus)
+
+
+class _Routing(TorchFunctionMode):
+    """Puts what routers compute under the contract: linear maps, and functions of each number."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.nn.functional.linear:
             x, weight, *bias = args
             given = bias[0] if bias else (kwargs or {}).get("bias")
             return hw.linear(x, weight.detach().T, _held(given))
+        if function in _OF_EACH and len(args) == 1 and not kwargs:
+            return _each(function, args[0])
         return function(*args, **(kwargs or {}))
 
 
 def _router(module: Any, *args: Any, **kwargs: Any) -> Any:
     """Choose the experts of each token."""
-    with _Linear():
+    with _Routing():
         return type(module).forward(module, *args, **kwargs)
 
 
