@@ -67,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     import time
 
-    if arguments.prompt == "-" or (arguments.prompt is None and not sys.stdin.isatty()):
+    schema = arguments.json_schema
+    if schema == arguments.prompt == "-":
+        raise ValueError("--json-schema: expected a file beside a prompt from standard input, got - for both")
+    if arguments.prompt == "-" or (arguments.prompt is None and schema != "-" and not sys.stdin.isatty()):
         prompt = _read_prompt()
     else:
         prompt = arguments.prompt or ""
@@ -75,10 +78,11 @@ def _generate(arguments: argparse.Namespace) -> int:
     with _language_model(arguments) as model:
         start = time.perf_counter()
         options = _given(arguments, (*_SAMPLING_OPTIONS, *_TEXT_OPTIONS, "stop", "count_prompt", "logprobs"))
-        if arguments.json_schema is not None:
-            options["allowed"] = _grammar(arguments.json_schema, model)
+        grammar = None if schema is None else _grammar(schema, model)
+        if grammar is not None:
+            options["allowed"] = grammar
         stream = model.stream(prompt, max_tokens=arguments.max_tokens, seed=seed, **options)
-        _show("" if "allowed" in options else prompt, end="")
+        _show("" if grammar is not None else prompt, end="")
         for piece in stream:
             _show(piece, end="")
         seconds = time.perf_counter() - start
@@ -86,18 +90,28 @@ def _generate(arguments: argparse.Namespace) -> int:
     count, reason = len(stream.token_ids), stream.finish_reason
     speed = f"{count} tokens, {count / seconds:.1f} tokens/s"
     _note(f"headway: {speed}, ended by {reason}, --seed {seed}")
-    if "allowed" in options and reason != "eos":
-        _note("headway: the JSON is cut off before its end; give it more room with --max-tokens")
+    # A text may be whole although it had no room for its end-of-text token; before a stop string it is not.
+    if grammar is not None and (reason == "stop" or not grammar.accepts(stream.token_ids)):
+        _note(f"headway: the JSON is cut off before its end{_CUT.get(reason, '')}")
         return 1
     return 0
 
 
+_CUT = {
+    "max_tokens": "; give it more room with --max-tokens",
+    "stop": "; leave --stop out",
+    "context": ": the model's context is full; give it a shorter prompt",
+}
+
+
 def _grammar(name: str, model: Any) -> Any:
     """Return the grammar of the JSON schema in a file."""
-    with _named(_label(name)):
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     from headway.integrations.llguidance import json_schema
 
+    try:
+        data = _read_bytes(name)
+    except ValueError as error:
+        raise ValueError(f"json_schema: {error}") from None
     try:
         return json_schema(data.decode(), model)
     except (ValueError, TypeError) as error:
@@ -285,14 +299,7 @@ def _read(name: str) -> Any:
 
     from headway import _check
 
-    with _named(_label(name)):
-        if name == "-":
-            data = sys.stdin.buffer.read()
-        else:
-            with open(name, "rb") as file:
-                if stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty():
-                    raise ValueError("expected a file, got a device, which may have no end")
-                data = file.read()
+    data = _read_bytes(name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # NumPy's, about files of Python 2
@@ -305,6 +312,17 @@ def _read(name: str) -> Any:
     except Exception as error:  # of a dozen kinds, which the readers' authors did not expect either
         said = str(error).partition("; use ")[0][:300] or type(error).__name__  # without what only code can do
         raise ValueError(f"{_label(name)}: expected .npy, .npz or JSON: {said}") from None
+
+
+def _read_bytes(name: str) -> bytes:
+    """Read a file, or standard input, to its end."""
+    with _named(_label(name)):
+        if name == "-":
+            return sys.stdin.buffer.read()
+        with open(name, "rb") as file:
+            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty():
+                raise ValueError("expected a file, got a device, which may have no end")
+            return file.read()
 
 
 def _unpack(arrays: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -55,6 +56,30 @@ def test_a_schema_is_kept(model: headway.lm.Model, name: str, seed: int) -> None
         assert stream.finish_reason == "eos"
         jsonschema.validate(json.loads(text), schema)
         assert "\n" not in text
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_each_token_is_one_of_its_mask(model: headway.lm.Model, name: str) -> None:
+    grammar, masks = json_schema(SCHEMAS[name], model), []
+
+    def watched(tokens: list[int]) -> Any:
+        masks.append(grammar(tokens))
+        return masks[-1]
+
+    stream = model.stream("And the king said ", allowed=watched, seed=5, max_tokens=200)
+    "".join(stream)
+    assert len(masks) == len(stream.token_ids) + 1
+    for mask, token in zip(masks, [*stream.token_ids, model.config.eos_token_ids[0]], strict=True):
+        assert mask.view(np.uint32)[0, token // 32] >> (token % 32) & 1
+
+
+def test_where_a_text_is_whole(model: headway.lm.Model) -> None:
+    grammar = regex("[0-9]{2,3}", model)
+    ids = model.tokenizer.encode("123").ids
+    assert [grammar.accepts(ids[:n]) for n in (0, 1, 2, 3, 1)] == [False, False, True, True, False]
+    with pytest.raises(ValueError, match=r"^tokens: expected what the grammar allows, got \d+ at 3"):
+        grammar.accepts([*ids, ids[0]])
+    assert grammar.accepts(ids)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -133,6 +158,10 @@ def test_other_bad_grammars(model: headway.lm.Model) -> None:
         regex("(", model)
     with pytest.raises(ValueError, match=r"^grammar: expected what llguidance takes"):
         lark("sta", model)
+    with pytest.raises(TypeError, match=r"^pattern: expected text, got 3"):
+        regex(3, model)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^grammar: expected text, got None"):
+        lark(None, model)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^model: expected one of headway.lm, got 3"):
         Grammar("x", 3)  # type: ignore[arg-type]
 
@@ -157,6 +186,40 @@ def test_the_command_writes_json(capsys: pytest.CaptureFixture[str], tmp_path: P
     status, out, err = run(capsys, "generate", "And the king", "--json-schema", file, "--seed", 4, "--max-tokens", 3)
     assert status == 1
     assert "headway: the JSON is cut off before its end; give it more room with --max-tokens" in err
+
+
+def test_the_command_says_what_is_cut(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: headway.lm.Model
+) -> None:
+    """A text is whole where the grammar may end, though its end-of-text token had no room; before --stop it is not."""
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(SCHEMAS["const"]))
+    stream = model.stream("x", allowed=json_schema(SCHEMAS["const"], model), seed=1)
+    text, length = "".join(stream), len(stream.token_ids)
+    command = ("generate", "x", "--json-schema", file, "--seed", 1)
+    status, out, err = run(capsys, *command, "--max-tokens", length)
+    assert (status, out) == (0, text + "\n")
+    assert "ended by max_tokens" in err
+    assert "cut off" not in err
+    status, out, err = run(capsys, *command, "--max-tokens", length - 1)
+    assert (status, out) == (1, text[:-1] + "\n")
+    assert "cut off before its end; give it more room with --max-tokens" in err
+    status, out, err = run(capsys, *command, "--stop", "}")
+    assert (status, out) == (1, text[:-1] + "\n")
+    assert "cut off before its end; leave --stop out" in err
+
+
+def test_a_schema_from_standard_input(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves nothing there for a prompt."""
+    for prompt in ((), ("x",)):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(json.dumps(SCHEMAS["const"]).encode())))
+        assert run(capsys, "generate", *prompt, "--json-schema", "-", "--seed", 1)[:2] == (0, '{"a":[1,2]}\n')
+    status, out, err = run(capsys, "generate", "-", "--json-schema", "-")
+    assert (status, out) == (2, "")
+    assert err == "headway: error: --json-schema: expected a file beside a prompt from standard input, got - for both\n"
+    status, out, err = run(capsys, "generate", "x", "--json-schema", "/dev/zero")
+    assert (status, out) == (2, "")
+    assert err.startswith("headway: error: --json-schema: /dev/zero: expected a file, got a device")
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ class Grammar:
         if refused and not refused.startswith("WARNING"):
             raise ValueError(f"{name}: expected what llguidance takes, got an error of its own: {_one_line(refused)}")
         self._start = LLMatcher(tokenizer, grammar, log_level=0)
-        self._matcher, self._read = self._start.deep_copy(), 0
+        self._matcher = self._start.deep_copy()
         self._seen: list[int] = []
         self._vocabulary = model.config.vocab_size
 
@@ -78,6 +78,35 @@ class Grammar:
         Raises:
             ValueError: tokens that the grammar does not allow.
         """
+        self._go_to(tokens)
+        mask: NDArray[np.int32] = allocate_token_bitmask(1, self._vocabulary)
+        fill_next_token_bitmask(self._matcher, mask)
+        return mask
+
+    def accepts(self, tokens: Sequence[int]) -> bool:
+        """Say whether these tokens are a whole text, whether or not it could go on.
+
+        Args:
+            tokens: ids, all of the text, without an end-of-text token.
+
+        Returns:
+            Whether the text may end here.
+
+        Raises:
+            ValueError: tokens that the grammar does not allow.
+
+        >>> from headway.integrations.llguidance import regex
+        >>> from headway.lm import load
+        >>> model = load()
+        >>> may = regex("12?", model)
+        >>> [may.accepts(model.tokenizer.encode(text).ids) for text in ("", "1", "12")]
+        [False, True, True]
+        """
+        self._go_to(tokens)
+        return self._matcher.is_accepting()
+
+    def _go_to(self, tokens: Sequence[int]) -> None:
+        """Bring the matcher behind these tokens."""
         tokens = list(tokens)
         if tokens[: len(self._seen)] != self._seen:  # another text than the one before
             self._matcher, self._seen = self._start.deep_copy(), []
@@ -86,9 +115,12 @@ class Grammar:
                 self._matcher, self._seen = self._start.deep_copy(), []
                 raise ValueError(f"tokens: expected what the grammar allows, got {tokens[i]} at {i}")
         self._seen = tokens
-        mask: NDArray[np.int32] = allocate_token_bitmask(1, self._vocabulary)
-        fill_next_token_bitmask(self._matcher, mask)
-        return mask
+
+
+def _text(given: Any, name: str) -> str:
+    if not isinstance(given, str):
+        raise TypeError(f"{name}: expected text, got {_check.shown(given)}")
+    return given
 
 
 def _one_line(text: str) -> str:
@@ -144,6 +176,7 @@ def regex(pattern: str, model: Model) -> Grammar:
         A `Grammar`.
 
     Raises:
+        TypeError: a pattern that is no text.
         ValueError: a pattern that llguidance refuses.
 
     >>> from headway.integrations.llguidance import regex
@@ -152,7 +185,7 @@ def regex(pattern: str, model: Model) -> Grammar:
     >>> model.generate("And the number was ", allowed=regex("[0-9]{3}", model), seed=1).isdigit()
     True
     """
-    return Grammar(LLMatcher.grammar_from_regex(pattern), model, "pattern")
+    return Grammar(LLMatcher.grammar_from_regex(_text(pattern, "pattern")), model, "pattern")
 
 
 def lark(grammar: str, model: Model) -> Grammar:
@@ -166,6 +199,7 @@ def lark(grammar: str, model: Model) -> Grammar:
         A `Grammar`.
 
     Raises:
+        TypeError: a grammar that is no text.
         ValueError: a grammar that llguidance refuses.
 
     >>> from headway.integrations.llguidance import lark
@@ -174,4 +208,4 @@ def lark(grammar: str, model: Model) -> Grammar:
     >>> model.generate("Say", allowed=lark('start: "a" | "b"', model), seed=1) in "ab"
     True
     """
-    return Grammar(LLMatcher.grammar_from_lark(grammar), model)
+    return Grammar(LLMatcher.grammar_from_lark(_text(grammar, "grammar")), model)
