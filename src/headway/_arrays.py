@@ -357,9 +357,9 @@ def _cure(x: Any, name: str) -> str:
 
 _WAYS: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (lambda x: x.float(), "{}.float()"),
+    (lambda x: np.asarray(x, dtype=np.float32), "np.asarray({}, dtype=np.float32)"),
     (lambda x: x.real, "{}.real"),
     (lambda x: x.dequantize(), "{}.dequantize()"),
-    (lambda x: np.asarray(x, dtype=np.float32), "np.asarray({}, dtype=np.float32)"),
     (lambda x: np.asarray(x).astype(np.float32), "np.asarray({}).astype(np.float32)"),
 )
 

@@ -183,6 +183,40 @@ def test_over_two_devices() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_a_scan_within_shard_map() -> None:
+    from jax.sharding import Mesh
+    from jax.sharding import PartitionSpec as P
+
+    mesh = Mesh(np.array(jax.devices()[:1]), ("rows",))
+
+    def decode(table: Any, first: Any) -> Any:
+        def step(token: Any, position: Any) -> Any:
+            drawn = hw.sample(table[token], seed=4, position=position)
+            return drawn, drawn
+
+        return jax.vmap(lambda token: jax.lax.scan(step, token, jnp.arange(9))[1])(first)
+
+    table, first = normal(50, 50) * 3, jnp.array([3, 4])
+    split = jax.shard_map(decode, mesh=mesh, in_specs=(P(), P("rows")), out_specs=P("rows"))
+    same([jax.jit(split)(table, first)], [decode(table, first)])
+
+
+def test_a_program_keeps_what_it_was_made_of() -> None:
+    mask, bias = np.tri(4, dtype=bool), {3: 1.0}
+    program = jax.jit(lambda x: (hw.attention(x, x, x, mask=mask), hw.sample(x, seed=1, logit_bias=bias)))
+    want = program(X)
+    mask[:], bias[3] = True, -9.0
+    same(program(X), want)
+
+
+def test_tracers_in_lists_and_dicts() -> None:
+    sinks = jnp.array([0.5, -0.5])
+    got = jax.jit(lambda s: hw.attention(X, X, X, sinks=[s[0], s[1]]))(sinks)
+    same([got], [hw.attention(X, X, X, sinks=sinks)])
+    got = jax.jit(lambda b: hw.filter_logits(X, logit_bias={1: b, 3: -np.inf}))(jnp.float32(2.5))
+    same([got], [hw.filter_logits(X, logit_bias={1: 2.5, 3: -np.inf})])
+
+
 def test_double_precision() -> None:
     with jax.enable_x64(True):
         x = jnp.asarray(np.asarray(X), jnp.float64)
@@ -240,6 +274,12 @@ def test_errors_inside_are_those_outside() -> None:
         refused("^window: ", lambda way=way: way(lambda x: hw.attention(x, x, x, window=3)), TypeError)
         refused("^params: ", lambda way=way: way(lambda x: hw.sample(x, {"top_k": 1})), TypeError)
     refused("^seed: expected one inside", lambda: jax.jit(hw.sample)(X))
+    coin = jax.jit(lambda x: hw.probabilities(x, xtc_probability=0.5))
+    refused("^seed: expected one inside", lambda: coin(X))
+    keyed = jax.jit(lambda x, key: hw.sample(x, seed=key))
+    refused("^seed: .* a key of jax.random", lambda: keyed(X, jax.random.key(0)), TypeError)
+    several = jax.jit(lambda x, n: hw.sample(x, seed=1, num_samples=n))
+    refused("^num_samples: expected a plain value", lambda: several(X, 3), TypeError)
     scaled = jax.jit(lambda x: hw.attention(x, x, x, scale=x[0, 0, 0]))
     refused("^scale: expected a plain value", lambda: scaled(X), TypeError)
     refused("outside of it", lambda: jax.jit(lambda x: hw.KVCache(2, 8).append(x, x))(X), TypeError)
@@ -318,4 +358,9 @@ def test_where_jax_differs() -> None:
     np.testing.assert_allclose(mean, jnp.broadcast_to(x.mean(1, keepdims=True), x.shape), rtol=1e-6)
     refused("^mask: expected booleans", lambda: hj.dot_product_attention(x, x, x, mask=x[..., 0]), TypeError)
     refused("^implementation: expected", lambda: hj.dot_product_attention(x, x, x, implementation="gpu"))
+    refused("^value: expected the shape of key", lambda: hj.dot_product_attention(x, x, x[..., :4]))
+    refused("^key: expected the batch and the size", lambda: hj.dot_product_attention(x, x[..., :4], x[..., :4]))
+    refused("^local_window_size: ", lambda: hj.dot_product_attention(x, x, x, local_window_size="a"), TypeError)
+    beyond = {"key_value_seq_lengths": jnp.array([9], jnp.int32)}
+    same([hj.dot_product_attention(x, x, x, **beyond)], [hj.dot_product_attention(x, x, x)])
     refused("^query: expected shape", lambda: hj.dot_product_attention(x[0, 0], x, x))

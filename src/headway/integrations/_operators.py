@@ -109,6 +109,7 @@ OPERATORS = {
         Operator(hw.penalize, _computed),
     )
 }
+_TAKES_ARRAYS = ("AnyArray", "ArrayLike", "Any", "SamplingParams")  # annotations; params have an error of their own
 _SAMPLING = {field.name: field.default for field in fields(hw.SamplingParams)}
 
 
@@ -119,15 +120,14 @@ def arguments(operator: Operator, kind: Any, args: Sequence[Any], kwargs: Mappin
     """
     signature = inspect.signature(operator.function)
     given = dict(signature.bind(*args, **kwargs).arguments)
+    for name, value in given.items():
+        if isinstance(value, kind) and not str(signature.parameters[name].annotation).startswith(_TAKES_ARRAYS):
+            raise TypeError(f"{name}: expected a plain value inside a transformation, got an array; it is a constant")
     if "seed" in signature.parameters:
         given = _sampling_options(kind, given)
     if "causal" in signature.parameters:
         one, plain = np.zeros((1, 1, 1), np.float32), {}
         for name in ("causal", "window", "scale", "softcap", "precision"):
-            if isinstance(given.get(name), kind):
-                raise TypeError(
-                    f"{name}: expected a plain value inside a transformation, got an array; it is a constant"
-                )
             if name in given:
                 plain[name] = given[name]
         hw.attention(one, one, one, **plain)
@@ -144,8 +144,14 @@ def _sampling_options(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(f"params: expected SamplingParams, got {_check.shown(params)}")
         own = {name: getattr(params, name) for name in _SAMPLING}
         options = {name: value for name, value in own.items() if value is not _SAMPLING[name]} | options
-    hw.SamplingParams(**{name: value for name, value in options.items() if not isinstance(value, kind)})
+    hw.SamplingParams(**{name: value for name, value in options.items() if not _holds(value, kind)})
     return {name: value for name, value in given.items() if name != "params"} | options
+
+
+def _holds(value: Any, kind: Any) -> bool:
+    """Whether a value is an array of this kind, or a list or dict that holds one."""
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return isinstance(value, kind) or any(_holds(item, kind) for item in items)
 
 
 def _corner(given: Mapping[str, Any]) -> str | None:

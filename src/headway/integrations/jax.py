@@ -6,6 +6,7 @@ the compiled program, by `jax.pure_callback`.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -36,11 +37,17 @@ def _through_callback(function: Callable[..., Any], args: Sequence[Any], kwargs:
     if name not in OPERATORS:
         return NotImplemented
     operator = OPERATORS[name]
-    given = arguments(operator, jax.Array, args, kwargs)
-    if name == "sample" and given.get("seed") is None and given.get("uniform") is None:
+    given = {x: _owned(value, x) for x, value in arguments(operator, jax.Array, args, kwargs).items()}
+    draws = name == "sample" or given.get("xtc_probability") is not None
+    if draws and given.get("seed") is None and given.get("uniform") is None:
         raise ValueError(
             "seed: expected one inside a transformation of JAX, which may run a call any number of times, got none"
         )
+    if isinstance(given.get("logit_bias"), dict):
+        bias = jnp.zeros(given["logits"].shape[-1], jnp.float32)
+        for token, value in given["logit_bias"].items():
+            bias = bias.at[token].set(value)
+        given["logit_bias"] = bias
     for x in operator.axes.keys() & given.keys():  # what is mapped over is JAX's, but for what it would make narrower
         if given[x] is None or isinstance(given[x], jax.Array):
             continue
@@ -53,6 +60,17 @@ def _through_callback(function: Callable[..., Any], args: Sequence[Any], kwargs:
         return tuple(out) if len(out) > 1 else out[0]
     found = [None, None] if given.get("tokens") is None else [out.pop(0), out.pop(0)]
     return hw.Logprobs(*found, *(out or (None, None)))
+
+
+def _owned(value: Any, name: str) -> Any:
+    """Return an argument that nobody else can change, since a program may be run at any later time."""
+    if isinstance(value, jax.Array):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            raise TypeError(f"{name}: expected numbers, got a key of jax.random; pass an integer")
+        return value
+    if isinstance(value, (list, tuple)) and any(isinstance(x, jax.Array) for x in jax.tree.leaves(value)):
+        return jnp.asarray(value)
+    return dict(value) if isinstance(value, Mapping) else copy.deepcopy(value)
 
 
 def _call(operator: Operator, fixed: Mapping[str, Any], names: Sequence[str], *arrays: jax.Array) -> list[jax.Array]:
@@ -131,7 +149,10 @@ def _called_back(
         found = [x for x in (out if isinstance(out, tuple) else [out]) if x is not None]
         return [np.asarray(x, result.dtype) for x, result in zip(found, results)]
 
-    return list(jax.pure_callback(run, results, *arrays))
+    out = list(jax.pure_callback(run, results, *arrays))
+    # Over which axes of a mesh operands differ, results do.
+    over = frozenset[Any]().union(*(jax.typeof(x).mat.varying for x in arrays))
+    return [jax.lax.pcast(x, tuple(over), to="varying") for x in out] if over else out
 
 
 _arrays.TRACED["jax"] = _through_callback
@@ -194,6 +215,19 @@ def dot_product_attention(
         if x.ndim not in (3, 4):
             raise ValueError(f"{name}: expected shape (B, length, heads, size) or without B, got {x.shape}")
     batch, queries, keys = query.shape[:-3], query.shape[-3], key.shape[-3]
+    if value.shape != key.shape:
+        raise ValueError(f"value: expected the shape of key {key.shape}, got {value.shape}")
+    if key.shape[-1] != query.shape[-1] or query.shape[-2] % max(key.shape[-2], 1) or key.shape[:-3] != batch:
+        raise ValueError(
+            f"key: expected the batch and the size of query {query.shape}, and a number of heads that divides "
+            f"{query.shape[-2]}, got {key.shape}"
+        )
+    if local_window_size is not None and not isinstance(local_window_size, int):
+        sides = tuple(local_window_size) if isinstance(local_window_size, (tuple, list)) else ()
+        if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+            raise TypeError(
+                f"local_window_size: expected a number or (left, right), got {_check.shown(local_window_size)}"
+            )
     both_sides = isinstance(local_window_size, int)
     window: Any = (local_window_size, local_window_size) if both_sides else local_window_size
     masks = [] if mask is None else [jnp.asarray(mask)]
@@ -204,8 +238,10 @@ def dot_product_attention(
     if query_seq_lengths is not None:
         real = jnp.arange(queries) < jnp.asarray(query_seq_lengths)[:, None]
         masks.append(real[:, None, :, None])
+    if key_value_seq_lengths is not None:
+        key_value_seq_lengths = jnp.clip(jnp.asarray(key_value_seq_lengths), 0, keys)
     if key_value_seq_lengths is not None and not batch:
-        masks.append(jnp.arange(keys) < jnp.asarray(key_value_seq_lengths)[:, None])
+        masks.append(jnp.arange(keys) < key_value_seq_lengths[:, None])
         key_value_seq_lengths = None
     if window is not None and not is_causal and queries != keys:
         left, right = window
