@@ -390,3 +390,24 @@ def test_angles_of_rotary() -> None:
     longer = np.concatenate([Q, Q], -1)
     (y,) = run("RotaryEmbedding", [longer, cos, sin, PLACES], rotary_embedding_dim=8)
     assert np.array_equal(y, np.concatenate([want, Q], -1))
+
+
+def test_present_keys_are_the_callers_own() -> None:
+    """Writing to them leaves the inputs as they are."""
+    _, key, value = run("Attention", [Q, K, V], outputs=3)
+    before = K.copy(), V.copy()
+    assert np.array_equal(key, K)
+    assert np.array_equal(value, V)
+    key[:], value[:] = 0, 0
+    assert np.array_equal(K, before[0])
+    assert np.array_equal(V, before[1])
+
+
+def test_padding_has_no_scores_after_the_mask() -> None:
+    if onnx.defs.onnx_opset_version() < 24:
+        pytest.skip("nonpad_kv_seqlen came with opset 24")
+    for mode in (0, 2):
+        inputs = [Q, K, V, None, None, None, np.array([2])]
+        *_, scores = run("Attention", inputs, outputs=4, opset=24, qk_matmul_output_mode=mode)
+        assert np.isfinite(scores[..., :2]).all()
+        assert (scores[..., 2] == -np.inf).all() == (mode == 2)
