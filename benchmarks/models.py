@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
-from .harness import Candidate, Contest, LeftOut, Row
+from .harness import Candidate, Contest, Row
 from .runtimes import THREADS, from_torch
 
 CONTEXT = 4096
@@ -43,35 +43,36 @@ def rows() -> Iterator[Row]:
 
 
 def _models(dtype: str) -> dict[str, Callable[[], Any]]:
-    """Return how each candidate's model is made: one set of weights, which all share."""
-    try:
+    """Return how each candidate's model is made, of weights that all share."""
+
+    @cache
+    def weights() -> Any:
         import torch
         import transformers
 
+        torch.set_num_threads(THREADS)
+        torch.set_grad_enabled(False)
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).to(getattr(torch, dtype)).eval()
+
+    def own() -> Any:
+        return copy.deepcopy(weights(), {id(p): p for p in weights().parameters()})
+
+    def stock(attention: str) -> Any:
+        model = own()
+        model.set_attn_implementation(attention)
+        return model
+
+    def ours(**options: bool) -> Any:
         from headway.integrations.transformers import enable
-    except ImportError as missing:
-        raise LeftOut(str(missing)) from missing
-    torch.set_num_threads(THREADS)
-    torch.set_grad_enabled(False)
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).to(getattr(torch, dtype)).eval()
 
-    def made(change: Callable[[Any], Any]) -> Any:
-        shared = {id(p): p for p in model.parameters()}
-        return change(copy.deepcopy(model, shared))
-
-    def stock(name: str) -> Callable[[Any], Any]:
-        def change(one: Any) -> Any:
-            one.set_attn_implementation(name)
-            return one
-
-        return change
+        return enable(own(), **options)
 
     return {
-        "transformers, sdpa": partial(made, stock("sdpa")),
-        "transformers, eager": partial(made, stock("eager")),
-        "headway, attention": partial(made, enable),
-        "headway, all": partial(made, partial(enable, linear=True, norms=True)),
+        "transformers, sdpa": partial(stock, "sdpa"),
+        "transformers, eager": partial(stock, "eager"),
+        "headway, attention": ours,
+        "headway, all": partial(ours, linear=True, norms=True),
     }
 
 

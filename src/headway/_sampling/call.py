@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -137,8 +137,14 @@ class Call(NamedTuple):
         ids = self.settings.xtc_special_tokens
         return _NO_IDS if ids is None else known_ids("xtc_special_tokens", np.array(ids), self.vocabulary)
 
-    def fail(self, status: Array, draws: int = 1) -> None:
-        """Raise what the kernel found in the first row that has a fault."""
+    def fail(self, status: Array, draws: int = 1, bans: Sequence[str] = ()) -> None:
+        """Raise what the kernel found in the first row that has a fault.
+
+        Args:
+            status: (rows,), as the kernel left it.
+            draws: how many tokens of a row were to be drawn.
+            bans: the options of the row, beside those of the call, that can ban tokens.
+        """
         row = int(status.nonzero()[0][0])
         token, fault = fault_in(int(status[row]))
         where = in_row(row, self.lead)
@@ -159,8 +165,12 @@ class Call(NamedTuple):
                 f"num_samples: expected at most {token} without replacement{where}, where no more tokens are left to "
                 f"draw from, got {draws}; draw with replacement, or filter less"
             )
-        name = next((n for n in ("allowed", "logit_bias") if getattr(self.settings, n) is not None), self.name)
-        raise ValueError(f"{name}: expected at least one token that is not banned{where}, got none; allow one")
+        if bans:
+            name, cure = self.name, f"less of {' and '.join(bans)} leaves one"
+        else:
+            names = (n for n in ("allowed", "logit_bias") if getattr(self.settings, n) is not None)
+            name, cure = next(names, self.name), "allow one"
+        raise ValueError(f"{name}: expected at least one token that is not banned{where}, got none; {cure}")
 
 
 def prepare(

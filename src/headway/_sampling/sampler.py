@@ -132,15 +132,11 @@ class RowError(ValueError):
 
 @contextlib.contextmanager
 def _of_row(row: _Row) -> Iterator[None]:
-    """Let an error say the row's handle, and that the bans of the row have a part in it."""
+    """Let an error say the row's handle."""
     try:
         yield
     except ValueError as error:
-        message = str(error)
-        if row.bans.any() and "not banned" in message:
-            names = " and ".join(row.bans.names())
-            message = f"logits: {message.partition(': ')[2].rpartition(';')[0]}; less of {names} leaves one"
-        raise RowError(message, row.handle) from None
+        raise RowError(str(error), row.handle) from None
 
 
 class _Group(NamedTuple):
@@ -783,10 +779,11 @@ class Sampler:
         of_draft = draft_status.any()
         places = np.zeros((len(status), n if of_draft else n + 1), np.int64)
         places[:, i] = draft_status if of_draft else status
-        with _of_row(self._active.rows[int(places[:, i].nonzero()[0][0])]):
+        row = self._active.rows[int(places[:, i].nonzero()[0][0])]
+        with _of_row(row):
             if of_draft:
                 fail_draft(draft and draft._replace(lead=places.shape), places.reshape(-1), places.shape)
-            run._replace(lead=places.shape).fail(places.reshape(-1))
+            run._replace(lead=places.shape).fail(places.reshape(-1), bans=row.bans.names())
 
     def _of_draft(self, params: SamplingParams | None, has_logits: bool) -> Settings | None:
         """Return the settings of a draft, None where they are those of each row."""
@@ -845,8 +842,9 @@ class Sampler:
         return np.array([token in row.breakers for token, row in zip(tokens.tolist(), self._active.rows)], np.bool_)
 
     def _fail(self, run: Call, status: Array) -> None:
-        with _of_row(self._active.rows[int(status.nonzero()[0][0])]):
-            run._replace(lead=status.shape).fail(status)
+        row = self._active.rows[int(status.nonzero()[0][0])]
+        with _of_row(row):
+            run._replace(lead=status.shape).fail(status, bans=row.bans.names())
 
     def _mask(self, allowed: Any) -> Array | None:
         """Return a step's masks: bool (rows, V), or uint32 (rows, ceil(V / 32))."""

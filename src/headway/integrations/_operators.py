@@ -166,7 +166,6 @@ def _corner(given: Mapping[str, Any]) -> str | None:
     return "top_left"
 
 
-def aligned(x: Any, lead: int, axes: int, batched: bool) -> Any:
-    """Return an array with so many batch axes, behind that of a transformation where it has one, and its own axes."""
-    first = x.shape[:1] if batched else ()
-    return x.reshape(*first, *[1] * (lead + axes - (x.ndim - len(first))), *x.shape[len(first) :])
+def aligned(x: Any, lead: int, axes: int) -> Any:
+    """Return an array whose first axis is that of a map, with so many batch axes between it and the last ones."""
+    return x.reshape(x.shape[0], *[1] * (lead + axes + 1 - x.ndim), *x.shape[1:])

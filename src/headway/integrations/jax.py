@@ -121,7 +121,7 @@ def _mapped(
             operator,
             fixed,
             names,
-            *(x if own is None else aligned(x, lead, own, True) for x, own in zip(whole, axes)),
+            *(x if own is None else aligned(x, lead, own) for x, own in zip(whole, axes)),
         )
 
     def one(items: Sequence[jax.Array]) -> list[jax.Array]:

@@ -45,7 +45,6 @@ __all__ = ["OPERATORS", "Attention", "Backend", "Prepared", "RMSNormalization", 
 Array = NDArray[Any]
 _NAMES = {"float": "float32", "double": "float64"}  # of ONNX's types, in NumPy
 _PRECISIONS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
-
 _DOMAIN = "ai.onnx"  # another name of "", the domain of ONNX's own operators
 
 
@@ -277,9 +276,8 @@ def _scores(
     """Return what qk_matmul_output shows, (B, H, L, S), in the bits that attention has on its way."""
     if mode == 3:
         return hw.attention_weights(q, k, **options, **rows.options(given))
-    alone = k.swapaxes(1, 2)[
-        :, :, :, None
-    ]  # (B, S, G, 1, D): the log-sum-exp of a query that sees one key is its score
+    # The log-sum-exp of a query that sees one key is its score.
+    alone = k.swapaxes(1, 2)[:, :, :, None]  # (B, S, G, 1, D)
     no_value = np.zeros((k.shape[1], 1, 1), k.dtype)
     softcap = options["softcap"] if mode else None
     found = hw.attention(q[:, None], alone, no_value, return_lse=True, scale=options["scale"], softcap=softcap)[1]

@@ -112,7 +112,7 @@ def _mapped(operator: Operator, info: Any, dims: Sequence[int | None], *given: A
         for x, dim, own in zip(given, dims, axes)
     ]
     lead = max(x.ndim - 1 - own for x, own in zip(batched, axes) if own is not None)
-    out = call(*(x if own is None else aligned(x, lead, own, True) for x, own in zip(batched, axes)))
+    out = call(*(x if own is None else aligned(x, lead, own) for x, own in zip(batched, axes)))
     return out, [0] * len(out)
 
 
@@ -160,7 +160,7 @@ def _through_operator(function: Callable[..., Any], args: Sequence[Any], kwargs:
     if "causal" in inspect.signature(OPERATORS[name].function).parameters:
         given["window_left"], given["window_right"] = given.pop("window", None) or (None, None)
     values = {
-        x.name: _as_tensor(given[x.name], given) if x.type.startswith("Tensor") else given[x.name]
+        x.name: _as_tensor(given[x.name], x.name, given) if x.type.startswith("Tensor") else given[x.name]
         for x in _ARGUMENTS[name]
         if x.name in given
     }
@@ -171,7 +171,7 @@ def _through_operator(function: Callable[..., Any], args: Sequence[Any], kwargs:
     return hw.Logprobs(*found, *(out or (None, None)))
 
 
-def _as_tensor(x: Any, given: Mapping[str, Any]) -> torch.Tensor | None:
+def _as_tensor(x: Any, name: str, given: Mapping[str, Any]) -> torch.Tensor | None:
     """Return an argument as a tensor, of which an operator takes no other kinds of arrays."""
     if x is None or isinstance(x, torch.Tensor):
         return x
@@ -180,7 +180,7 @@ def _as_tensor(x: Any, given: Mapping[str, Any]) -> torch.Tensor | None:
         for token, value in x.items():
             bias[token] = value
         x = bias
-    array = _arrays.plain(sorted(x) if isinstance(x, (set, frozenset)) else x, "array")[0]
+    array = _arrays.plain(sorted(x) if isinstance(x, (set, frozenset)) else x, name)[0]
     return torch.tensor(array.astype(array.dtype.name))  # C's long long, say, is int64 by another name
 
 

@@ -426,10 +426,8 @@ _FORWARDS = (_linear, _by_element, _by_position, _experts, _router, _rms_norm)
 
 def _offset_of(module: Any) -> float:
     """Return what an RMSNorm adds to its weight: 1 in Gemma's."""
-    x = torch.ones(1, module.weight.shape[-1], dtype=torch.float32)
-    same = torch.nn.Module.__call__
     with torch.no_grad():
-        found = same(module, x.to(module.weight.dtype)).float() - module.weight.float()
+        found = module(torch.ones(1, *module.weight.shape, dtype=module.weight.dtype)).float() - module.weight.float()
     return float(found.mean().round())
 
 

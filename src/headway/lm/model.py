@@ -185,8 +185,16 @@ class Model:
         """
         if "logprobs" in options:
             raise TypeError("logprobs: expected none, since the text is all that comes back; give it to stream")
-        more: dict[str, Any] = {"params": params, "output_tokens": output_tokens, "count_prompt": count_prompt}
-        return "".join(self.stream(prompt, max_tokens=max_tokens, stop=stop, **more, **options))
+        pieces = self.stream(
+            prompt,
+            max_tokens=max_tokens,
+            stop=stop,
+            params=params,
+            output_tokens=output_tokens,
+            count_prompt=count_prompt,
+            **options,
+        )
+        return "".join(pieces)
 
     @shows_text_options
     @_check.public
