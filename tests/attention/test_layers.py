@@ -89,6 +89,21 @@ def test_linear_takes_a_stored_transpose_and_any_strides() -> None:
         assert same_bits(hw.linear(broadcast, w), np.repeat(want[:1, 0], 3, axis=0))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_has_the_same_bits_on_every_way_through_the_weights(dtype: str) -> None:
+    """Few rows and many, columns or rows of w contiguous, lines that begin anywhere, chains and lines that are cut."""
+    rng = np.random.default_rng(3)
+    for K in (15, 31, 64, 255, 256, 257, 300, 512, 544, 576, 800, 1100):
+        for N in (1, 15, 16, 17, 40, 64, 79, 130):
+            x, w = normal(rng, 30, K, dtype=dtype), normal(rng, K, N, dtype=dtype)
+            want = hw.linear(x, w)
+            stored = np.zeros((N, K + 3), w.dtype)
+            stored[:, 1 : K + 1] = w.T
+            for other in (w, np.ascontiguousarray(w.T).T, stored[:, 1 : K + 1].T):
+                for M in (1, 2, 3, 4, 5, 8, 23, 24, 25):
+                    assert same_bits(hw.linear(x[:M], other), want[:M]), (K, N, M)
+
+
 def test_linear_lets_nan_reach_its_own_row_and_column_only() -> None:
     rng = np.random.default_rng(2)
     x, w = normal(rng, 20, 70), normal(rng, 70, 40)

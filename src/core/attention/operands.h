@@ -153,7 +153,7 @@ private:
         read_row(address(k, k_offset, group, key / 16), k.dtype, 1, 16 * task.D, panel);
       } else if (k.stride[2] == 1 && Stored::kept<T>(k.dtype)) {
         Stored{address(k, k_offset, group, key), k.dtype, 0, 0, 0}.at<T>(0, [&](auto* rows_of_k) {
-          make_panel(rows_of_k, k.stride[1], count, task.D, panel, rows_of_k + 16 * k.stride[1]);
+          make_panel(rows_of_k, k.stride[1], count, task.D, panel);
         });
       } else {
         for (int64_t r = 0; r < count; ++r)

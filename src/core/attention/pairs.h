@@ -230,7 +230,7 @@ private:
       for (int64_t d = 0; d < steps; ++d) join_rows(row_buffer + 32 * d, row_buffer + 32 * d + 16, 16, panel + 16 * d);
     } else if (k.dtype == DType::bf16 && k.stride[2] == 1 && task.D == 2 * steps && k.stride[1] % 2 == 0) {
       const auto* rows = reinterpret_cast<const int32_t*>(address(k, k_offset, group, key));
-      make_panel(rows, k.stride[1] / 2, count, steps, words, rows + 8 * k.stride[1]);
+      make_panel(rows, k.stride[1] / 2, count, steps, words);
     } else {
       auto* rows = reinterpret_cast<BFloat16Pair*>(row_buffer);
       float* row = row_buffer + 16 * steps; // behind 16 rows of pairs

@@ -81,7 +81,7 @@ void multiply(int64_t rows, int64_t columns, int64_t k_count, const A* a, int64_
   run.template operator()<kTileRows, vecs>();
   run.template operator()<4, vecs>();
   run.template operator()<2, 2 * vecs>();
-  run.template operator()<1, 2 * vecs>();
+  run.template operator()<1, sizeof(T) == 8 ? kRowVecs / 2 : kRowVecs>();
 }
 
 } // namespace

@@ -104,72 +104,116 @@ template <class T> void write_row(const T* from, int64_t n, void* to, DType dtyp
   }
 }
 
-// Transposes a square of as many registers as a register has lanes: swaps its quarters, theirs, and so on.
-template <int H, class Reg, size_t N> [[gnu::always_inline]] inline void transpose(Reg (&r)[N]) {
-  const auto swap_quarters = [&]<size_t... I>(std::index_sequence<I...>) {
-#pragma GCC unroll 16
-    for (size_t i = 0; i < N; ++i) {
-      if (i & H) continue;
-      const Reg x = r[i], y = r[i + H];
-      r[i] = __builtin_shufflevector(x, y, int(I & H ? N + I - H : I)...);
-      r[i + H] = __builtin_shufflevector(x, y, int(I & H ? N + I : I + H)...);
-    }
+// Sixteen bytes from each of a register's rows, those that are `step` rows apart.
+template <class Reg> [[gnu::always_inline]] inline Reg gather_parts(const char* from, int64_t step) {
+#if defined(__AVX512F__)
+  const auto half = [&](int64_t i) {
+    const auto* low = reinterpret_cast<const float*>(from + i * step);
+    const auto* high = reinterpret_cast<const float*>(from + (i + 1) * step);
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
   };
-  swap_quarters(std::make_index_sequence<N>());
-  if constexpr (H > 1) transpose<H / 2>(r);
-}
-
-// The first bytes of a register, and zeros; nothing else is read.
-template <class Reg> [[gnu::always_inline]] inline Reg load_partial(const void* from, int64_t bytes) {
-#if defined(__AVX512BW__)
-  return (Reg)_mm512_maskz_loadu_epi8(bytes == 64 ? ~0ull : (1ull << bytes) - 1, from);
+  return (Reg)_mm512_insertf32x8(_mm512_castps256_ps512(half(0)), half(2), 1);
+#elif defined(__AVX2__)
+  const __m128 low = _mm_loadu_ps(reinterpret_cast<const float*>(from));
+  return (Reg)_mm256_insertf128_ps(_mm256_castps128_ps256(low),
+                                   _mm_loadu_ps(reinterpret_cast<const float*>(from + step)), 1);
 #else
-  Reg r{};
-  memcpy(&r, from, size_t(bytes));
-  return r;
+  Reg reg;
+  memcpy(&reg, from, sizeof reg);
+  return reg;
 #endif
 }
 
-// Up to 16 rows of n numbers become a panel (n, 16): each row a lane, 0 where there is none. Numbers of 16 bits travel
-// in pairs and are widened on the way out. Meanwhile it prefetches the 16 rows from `next` on, a few lines at a time
-// and in the order of their addresses, into the second-level cache: the processor's own prefetching follows that, but
-// not 16 rows read side by side, which alone get half as much from memory.
-template <class T, class From>
-void make_panel(const From* rows, int64_t row_stride, int64_t count, int64_t n, T* panel, const From* next = nullptr) {
-  constexpr int pair = sizeof(From) == 2 ? 2 : 1;
-  using Word = std::conditional_t<pair == 2, int32_t, From>;
+// Transposes squares of as many words as 16 bytes hold, each square in the same 16 bytes of all registers.
+template <class Reg, size_t N> [[gnu::always_inline]] inline void transpose_squares(Reg (&r)[N]) {
+  constexpr int lanes = sizeof(Reg) / sizeof(r[0][0]);
+  const auto zip = [&]<size_t... I>(Reg x, Reg y, int half, std::index_sequence<I...>) {
+    // Pairs of lanes of x and y in turns: of the lower half of each square, or of the upper one.
+    return half ? __builtin_shufflevector(x, y, int(I / N * N + N / 2 + I % N / 2 + I % 2 * lanes)...)
+                : __builtin_shufflevector(x, y, int(I / N * N + I % N / 2 + I % 2 * lanes)...);
+  };
+  const auto join = [&]<size_t... I>(Reg x, Reg y, int half, std::index_sequence<I...>) {
+    return half ? __builtin_shufflevector(x, y, int(I / 4 * 4 + 2 + I % 2 + I % 4 / 2 * lanes)...)
+                : __builtin_shufflevector(x, y, int(I / 4 * 4 + I % 2 + I % 4 / 2 * lanes)...);
+  };
+  constexpr auto all = std::make_index_sequence<lanes>();
+  if constexpr (N == 2) {
+    const Reg x = r[0], y = r[1];
+    r[0] = zip(x, y, 0, all), r[1] = zip(x, y, 1, all);
+  } else {
+    static_assert(N == 4);
+    const Reg a = zip(r[0], r[1], 0, all), b = zip(r[0], r[1], 1, all);
+    const Reg c = zip(r[2], r[3], 0, all), d = zip(r[2], r[3], 1, all);
+    r[0] = join(a, c, 0, all), r[1] = join(a, c, 1, all);
+    r[2] = join(b, d, 0, all), r[3] = join(b, d, 1, all);
+  }
+}
+
+// Transposes the line of the cache that begins at rows[place] in each of 16 rows, which are `step` bytes apart: calls
+// visit(place, column, part, numbers) for each place, each column and each part of its Vec, a row's number in the lane
+// of the row. The columns of one place and part come in order. Numbers of 16 bits travel in pairs and are widened on
+// the way out.
+template <size_t places, class From, class Visit>
+[[gnu::always_inline]] inline void each_column(const From* const (&rows)[places], int64_t step, Visit visit) {
+  constexpr bool pairs = sizeof(From) == 2;
+  using Word = std::conditional_t<pairs, int32_t, From>;
   using Reg = typename Vec<Word>::Reg;
-  constexpr int lanes = kRegisterBytes / int(sizeof(Word)), step = lanes * pair;
-  for (int64_t d = 0, column = 0; d < n; d += step) {
-    const int64_t columns = min(step, n - d);
-    for (int i = 0; i < 16; i += lanes) {
-      const From* from = rows + i * row_stride + d;
-      Reg r[lanes];
-      if (columns == step && count == 16) {
-#pragma GCC unroll 16
-        for (int j = 0; j < lanes; ++j) memcpy(&r[j], from + j * row_stride, sizeof(Reg));
-      } else {
-        for (int j = 0; j < lanes; ++j)
-          r[j] = load_partial<Reg>(from + j * row_stride, i + j < count ? columns * int64_t(sizeof(From)) : 0);
-      }
-      for (int j = 0; j < lanes && next; ++j) {
-        __builtin_prefetch(next + column, 0, 2);
-        if ((column += step) >= n) column = 0, next += row_stride;
-      }
-      transpose<lanes / 2>(r);
-      const auto put = [&](int64_t j, const auto& reg) {
-        if (j < columns) memcpy(panel + (d + j) * 16 + i, &reg, sizeof reg);
-      };
-#pragma GCC unroll 16
-      for (int j = 0; j < lanes; ++j) {
-        if constexpr (pair == 2) {
-          put(2 * j, widen_reg(From{}, r[j] & 0xffff));
-          put(2 * j + 1, widen_reg(From{}, r[j] >> 16 & 0xffff));
-        } else {
-          put(j, r[j]);
+  constexpr int words = 16 / int(sizeof(Word)), lanes = kRegisterBytes / int(sizeof(Word));
+  constexpr int squares = kRegisterBytes / 16; // of one register
+#pragma GCC unroll 8
+  for (int part = 0; part < Vec<Word>::parts; ++part)
+#pragma GCC unroll 4
+    for (int begin = 0; begin < 64; begin += kRegisterBytes)
+#pragma GCC unroll 2
+      for (size_t place = 0; place < places; ++place) {
+        // Rows one after the other: they are often a power of two apart, and share few places in the cache, so that a
+        // line that is read in pieces is lost in between.
+        const char* from = reinterpret_cast<const char*>(rows[place]) + part * lanes * step + begin;
+        Reg square[squares][words];
+#pragma GCC unroll 4
+        for (int i = 0; i < words; ++i)
+#pragma GCC unroll 4
+          for (int j = 0; j < squares; ++j) square[j][i] = gather_parts<Reg>(from + i * step + 16 * j, words * step);
+#pragma GCC unroll 4
+        for (int j = 0; j < squares; ++j) {
+          transpose_squares(square[j]);
+#pragma GCC unroll 4
+          for (int i = 0; i < words; ++i) {
+            const int word = (begin / 16 + j) * words + i;
+            if constexpr (pairs) {
+              Vec<float>::Reg even, odd;
+              widen_pairs(From{}, square[j][i], even, odd);
+              visit(place, 2 * word, part, even), visit(place, 2 * word + 1, part, odd);
+            } else {
+              visit(place, word, part, square[j][i]);
+            }
+          }
         }
       }
+}
+
+// Up to 16 rows of n numbers become a panel (n, 16): each row a lane, 0 where there is none.
+template <class T, class From>
+void make_panel(const From* rows, int64_t row_stride, int64_t count, int64_t n, T* panel) {
+  constexpr int64_t line = 64 / int(sizeof(From));
+  const int64_t step = row_stride * int64_t(sizeof(From));
+  const auto store_at = [](T* to) {
+    return [to](size_t, int column, int part, const auto& numbers) {
+      memcpy(to + 16 * column + part * int(sizeof numbers / sizeof(T)), &numbers, sizeof numbers);
+    };
+  };
+  for (int64_t d = 0; d < n; d += line) {
+    if (count == 16 && d + line <= n) {
+      each_column({rows + d}, step, store_at(panel + d * 16));
+      continue;
     }
+    const int64_t columns = min(line, n - d); // nothing else is read
+    From part[16 * line] = {};
+    T whole[line * 16];
+    for (int64_t i = 0; i < count; ++i)
+      memcpy(part + i * line, rows + i * row_stride + d, size_t(columns) * sizeof(From));
+    each_column({&part[0]}, 64, store_at(whole));
+    memcpy(panel + d * 16, whole, size_t(columns) * 16 * sizeof(T));
   }
 }
 

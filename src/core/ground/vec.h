@@ -36,10 +36,11 @@ constexpr int kRegisterBytes = 16;
 
 // The register tile of the matrix micro-kernel, rows x Vecs of columns (gemm.h). It must leave room for the operands;
 // of floats, AVX-512: 6 x 4 accumulators + 4 + 1 of 32 registers; AVX2: 6 x 2 + 2 + 1 of 16; NEON: 6 x 4 + 4 + 1 of 32.
+// A single row is kRowVecs wide.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 6, kTileVecs = 4;
+constexpr int kTileRows = 6, kTileVecs = 4, kRowVecs = 8;
 #else
-constexpr int kTileRows = 6, kTileVecs = 1;
+constexpr int kTileRows = 6, kTileVecs = 1, kRowVecs = 4;
 #endif
 
 template <class T, int Bytes> struct VectorType {
@@ -323,6 +324,12 @@ template <class To, class From> Vec<To> load_integers(const From* p) {
     v.part[0] =
         (typename Vec<To>::Reg)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   else
+#elif defined(__AVX2__)
+  if constexpr (sizeof(To) == 4 && sizeof(From) == 2)
+    for (int i = 0; i < 2; ++i)
+      v.part[i] =
+          (typename Vec<To>::Reg)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * i)));
+  else
 #endif
     for (int i = 0; i < Vec<To>::parts; ++i)
       v.part[i] = __builtin_convertvector(reinterpret_cast<const Narrow*>(p)[i], typename Vec<To>::Reg);
@@ -331,15 +338,11 @@ template <class To, class From> Vec<To> load_integers(const From* p) {
 // 16 bits in the low half of each lane, as floats.
 inline Vec<float>::Reg widen_reg(BFloat16, Vec<int32_t>::Reg h) { return (Vec<float>::Reg)(h << 16); }
 inline Vec<float>::Reg widen_reg(Float16, Vec<int32_t>::Reg h) {
-#if defined(__AVX512F__)
-  return (Vec<float>::Reg)_mm512_maskz_cvtph_ps(0xffff, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)h));
-#else
   // The exponent and fraction moved into place and scaled by 2^112, which is exact for subnormal numbers as well.
   const Vec<int32_t>::Reg rest = (h & 0x7fff) << 13;
   const Vec<int32_t>::Reg finite = (Vec<int32_t>::Reg)((Vec<float>::Reg)rest * 0x1p112f);
   const Vec<int32_t>::Reg infinite = rest | 0x7f800000;
   return (Vec<float>::Reg)((rest >= (0x7c00 << 13) ? infinite : finite) | (h & 0x8000) << 16);
-#endif
 }
 template <class Narrow> Vec<float> load_narrow(const Narrow* p) {
   const Vec<int32_t> h = load_integers<int32_t>(&p->bits);
@@ -353,8 +356,35 @@ inline Vec<float> load(const Float16* p) {
   Vec<float> v;
   v.part[0] = (Vec<float>::Reg)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return v;
+#elif defined(__F16C__) && defined(__AVX2__)
+  Vec<float> v;
+  for (int i = 0; i < Vec<float>::parts; ++i)
+    v.part[i] = (Vec<float>::Reg)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * i)));
+  return v;
 #else
   return load_narrow(p);
+#endif
+}
+
+// The numbers in the lower and in the upper halves of the lanes.
+inline void widen_pairs(BFloat16, Vec<int32_t>::Reg pairs, Vec<float>::Reg& even, Vec<float>::Reg& odd) {
+  even = (Vec<float>::Reg)(pairs << 16), odd = (Vec<float>::Reg)(pairs & -0x10000);
+}
+inline void widen_pairs(Float16, Vec<int32_t>::Reg pairs, Vec<float>::Reg& even, Vec<float>::Reg& odd) {
+#if defined(__AVX512F__)
+  const __m512i order = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30, 28, 26, 24, 22,
+                                         20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i apart = _mm512_maskz_permutexvar_epi16(~0u, order, (__m512i)pairs);
+  even = (Vec<float>::Reg)_mm512_maskz_cvtph_ps(0xffff, _mm512_castsi512_si256(apart));
+  odd = (Vec<float>::Reg)_mm512_maskz_cvtph_ps(0xffff, _mm512_maskz_extracti64x4_epi64(0xf, apart, 1));
+#elif defined(__F16C__) && defined(__AVX2__)
+  const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, //
+                                         0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+  const __m256i apart = _mm256_permute4x64_epi64(_mm256_shuffle_epi8((__m256i)pairs, order), 0xd8);
+  even = (Vec<float>::Reg)_mm256_cvtph_ps(_mm256_castsi256_si128(apart));
+  odd = (Vec<float>::Reg)_mm256_cvtph_ps(_mm256_extracti128_si256(apart, 1));
+#else
+  even = widen_reg(Float16{}, pairs & 0xffff), odd = widen_reg(Float16{}, pairs >> 16 & 0xffff);
 #endif
 }
 

@@ -21,59 +21,84 @@ constexpr int64_t kPrefetchRows = 16;   // how many rows before that they are pr
 constexpr int64_t kPanelColumns = 64;   // weights are packed so many columns at a time, 64 KB
 constexpr int64_t kFewColumns = 1024;   // most columns of a unit of few rows: a page of each row of w; for up to
 constexpr int64_t kFourRows = 4;        // so many rows four pages, and the accumulators still take 64 KB
-constexpr int64_t kFewBytes = 32 << 10; // of w between two visits of an accumulator that waits in the cache
 constexpr int64_t kPanelDepth = 64;     // of the inner axis, where few rows need panels: 16 KB
+constexpr int64_t kPartBytes = 2048;    // of each of 16 columns, prefetched while as much is multiplied
+constexpr int64_t kFewBytes = 32 << 10; // of w between two visits of an accumulator that waits in the cache
 
-// The columns of a unit: enough units for all threads, and long stretches of memory.
+// Columns of w that are computed soon, prefetched a little at every step, one column after the other: the processor's
+// own prefetching follows that, but not 16 columns read side by side.
+struct Ahead {
+  const char* column = nullptr;
+  int64_t stride, bytes, columns, steps; // of one column; how many there are; in how many steps
+  int64_t step = 0, next = 0;
+  void prefetch() {
+    for (++step; next * steps < columns * step; ++next)
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(column + next * stride + i);
+  }
+};
+
+// The columns of a unit: long stretches of memory, and two units for each thread, so that a late one leaves some to the
+// others; but one where that would cut stretches short.
 inline int64_t linear_columns(const Linear& task, int64_t threads) {
   const bool many = task.M > kFewRows;
-  const int64_t blocks = many ? (task.M + kManyRows - 1) / kManyRows : 1, parts = 2 * threads;
-  const int64_t share = round_up((task.N * blocks + parts - 1) / parts, kPanelColumns);
-  int64_t largest = kPanelColumns;
-  if (many)
-    largest = kManyColumns;
-  else if (task.w.stride[1] == 1)
-    largest = task.M <= kFourRows ? 4 * kFewColumns : kFewColumns;
-  return min(max(share, kPanelColumns), largest);
+  const int64_t blocks = many ? (task.M + kManyRows - 1) / kManyRows : 1, least = many ? kPanelColumns : 16;
+  const bool stretches = !many && task.w.stride[1] == 1 && task.N < 2 * threads * kFewColumns;
+  const int64_t parts = stretches ? threads : 2 * threads;
+  const int64_t share = round_up((task.N * blocks + parts - 1) / parts, least);
+  return min(max(share, least), many ? kManyColumns : task.M <= kFourRows ? 4 * kFewColumns : kFewColumns);
 }
 
 template <class T> struct LinearBlock {
   const Linear& task;
-  const Plan& plan; // rows and span: the most rows and columns of a unit
-  bool few;
-  int64_t area;
+  const Plan& plan;    // rows and span: the most rows and columns of a unit
+  bool few, by_column; // by_column: few, and w's columns are contiguous, and can be computed with as they are
+  int64_t block_columns = 0;
+  Ahead ahead{};
   T *x_block, *packed, *next, *column, *sums; // sums: (slots, rows, columns)
 
   LinearBlock(const Linear& t, const Plan& p, Arena& arena) : task(t), plan(p), few(task.M <= kFewRows) {
-    area = plan.rows * plan.span;
-    x_block = arena.take<T>(plan.rows * kChain);
+    by_column = few && task.w.stride[0] == 1 && task.w.stride[1] != 1 && Stored::kept<T>(task.w.dtype);
+    block_columns = task.M <= kFourRows ? 16 : kPanelColumns;
+    x_block = arena.take<T>(plan.rows * 2 * kChain);
     packed = arena.take<T>(kChain * kPanelColumns);
     next = arena.take<T>(few ? 0 : kChain * kPanelColumns);
     column = arena.take<T>(max(16 * kChain, plan.span));
-    sums = arena.take<T>(stack_slots((task.K + kChain - 1) / kChain, false) * area);
+    sums = arena.take<T>(stack_slots((task.K + kChain - 1) / kChain, false) * plan.rows * plan.span);
   }
 
   void run(int64_t unit, Stop* stop) {
     const int64_t row_blocks = (task.M + plan.rows - 1) / plan.rows;
     const int64_t first_row = unit % row_blocks * plan.rows, rows = min(plan.rows, task.M - first_row);
-    const int64_t first = unit / row_blocks * plan.span, columns = min(plan.span, task.N - first);
-    const int64_t width = round_up(columns, 16);
+    const int64_t first = unit / row_blocks * plan.span, end = min(first + plan.span, task.N);
+    const int64_t columns = by_column ? block_columns : end - first;
+    for (int64_t j = first; j < end && !stop->now; j += columns)
+      block(first_row, rows, j, min(columns, end - j), end, stop);
+  }
+
+private:
+  // The tree of one block of the result; the unit goes on up to column `end`.
+  void block(int64_t first_row, int64_t rows, int64_t first, int64_t columns, int64_t end, Stop* stop) {
+    const int64_t width = round_up(columns, 16), area = rows * width;
     ChunkStack stack;
     const auto joiner = [&](int slot) {
       T* at = sums + slot * area;
       for (int64_t i = 0; i < rows * width; i += 16) (load(at + i) + load(at + area + i)).store(at + i);
     };
     if (task.K == 0) memset(sums, 0, size_t(area) * sizeof(T)); // what an empty inner axis sums to
-    for (int64_t k = 0; k < task.K; k += kChain) {
-      const int64_t count = min(kChain, task.K - k);
+    const int64_t most = by_column && rows == 1 && item_size(task.w.dtype) == 2 ? 2 * kChain : kChain;
+    for (int64_t k = 0, count; k < task.K; k += count) {
+      count = min(most, task.K - k);
       if (stop->after(rows * columns * count)) return;
-      T* sum = sums + stack.push(k / kChain, joiner) * area;
+      T* sum[] = {sums + stack.push(k / kChain, joiner) * area, nullptr};
+      if (count > kChain) sum[1] = sums + stack.push(k / kChain + 1, joiner) * area; // the two meet first of all
       int64_t x_row;
       const T* x = read_x(first_row, rows, k, count, x_row);
-      if (few)
-        multiply_few(rows, columns, k, count, first, x, x_row, sum, width);
+      if (by_column)
+        multiply_columns(rows, columns, k, count, first, end, x, x_row, sum);
+      else if (few)
+        multiply_few(rows, columns, k, count, first, x, x_row, sum[0], width);
       else
-        multiply_many(rows, columns, k, count, first, x, x_row, sum, width);
+        multiply_many(rows, columns, k, count, first, x, x_row, sum[0], width);
     }
     stack.finish(joiner);
     if (task.b.data) read_row(address(task.b, 0, first), task.b.dtype, task.b.stride[0], columns, column);
@@ -111,14 +136,12 @@ template <class T> struct LinearBlock {
       done = columns / 16 * 16;
       read_once(rows, done, k, count, first, x, x_row, sum, width);
     }
-    for (int64_t j = done; j < columns; j += kPanelColumns)
-      for (int64_t g = 0, some; g < count; g += some) {
-        const int64_t wide = min(kPanelColumns, columns - j);
-        some = min(g == 0 ? first_depth(k, first + j) : kPanelDepth, count - g);
-        pack(k + g, some, 0, some, first + j, wide, packed);
-        const Stored w = panels(packed, some, round_up(wide, 16));
-        multiply(rows, round_up(wide, 16), some, x + g, x_row, packed, w.row, w.block, sum + j, width, g > 0);
-      }
+    for (int64_t j = done; j < columns; j += kPanelColumns) {
+      const int64_t wide = min(kPanelColumns, columns - j);
+      pack(k, count, 0, count, first + j, wide, packed);
+      const Stored w = panels(packed, count, round_up(wide, 16));
+      multiply(rows, round_up(wide, 16), count, x, x_row, packed, w.row, w.block, sum + j, width);
+    }
   }
 
   // Few rows, and w's rows contiguous: some rows of w at a time, so that they are read in long stretches, while the
@@ -128,18 +151,90 @@ template <class T> struct LinearBlock {
     const int64_t row = task.w.stride[0];
     const int64_t depth = max(kFewBytes / (max(columns, 16) * item_size(task.w.dtype)), max(8, 4 * rows));
     for (int64_t g = 0; g < count; g += depth)
-      Stored{address(task.w, 0, k + g, first), task.w.dtype, row, 16, depth * row}.at<T>(0, [&](auto* w) {
-        multiply<Source::memory>(rows, columns, min(depth, count - g), x + g, x_row, w, row, 16, sum, width, g > 0,
-                                 depth * row);
+      Stored{address(task.w, 0, k + g, first), task.w.dtype, row, 16, 0}.at<T>(0, [&](auto* w) {
+        const int64_t steps = min(depth, count - g);
+        // One row follows the memory by itself, and prefetching would be in its way; unless the numbers are narrow.
+        if (rows == 1 && sizeof(*w) >= 4)
+          multiply(rows, columns, steps, x + g, x_row, w, row, 16, sum, width, g > 0);
+        else
+          multiply<Source::memory>(rows, columns, steps, x + g, x_row, w, row, 16, sum, width, g > 0, depth * row);
       });
   }
 
-  // Columns of w that are read side by side are often a power of two apart, and share few places in the cache: a line
-  // that is read in two halves is lost in between. So the first visit ends where lines do.
-  int64_t first_depth(int64_t k, int64_t column_of_w) const {
-    const auto at = reinterpret_cast<uintptr_t>(address(task.w, 0, k, column_of_w));
-    const int64_t rest = int64_t(-at % 64) / item_size(task.w.dtype);
-    return rest ? rest : kPanelDepth;
+  // Few rows, and w's columns contiguous: one chain of each, or two, the second of which grows in sums[1].
+  void multiply_columns(int64_t rows, int64_t columns, int64_t k, int64_t count, int64_t first, int64_t end, const T* x,
+                        int64_t x_row, T* const (&sums)[2]) {
+    const View& w = task.w;
+    look_ahead(k, first, end);
+    Stored{address(w, 0, k, first), w.dtype, 0, 0, 0}.at<T>(0, [&](auto* from) {
+      constexpr int64_t line = 64 / sizeof(*from);
+      const int64_t width = round_up(columns, 16);
+      int64_t done = 0;
+      if (columns == 16) done = grow(rows, from, count, x, x_row, sums);
+      for (int64_t chain = 0; chain * kChain < count; ++chain) {
+        const int64_t begin = chain * kChain, chain_count = min(count - begin, kChain);
+        for (int64_t i = done, some; i < chain_count; i += some) {
+          some = min(kPanelDepth, chain_count - i);
+          for (int64_t j = 0; j < columns; j += 16) {
+            for (int64_t d = 0; d < some; d += line) ahead.prefetch();
+            make_panel(from + begin + i + j * w.stride[1], w.stride[1], min(16, columns - j), some, packed + j * some);
+          }
+          multiply(rows, width, some, x + begin + i, x_row, packed, 16, 16 * some, sums[chain], width, i > 0);
+        }
+      }
+    });
+  }
+  // Grows chains of 16 columns, each by the same whole lines, as far as such go, and returns by how many numbers. Up to
+  // four rows need no panel. For one row and narrow numbers, two chains grow at once: the numbers come faster than one
+  // chain can take them.
+  template <class From>
+  int64_t grow(int64_t rows, const From* from, int64_t count, const T* x, int64_t x_row, T* const (&sums)[2]) {
+    if constexpr (sizeof(From) == 2)
+      if (count > kChain) return grow_by_lines<1, 2>(from, count - kChain, x, x_row, sums);
+    switch (rows) {
+    case 1: return grow_by_lines<1, 1>(from, count, x, x_row, sums);
+    case 2: return grow_by_lines<2, 1>(from, count, x, x_row, sums);
+    case 3: return grow_by_lines<3, 1>(from, count, x, x_row, sums);
+    case 4: return grow_by_lines<4, 1>(from, count, x, x_row, sums);
+    default: return 0;
+    }
+  }
+  template <int rows, size_t chains, class From>
+  int64_t grow_by_lines(const From* from, int64_t count, const T* x, int64_t x_row, T* const (&sums)[2]) {
+    constexpr int64_t line = 64 / sizeof(From);
+    const int64_t step = task.w.stride[1] * int64_t(sizeof(From));
+    Vec<T> sum[chains][rows];
+    for (auto& chain : sum)
+      for (Vec<T>& row : chain) row = T(0);
+    int64_t done = 0;
+    for (; done + line <= count; done += line) {
+      const From* at[chains];
+      for (size_t c = 0; c < chains; ++c) ahead.prefetch(), at[c] = from + int64_t(c) * kChain + done;
+      each_column(at, step, [&](size_t c, int column, int part, const auto& numbers) {
+        const T* number = x + int64_t(c) * kChain + done + column;
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; ++r) {
+          auto& chain = sum[c][r].part[part];
+          chain = fma_reg(broadcast(number[r * x_row]).part[part], numbers, chain);
+        }
+      });
+    }
+    for (size_t c = 0; c < chains; ++c)
+      for (int r = 0; r < rows; ++r) sum[c][r].store(sums[c] + 16 * r);
+    return done;
+  }
+  // Where a part of w's columns begins at k, what is multiplied after it: the next part, or the next columns.
+  void look_ahead(int64_t k, int64_t first, int64_t end) {
+    const View& w = task.w;
+    const int64_t item = item_size(w.dtype), parts = max(task.K * item / kPartBytes, 1);
+    const int64_t part = round_up((task.K + parts - 1) / parts, 2 * kChain); // all about as long
+    if (k % part) return;
+    const int64_t lines = (min(part, task.K - k) * item + 63) / 64,
+                  panels = (min(block_columns, end - first) + 15) / 16;
+    k += part;
+    if (k >= task.K) k = 0, first += block_columns;
+    ahead = {address(w, 0, k, first), w.stride[1] * item, min(part, task.K - k) * item, min(block_columns, end - first),
+             lines * panels};
   }
 
   const T* read_x(int64_t row, int64_t rows, int64_t k, int64_t count, int64_t& x_row) {
@@ -149,8 +244,8 @@ template <class T> struct LinearBlock {
       return reinterpret_cast<const T*>(address(x, 0, row, k));
     }
     for (int64_t i = 0; i < rows; ++i)
-      read_row(address(x, 0, row + i, k), x.dtype, x.stride[1], count, x_block + i * kChain);
-    x_row = kChain;
+      read_row(address(x, 0, row + i, k), x.dtype, x.stride[1], count, x_block + i * 2 * kChain);
+    x_row = 2 * kChain;
     return x_block;
   }
 
@@ -181,7 +276,7 @@ template <class T> struct LinearBlock {
       const int64_t lanes = min(16, columns - j);
       if (w.stride[0] == 1 && Stored::kept<T>(w.dtype)) { // the transposed view of an (out, in) matrix
         Stored{address(w, 0, k, first + j), w.dtype, 0, 0, 0}.at<T>(
-            0, [&](auto* rows) { make_panel(rows, w.stride[1], lanes, count, panel, rows + count); });
+            0, [&](auto* rows) { make_panel(rows, w.stride[1], lanes, count, panel); });
       } else {
         for (int64_t lane = 0; lane < lanes; ++lane)
           read_row(address(w, 0, k, first + j + lane), w.dtype, w.stride[0], count, column + lane * count);
