@@ -9,11 +9,16 @@
 
 #include <pthread.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cmath>
+#include <cstring>
+#include <functional>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "ground/rows.h"
@@ -243,7 +248,7 @@ void attention_merge(const std::vector<int64_t>& chunks, const Out& maximum, con
   run(kernels().attention_merge, t);
 }
 
-void linear(const In& x, const In& w, const std::optional<In>& b, bool wide, const Out& y) {
+Linear linear_task(const In& x, const In& w, const std::optional<In>& b, bool wide, const Out& y) {
   if (x.ndim() != 2 || w.ndim() != 2) throw std::invalid_argument("linear: expected matrices");
   Linear t{};
   t.M = int64_t(x.shape(0)), t.K = int64_t(x.shape(1)), t.N = int64_t(w.shape(1));
@@ -252,10 +257,13 @@ void linear(const In& x, const In& w, const std::optional<In>& b, bool wide, con
   t.b = view(b, "b", {}, {t.N});
   t.y = view(y, "y", {}, {t.M, t.N});
   t.compute = computing_type(wide);
-  run(kernels().linear, t);
+  return t;
+}
+void linear(const In& x, const In& w, const std::optional<In>& b, bool wide, const Out& y) {
+  run(kernels().linear, linear_task(x, w, b, wide, y));
 }
 
-void rotary(const In& x, const In& positions, const In& frequencies, bool wide, const Out& y) {
+Rotary rotary_task(const In& x, const In& positions, const In& frequencies, bool wide, const Out& y) {
   Rotary t{};
   t.batch = batch_of(x, 2);
   const size_t axes = size_t(t.batch.axes);
@@ -268,7 +276,10 @@ void rotary(const In& x, const In& positions, const In& frequencies, bool wide, 
     throw std::invalid_argument("frequencies: wrong shape");
   t.frequencies = static_cast<const double*>(frequencies.data());
   t.compute = computing_type(wide);
-  run(kernels().rotary, t);
+  return t;
+}
+void rotary(const In& x, const In& positions, const In& frequencies, bool wide, const Out& y) {
+  run(kernels().rotary, rotary_task(x, positions, frequencies, wide, y));
 }
 
 void rotary_frequencies(double base, const Out& frequencies) {
@@ -276,22 +287,86 @@ void rotary_frequencies(double base, const Out& frequencies) {
   kernels().rotary_frequencies(base, int64_t(frequencies.shape(0)), static_cast<double*>(frequencies.data()));
 }
 
-RowWise row_wise(const In& x, const In& other, bool wide, const Out& y) {
+// other: a row for each of x, or one for all of them.
+RowWise row_wise_task(const In& x, const In& other, double eps, bool wide, const Out& y) {
+  if (x.ndim() != 2) throw std::invalid_argument("x: expected a matrix");
   RowWise t{};
   t.rows = int64_t(x.shape(0)), t.columns = int64_t(x.shape(1));
   t.x = view(x, "x", {}, {t.rows, t.columns});
   t.y = view(y, "y", {}, {t.rows, t.columns});
-  t.other = view(other, "weight", {}, {t.rows, t.columns});
+  if (other.ndim() == 1) {
+    t.other = view(other, "other", {}, {t.columns});
+    t.other.stride[1] = t.other.stride[0], t.other.stride[0] = 0;
+  } else {
+    t.other = view(other, "other", {}, {t.rows, t.columns});
+  }
+  t.eps = eps;
   t.compute = computing_type(wide);
   return t;
 }
 void rms_norm(const In& x, const In& weight, double eps, bool wide, const Out& y) {
-  RowWise t = row_wise(x, weight, wide, y);
-  t.eps = eps;
-  run(kernels().rms_norm, t);
+  run(kernels().rms_norm, row_wise_task(x, weight, eps, wide, y));
 }
 void swiglu(const In& gate, const In& up, bool wide, const Out& y) {
-  run(kernels().swiglu, row_wise(gate, up, wide, y));
+  run(kernels().swiglu, row_wise_task(gate, up, 0, wide, y));
+}
+
+// The tokens that come next in a cache of keys and values: k (..., G, L, D), v (..., G, L, E), panels (..., G, panels,
+// D, 16), values (..., G, S, E).
+struct Append {
+  Batch batch;
+  int64_t G, L, D, E, room;
+  View k, v, panels, values;
+
+  void run(int64_t length) const {
+    if (length < 0 || L > room - length) throw std::invalid_argument("length: no room in the cache");
+    const StandardFloats floats;
+    const int64_t item = item_size(panels.dtype);
+    std::vector<double> row(static_cast<size_t>(std::max(D, E))); // holds every number of every type exactly
+    std::vector<char> stored(static_cast<size_t>(D * item));
+    for (int64_t i = 0; i < batch.size(); ++i) {
+      const int64_t from_k = batch_offset(batch, k, i), from_v = batch_offset(batch, v, i);
+      const int64_t to_k = batch_offset(batch, panels, i), to_v = batch_offset(batch, values, i);
+      for (int64_t g = 0; g < G; ++g)
+        for (int64_t l = 0; l < L; ++l) {
+          const int64_t token = length + l;
+          read_row(address(k, from_k, g, l), k.dtype, k.stride[2], D, row.data());
+          write_row(row.data(), D, stored.data(), panels.dtype);
+          char* panel = address(panels, to_k, g, token / kLanes) + token % kLanes * item;
+          for (int64_t d = 0; d < D; ++d) memcpy(panel + d * kLanes * item, stored.data() + d * item, size_t(item));
+          read_row(address(v, from_v, g, l), v.dtype, v.stride[2], E, row.data());
+          write_row(row.data(), E, address(values, to_v, g, token), values.dtype);
+        }
+    }
+  }
+};
+
+Append append_task(const In& k, const In& v, const Out& panels, const Out& values) {
+  Append t{};
+  t.batch = batch_of(k, 3);
+  const size_t axes = size_t(t.batch.axes);
+  t.G = int64_t(k.shape(axes)), t.L = int64_t(k.shape(axes + 1)), t.D = int64_t(k.shape(axes + 2));
+  if (v.ndim() != axes + 3 || panels.ndim() != axes + 4 || values.ndim() != axes + 3)
+    throw std::invalid_argument("append: wrong number of axes");
+  t.E = int64_t(v.shape(axes + 2));
+  const int64_t count = int64_t(panels.shape(axes + 1));
+  t.room = std::min(count * kLanes, int64_t(values.shape(axes + 1)));
+  t.k = view(k, "k", t.batch, {t.G, t.L, t.D});
+  t.v = view(v, "v", t.batch, {t.G, t.L, t.E});
+  t.values = view(values, "values", t.batch, {t.G, int64_t(values.shape(axes + 1)), t.E});
+  if (int64_t(panels.shape(axes + 2)) != t.D || int64_t(panels.shape(axes + 3)) != kLanes)
+    throw std::invalid_argument("panels: wrong shape");
+  t.panels.data = panels.data(), t.panels.dtype = dtype_of_array(panels.dtype(), "panels");
+  for (int i = 0; i < t.batch.axes; ++i) t.panels.batch[i] = panels.stride(size_t(i));
+  t.panels.stride[0] = panels.stride(axes), t.panels.stride[1] = panels.stride(axes + 1);
+  if (panels.size() && (panels.stride(axes + 3) != 1 || (t.D > 1 && panels.stride(axes + 2) != kLanes)))
+    throw std::invalid_argument("panels: wrong strides");
+  return t;
+}
+void append(const In& k, const In& v, const Out& panels, const Out& values, int64_t length) {
+  const Append t = append_task(k, v, panels, values);
+  const nb::gil_scoped_release released;
+  t.run(length);
 }
 
 // One value for all rows, or one for each: 8 bytes of any type that the kernel expects.
@@ -561,6 +636,104 @@ std::vector<std::string> isas() {
   return names;
 }
 
+// Operations on fixed arrays, which are recorded once and run many times without Python between them. `length` is the
+// number of tokens in the caches of keys and values before a run.
+class Program {
+public:
+  // The products of one x with several matrices: the units of all of them are shared among the threads at once.
+  void linear(const In& x, const std::vector<In>& w, const std::vector<std::optional<In>>& b,
+              const std::vector<Out>& y) {
+    if (w.empty() || w.size() != b.size() || w.size() != y.size())
+      throw std::invalid_argument("linear: expected as many w as b and y");
+    std::vector<Linear> tasks;
+    for (size_t i = 0; i < w.size(); ++i) tasks.push_back(linear_task(x, w[i], b[i], false, y[i]));
+    add_step([tasks, kept = std::tuple{x, w, b, y}](int64_t, Interrupted poll) {
+      return done(execute(kernels().linear, tasks, poll));
+    });
+  }
+  void rotary(const In& x, const In& positions, const In& frequencies, const Out& y) {
+    record(kernels().rotary, rotary_task(x, positions, frequencies, false, y), x, positions, frequencies, y);
+  }
+  void rms_norm(const In& x, const In& weight, double eps, const Out& y) {
+    record(kernels().rms_norm, row_wise_task(x, weight, eps, false, y), x, weight, y);
+  }
+  void swiglu(const In& gate, const In& up, const Out& y) {
+    record(kernels().swiglu, row_wise_task(gate, up, 0, false, y), gate, up, y);
+  }
+  // y += x, of float32 matrices.
+  void add(const In& x, const Out& y) {
+    const RowWise t = row_wise_task(x, In(x), 0, false, y);
+    if (t.x.dtype != DType::f32 || t.y.dtype != DType::f32) throw std::invalid_argument("add: expected float32");
+    add_step([t, kept = std::tuple{x, y}](int64_t, Interrupted) {
+      const StandardFloats floats;
+      for (int64_t r = 0; r < t.rows; ++r) {
+        const auto* from = reinterpret_cast<const float*>(address(t.x, 0, r));
+        auto* to = reinterpret_cast<float*>(address(t.y, 0, r));
+        for (int64_t i = 0; i < t.columns; ++i) to[i * t.y.stride[1]] += from[i * t.x.stride[1]];
+      }
+      return Outcome::done;
+    });
+  }
+  void append(const In& k, const In& v, const Out& panels, const Out& values) {
+    add_step(
+        [t = append_task(k, v, panels, values), kept = std::tuple{k, v, panels, values}](int64_t length, Interrupted) {
+          t.run(length);
+          return Outcome::done;
+        });
+  }
+  // Attends to all that is in a cache, after the tokens of q were appended. options.total: for how many there is room.
+  void attend(const In& q, const In& panels, const In& values, const Options& options, const Out& out) {
+    Attention t = attention_task(q, panels, values, {}, {}, {}, {}, options);
+    t.out = view(out, "out", t.batch, {t.H, t.L, t.E});
+    add_step([t, kept = std::tuple{q, panels, values, out}](int64_t length, Interrupted poll) {
+      Attention now = t;
+      now.S = now.total = length + t.L;
+      if (now.S > t.S) throw std::invalid_argument("length: no room in the cache");
+      bool lost = false;
+      now.lost = &lost;
+      if (!execute(kernels().attention, now, poll)) return Outcome::interrupted;
+      return lost ? Outcome::lost : Outcome::done;
+    });
+  }
+  int64_t size() const { return int64_t(steps_.size()); }
+  // Runs the steps from `first` on. Returns how many are done: where not all, the last of these has attended, and some
+  // of its results are infinite or NaN.
+  int64_t run(int64_t length, int64_t first) {
+    if (first < 0 || first > size()) throw std::invalid_argument("first: no such step");
+    const Interrupted poll = PyThread_get_thread_ident() == main_thread ? interrupted : nullptr;
+    Outcome outcome = Outcome::done;
+    int64_t step = first;
+    {
+      const nb::gil_scoped_release released;
+      auto next_poll = std::chrono::steady_clock::now() + kPollInterval;
+      while (step < size() && outcome == Outcome::done) {
+        outcome = steps_[size_t(step++)](length, poll);
+        if (!poll || outcome == Outcome::interrupted) continue;
+        if (const auto now = std::chrono::steady_clock::now(); now >= next_poll) {
+          if (interrupted()) outcome = Outcome::interrupted;
+          next_poll = now + kPollInterval;
+        }
+      }
+    }
+    if (outcome == Outcome::interrupted) throw nb::python_error();
+    return step;
+  }
+
+private:
+  enum class Outcome { done, lost, interrupted };
+  using Step = std::function<Outcome(int64_t length, Interrupted poll)>;
+  static Outcome done(bool finished) { return finished ? Outcome::done : Outcome::interrupted; }
+  void add_step(Step step) { steps_.push_back(std::move(step)); }
+  template <class Task, class... Arrays>
+  void record(const Kernel<Task>& kernel, const Task& task, const Arrays&... arrays) {
+    add_step([&kernel, task, kept = std::tuple{arrays...}](int64_t, Interrupted poll) {
+      return done(execute(kernel, task, poll));
+    });
+  }
+
+  std::vector<Step> steps_;
+};
+
 } // namespace
 } // namespace headway
 
@@ -599,6 +772,18 @@ NB_MODULE(_native, m) {
   m.def("rotary_frequencies", &rotary_frequencies, "base"_a, "frequencies"_a);
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "wide"_a, "y"_a);
   m.def("swiglu", &swiglu, "gate"_a, "up"_a, "wide"_a, "y"_a);
+  m.def("append", &append, "k"_a, "v"_a, "panels"_a, "values"_a, "length"_a);
+  nb::class_<Program>(m, "Program")
+      .def(nb::init<>())
+      .def("linear", &Program::linear, "x"_a, "w"_a, "b"_a, "y"_a)
+      .def("rotary", &Program::rotary, "x"_a, "positions"_a, "frequencies"_a, "y"_a)
+      .def("rms_norm", &Program::rms_norm, "x"_a, "weight"_a, "eps"_a, "y"_a)
+      .def("swiglu", &Program::swiglu, "gate"_a, "up"_a, "y"_a)
+      .def("add", &Program::add, "x"_a, "y"_a)
+      .def("append", &Program::append, "k"_a, "v"_a, "panels"_a, "values"_a)
+      .def("attend", &Program::attend, "q"_a, "panels"_a, "values"_a, "options"_a, "out"_a)
+      .def("__len__", &Program::size)
+      .def("run", &Program::run, "length"_a, "first"_a = 0);
   nb::class_<Stages>(m, "Stages").def(nb::init<std::vector<StepTuple>, In>(), nb::kw_only(), "steps"_a, "min_tokens"_a);
   nb::class_<RowHistories>(m, "Histories")
       .def(nb::init<In, In, In, In, In, In, Out, Out, Out, Out, Out, Out>(), nb::kw_only(), "slot"_a, "first"_a,

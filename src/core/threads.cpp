@@ -66,7 +66,6 @@ private:
 };
 
 using Clock = std::chrono::steady_clock;
-constexpr std::chrono::milliseconds kPollInterval{50}; // between two polls of signals, which may wait for Python's lock
 
 struct Job {
   const Call& call;

@@ -6,6 +6,10 @@
 #pragma once
 #include "kernels.h"
 
+#include <algorithm>
+#include <chrono>
+#include <vector>
+
 namespace headway {
 
 void set_num_threads(int n); // n >= 1; throws where a call of this very thread is under way
@@ -22,6 +26,7 @@ struct Call {
 // true, the call ends unfinished and returns false. `interrupted` may itself make a call, which works alone. Throws
 // std::bad_alloc where there is no memory for it.
 using Interrupted = bool (*)();
+constexpr std::chrono::milliseconds kPollInterval{50}; // between two polls of signals, which may wait for Python's lock
 bool execute(const Call& call, Interrupted interrupted);
 
 template <class Task> bool execute(const Kernel<Task>& kernel, const Task& task, Interrupted interrupted = nullptr) {
@@ -36,6 +41,35 @@ template <class Task> bool execute(const Kernel<Task>& kernel, const Task& task,
                   [](const void* c, const Plan& plan, int64_t unit, const Memory& memory) {
                     const Typed& call = *static_cast<const Typed*>(c);
                     call.kernel.run(call.task, plan, unit, memory);
+                  },
+                  &typed};
+  return execute(call, interrupted);
+}
+// The same for several tasks at once, of a kernel whose units see no memory of each other's.
+template <class Task>
+bool execute(const Kernel<Task>& kernel, const std::vector<Task>& tasks, Interrupted interrupted = nullptr) {
+  struct Typed {
+    const Kernel<Task>& kernel;
+    const std::vector<Task>& tasks;
+    std::vector<Plan>& plans;
+  };
+  std::vector<Plan> plans(tasks.size());
+  const Typed typed{kernel, tasks, plans};
+  const Call call{[](const void* c, int64_t threads) {
+                    const Typed& call = *static_cast<const Typed*>(c);
+                    Plan all{};
+                    for (size_t i = 0; i < call.tasks.size(); ++i) {
+                      const Plan& plan = call.plans[i] = call.kernel.plan(call.tasks[i], threads);
+                      all.units += plan.units, all.work += plan.work;
+                      all.workspace = std::max(all.workspace, plan.workspace);
+                    }
+                    return all;
+                  },
+                  [](const void* c, const Plan&, int64_t unit, const Memory& memory) {
+                    const Typed& call = *static_cast<const Typed*>(c);
+                    size_t i = 0;
+                    for (; unit >= call.plans[i].units; ++i) unit -= call.plans[i].units;
+                    call.kernel.run(call.tasks[i], call.plans[i], unit, memory);
                   },
                   &typed};
   return execute(call, interrupted);

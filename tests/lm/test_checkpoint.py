@@ -21,6 +21,7 @@ from tiny_llama import (
 )
 
 import headway.lm
+from headway.lm.checkpoint import widened
 
 Damage = Callable[[Path], object]  # done to a checkpoint folder
 
@@ -34,8 +35,10 @@ def test_every_floating_type_is_read_exactly(tmp_path: Path, dtype: str, monkeyp
     else:
         kept = {name: w.astype(np.float16 if dtype == "F16" else np.float32) for name, w in weights.items()}
     model = headway.lm.load(tmp_path)
-    np.testing.assert_array_equal(model.weights.embedding, kept["model.embed_tokens.weight"])
-    np.testing.assert_array_equal(model.weights.layers[1].w_down, kept["model.layers.1.mlp.down_proj.weight"].T)
+    np.testing.assert_array_equal(widened(model.weights.embedding), kept["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(
+        widened(model.weights.layers[1].w_down), kept["model.layers.1.mlp.down_proj.weight"].T
+    )
 
 
 @pytest.mark.parametrize("index", [True, False])
@@ -46,13 +49,43 @@ def test_several_files_are_one_model(tmp_path: Path, index: bool) -> None:
     np.testing.assert_array_equal(whole.logits([1, 2, 3]), parts.logits([1, 2, 3]))
 
 
-def test_weights_are_ready_for_linear(tiny: headway.lm.Model) -> None:
-    weights = tiny.weights
-    assert weights.head.flags.c_contiguous
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_weights_stay_in_their_file(tmp_path: Path, dtype: str) -> None:
+    write_checkpoint(tmp_path, dtype=dtype)
+    weights = headway.lm.load(tmp_path).weights
+    file = np.memmap(tmp_path / "model.safetensors", np.uint8, "r")
     assert np.shares_memory(weights.embedding, weights.head), "tied, so kept once"
-    for layer in weights.layers:
-        for name, array in vars(layer).items():
-            assert array is None or (array.flags.c_contiguous and array.dtype == np.float32), name
+    for array in (weights.embedding, *(array for layer in weights.layers for array in vars(layer).values())):
+        if array is not None and array.ndim == 2:
+            owner = array
+            while isinstance(owner.base, np.ndarray):
+                owner = owner.base
+            assert isinstance(owner, np.memmap)
+            assert owner.size == file.size
+            assert array.dtype.itemsize == (4 if dtype == "F32" else 2)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_narrow_weights_give_the_bits_of_the_widened_ones(tmp_path: Path, dtype: str) -> None:
+    _, weights = write_checkpoint(tmp_path / "narrow", dtype=dtype)
+    kept = {
+        name: (w.view(np.uint32) & 0xFFFF0000).view(np.float32) if dtype == "BF16" else w.astype(np.float16)
+        for name, w in weights.items()
+    }
+    write_checkpoint(tmp_path / "wide")
+    write_safetensors(tmp_path / "wide" / "model.safetensors", kept)
+    narrow, wide = (headway.lm.load(tmp_path / name) for name in ("narrow", "wide"))
+    assert narrow.logits(range(40)).tobytes() == wide.logits(range(40)).tobytes()
+
+
+def test_tensors_that_lie_askew_in_their_file(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    want = headway.lm.load(tmp_path).logits([1, 2, 3])
+    path = tmp_path / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    path.write_bytes((length + 1).to_bytes(8, "little") + data[8 : 8 + length] + b" " + data[8 + length :])
+    np.testing.assert_array_equal(headway.lm.load(tmp_path).logits([1, 2, 3]), want)
 
 
 def test_a_stored_head_counts_even_when_the_config_says_tied(tmp_path: Path) -> None:

@@ -25,10 +25,13 @@ from tiny_llama import (
     byte_tokenizer,
     oracle_logits,
     write_checkpoint,
+    write_safetensors,
 )
 
 import headway as hw
 import headway.lm
+import headway.lm.session
+from headway._attention.cache import extend
 
 # What a checkpoint may vary in. ... leaves a key out.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -204,6 +207,55 @@ def test_next_logits_is_the_last_row(tiny: headway.lm.Model) -> None:
     assert tiny.session().next_logits(ids).tobytes() == tiny.logits(ids)[-1].tobytes()
 
 
+def by_public_functions(model: headway.lm.Model, ids: np.ndarray) -> np.ndarray:
+    """The layers, one public call after the other."""
+    config, weights = model.config, model.weights
+    heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    x = weights.embedding[ids]
+    for layer in weights.layers:
+        h = hw.rms_norm(x, layer.attention_norm, eps=config.rms_norm_eps)
+        projected = ((layer.w_q, layer.b_q), (layer.w_k, layer.b_k), (layer.w_v, layer.b_v))
+        q, k, v = (hw.linear(h, w, b).reshape(len(ids), -1, size).swapaxes(0, 1) for w, b in projected)
+        q, k = (hw.rotary(a, frequencies=config.rope_frequencies) for a in (q, k))
+        attended = hw.attention(q, k, v, causal=True).swapaxes(0, 1).reshape(len(ids), heads * size)
+        assert len(k) == groups
+        x = x + hw.linear(attended, layer.w_o, layer.b_o)
+        h = hw.rms_norm(x, layer.mlp_norm, eps=config.rms_norm_eps)
+        gate, up = hw.linear(h, layer.w_gate, layer.b_gate), hw.linear(h, layer.w_up, layer.b_up)
+        x = x + hw.linear(hw.swiglu(gate, up), layer.w_down, layer.b_down)
+    return hw.linear(hw.rms_norm(x, weights.norm, eps=config.rms_norm_eps), weights.head)
+
+
+@pytest.mark.parametrize("shape", ["grouped", "biases"])
+@pytest.mark.parametrize("grown", [1.0, 1e20], ids=["small", "beyond float32 on the way"])
+def test_the_layers_are_the_public_functions(tmp_path: Path, shape: str, grown: float) -> None:
+    config, weights = write_checkpoint(tmp_path, **SHAPES[shape])
+    for name in weights:
+        if "q_proj.weight" in name or "k_proj.weight" in name:  # scores that only float64 holds
+            weights[name] *= np.float32(grown)
+    write_safetensors(tmp_path / "model.safetensors", weights)
+    model = headway.lm.load(tmp_path)
+    ids = random_ids(30, config["vocab_size"])
+    want = by_public_functions(model, ids)
+    assert np.isfinite(want).all()
+    assert model.logits(ids).tobytes() == want.tobytes()
+    session = model.session()
+    assert b"".join(session.next_logits([token]).tobytes() for token in ids) == want.tobytes()
+
+
+def test_a_session_is_one_threads_at_a_time(tiny: headway.lm.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = tiny.session()
+
+    def again(cache: hw.KVCache, count: int) -> None:
+        session.next_logits([1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(headway.lm.session, "extend", again)
+        with pytest.raises(RuntimeError, match="another call of this session"):
+            session.next_logits([1])
+    assert len(session) == 0
+
+
 def test_an_interrupted_step_leaves_the_session_as_it_was(
     tiny: headway.lm.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,11 +263,12 @@ def test_an_interrupted_step_leaves_the_session_as_it_was(
     session.next_logits([1, 2, 3])
     untouched.next_logits([1, 2, 3])
 
-    def interrupted(*_: object) -> None:
+    def interrupted(cache: hw.KVCache, count: int) -> None:
+        extend(cache, count)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(hw, "swiglu", interrupted)  # by now the first layer's cache has the tokens, the second's not
+        patch.setattr(headway.lm.session, "extend", interrupted)  # the first layer's cache has the tokens, no other has
         with pytest.raises(KeyboardInterrupt):
             session.next_logits([4, 5])
     assert len(session) == 3

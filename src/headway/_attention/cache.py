@@ -159,18 +159,13 @@ class KVCache:
         >>> len(cache)
         3
         """
-        new_keys, new_values = self._stored(k, "k", self._key_size), self._stored(v, "v", self._value_size)
+        new_keys, new_values = self._fitting(k, "k", self._key_size), self._fitting(v, "v", self._value_size)
         count = new_keys.shape[-2]
         if new_values.shape[-2] != count:
             raise ValueError(f"v: expected as many tokens as k has, {count}, got {new_values.shape[-2]}")
-        end = self._length + count
-        if end > self._values.shape[-2] or (self._shared and count):
-            self._grow(end)
-        if new_keys.size:
-            slots = np.arange(self._length, end)
-            self._panels[..., slots // LANES, :, slots % LANES] = np.moveaxis(new_keys, -2, 0)
-            self._values[..., self._length : end, :] = new_values
-        self._length = end
+        if count:
+            _native.append(new_keys, new_values, *self._room(count), self._length)
+        self._length += count
 
     @typing.overload
     def attend(
@@ -287,22 +282,63 @@ class KVCache:
             np.zeros((*self._batch, self._heads, panels * LANES, self._value_size), kind),
         )
 
-    def _grow(self, length: int) -> None:
-        """Move to memory of our own with room for ``length`` tokens, twice as much as before if it was full."""
-        room = self._values.shape[-2]
-        panels, values = self._allocate(max(length, 2 * room if length > room else room, _FIRST_CAPACITY))
-        panels[..., : self._panels.shape[-3], :, :] = self._panels
-        values[..., :room, :] = self._values
-        self._panels, self._values, self._shared = panels, values, False
+    def _room(self, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the memory, of our own and with room for so many more tokens: twice as much as before if it was full.
 
-    def _stored(self, x: Any, name: str, size: int) -> NDArray[Any]:
+        Returns:
+            Keys (..., G, panels, D, 16) and values (..., G, 16 panels, E).
+        """
+        room, length = self._values.shape[-2], self._length + count
+        if length > room or self._shared:
+            panels, values = self._allocate(max(length, 2 * room if length > room else room, _FIRST_CAPACITY))
+            panels[..., : self._panels.shape[-3], :, :] = self._panels
+            values[..., :room, :] = self._values
+            self._panels, self._values, self._shared = panels, values, False
+        return self._panels, self._values
+
+    def _fitting(self, x: Any, name: str, size: int) -> NDArray[Any]:
         operand = unwrap(x, name)
         shape = operand.data.shape
         expected = (*self._batch, self._heads)
         if len(shape) != len(expected) + 2 or shape[:-2] != expected or shape[-1] != size:
             listed = ", ".join(map(str, expected))
             raise ValueError(f"{name}: expected shape ({listed}, L, {size}), got {shape}")
-        return operand.astype(self._dtype)
+        return operand.data
+
+
+def room_for(cache: KVCache, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the memory of a cache, where the caller writes the next tokens before it calls `extend`.
+
+    Args:
+        cache: no other call of which is under way.
+        count: how many tokens come next.
+
+    Returns:
+        Keys (..., G, panels, D, 16) and values (..., G, 16 panels, E), in the cache's type.
+
+    >>> import headway as hw
+    >>> panels, values = room_for(hw.KVCache(2, 8), 1)
+    >>> panels.shape, values.shape
+    ((2, 4, 8, 16), (2, 64, 8))
+    """
+    return cache._room(count)
+
+
+def extend(cache: KVCache, count: int) -> None:
+    """Let a cache hold the tokens that were written to its memory.
+
+    Args:
+        cache: whose memory it is, of `room_for`.
+        count: how many tokens.
+
+    >>> import headway as hw
+    >>> cache = hw.KVCache(2, 8)
+    >>> memory = room_for(cache, 3)
+    >>> extend(cache, 3)
+    >>> len(cache)
+    3
+    """
+    cache._length += count
 
 
 def _dtype_name(dtype: Any) -> str:

@@ -7,6 +7,7 @@
 """
 
 from .checkpoint import Config
-from .model import DEFAULTS, Model, Session, TextOptions, TextStream, load
+from .model import DEFAULTS, Model, TextOptions, TextStream, load
+from .session import Session
 
 __all__ = ["DEFAULTS", "Config", "Model", "Session", "TextOptions", "TextStream", "load"]

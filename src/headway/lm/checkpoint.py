@@ -14,7 +14,7 @@ import reprlib
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +31,10 @@ except ImportError as error:
     ) from error
 
 Floats = NDArray[np.float32]
+# A matrix as the file has it, mapped: float32, float16, or bfloat16 as its bits in uint16; float64 is copied to float32.
+Stored: TypeAlias = NDArray[Any]
 
-_NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+_NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 @dataclass(frozen=True)
@@ -82,32 +84,34 @@ class Config:
 
 @dataclass(frozen=True)
 class Layer:
-    """The weights of one layer, each matrix (in, out), C-contiguous, float32.
-
-    Projections that read the same input stand side by side in one matrix: one call, one pass over the input,
-    and the same bits as apart, since a column of a product does not know its neighbours.
-    """
+    """The weights of one layer, each matrix (in, out), a view of the file's (out, in)."""
 
     attention_norm: Floats  # (M,)
-    w_qkv: Floats  # (M, (H + 2 G) D)
-    b_qkv: Floats | None
-    w_o: Floats  # (H D, M)
+    w_q: Stored  # (M, H D)
+    b_q: Floats | None
+    w_k: Stored  # (M, G D)
+    b_k: Floats | None
+    w_v: Stored  # (M, G D)
+    b_v: Floats | None
+    w_o: Stored  # (H D, M)
     b_o: Floats | None
     mlp_norm: Floats  # (M,)
-    w_gate_up: Floats  # (M, 2 I)
-    b_gate_up: Floats | None
-    w_down: Floats  # (I, M)
+    w_gate: Stored  # (M, I)
+    b_gate: Floats | None
+    w_up: Stored  # (M, I)
+    b_up: Floats | None
+    w_down: Stored  # (I, M)
     b_down: Floats | None
 
 
 @dataclass(frozen=True)
 class Weights:
-    """All weights of a model. With tied embeddings `embedding` is a view of `head`, transposed."""
+    """All weights of a model. With tied embeddings `head` is `embedding`, transposed."""
 
-    embedding: Floats  # (V, M)
+    embedding: Stored  # (V, M)
     layers: tuple[Layer, ...]
     norm: Floats  # (M,)
-    head: Floats  # (M, V)
+    head: Stored  # (M, V)
 
 
 def read_checkpoint(folder: Path) -> tuple[Config, Weights, Tokenizer]:
@@ -387,59 +391,55 @@ def _require_file(path: Path, why: str = "a checkpoint folder has one") -> None:
 
 
 def _read_weights(folder: Path, config: Config) -> Weights:
-    """Take every tensor of the architecture, its shape checked, as float32 in hw.linear's (in, out) layout."""
+    """Map every tensor of the architecture, its shape checked."""
     stored = _Tensors(folder)
     hidden, inner = config.hidden_size, config.intermediate_size
     q_width, kv_width = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
 
-    def columns(prefix: str, width: int, **parts: int) -> Floats:
-        """Join the named (out, in) matrices into one (in, sum of outs) matrix."""
-        return np.ascontiguousarray(
-            np.concatenate([stored.take(f"{prefix}.{name}.weight", out, width) for name, out in parts.items()]).T
-        )
-
-    def biases(prefix: str, present: bool, **parts: int) -> Floats | None:
-        if not present:
-            return None
-        return np.concatenate([stored.take(f"{prefix}.{name}.bias", out) for name, out in parts.items()])
-
     def layer(index: int) -> Layer:
         at = f"model.layers.{index}"
-        attention, mlp = f"{at}.self_attn", f"{at}.mlp"
-        qkv = {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}
-        gate_up = {"gate_proj": inner, "up_proj": inner}
+
+        def matrix(name: str, out: int, width: int) -> Stored:
+            return stored.matrix(f"{at}.{name}.weight", out, width).T
+
+        def bias(name: str, out: int) -> Floats | None:
+            present = config.attention_bias if name.startswith("self_attn") else config.mlp_bias
+            return stored.vector(f"{at}.{name}.bias", out) if present else None
+
         return Layer(
-            attention_norm=stored.take(f"{at}.input_layernorm.weight", hidden),
-            w_qkv=columns(attention, hidden, **qkv),
-            b_qkv=biases(attention, config.attention_bias, **qkv),
-            w_o=columns(attention, q_width, o_proj=hidden),
-            b_o=biases(attention, config.attention_bias, o_proj=hidden),
-            mlp_norm=stored.take(f"{at}.post_attention_layernorm.weight", hidden),
-            w_gate_up=columns(mlp, hidden, **gate_up),
-            b_gate_up=biases(mlp, config.mlp_bias, **gate_up),
-            w_down=columns(mlp, inner, down_proj=hidden),
-            b_down=biases(mlp, config.mlp_bias, down_proj=hidden),
+            attention_norm=stored.vector(f"{at}.input_layernorm.weight", hidden),
+            w_q=matrix("self_attn.q_proj", q_width, hidden),
+            b_q=bias("self_attn.q_proj", q_width),
+            w_k=matrix("self_attn.k_proj", kv_width, hidden),
+            b_k=bias("self_attn.k_proj", kv_width),
+            w_v=matrix("self_attn.v_proj", kv_width, hidden),
+            b_v=bias("self_attn.v_proj", kv_width),
+            w_o=matrix("self_attn.o_proj", hidden, q_width),
+            b_o=bias("self_attn.o_proj", hidden),
+            mlp_norm=stored.vector(f"{at}.post_attention_layernorm.weight", hidden),
+            w_gate=matrix("mlp.gate_proj", inner, hidden),
+            b_gate=bias("mlp.gate_proj", inner),
+            w_up=matrix("mlp.up_proj", inner, hidden),
+            b_up=bias("mlp.up_proj", inner),
+            w_down=matrix("mlp.down_proj", hidden, inner),
+            b_down=bias("mlp.down_proj", hidden),
         )
 
-    embedding = stored.take("model.embed_tokens.weight", config.vocab_size, hidden)
+    embedding = stored.matrix("model.embed_tokens.weight", config.vocab_size, hidden)
     # A head that is stored counts, tied or not: transformers reads such a folder so, too.
-    if config.tie_word_embeddings and "lm_head.weight" not in stored:
-        head = np.ascontiguousarray(embedding.T)
-        embedding = head.T
-    else:
-        head = np.ascontiguousarray(stored.take("lm_head.weight", config.vocab_size, hidden).T)
+    tied = config.tie_word_embeddings and "lm_head.weight" not in stored
     weights = Weights(
         embedding=embedding,
         layers=tuple(layer(index) for index in range(config.num_hidden_layers)),
-        norm=stored.take("model.norm.weight", hidden),
-        head=head,
+        norm=stored.vector("model.norm.weight", hidden),
+        head=embedding.T if tied else stored.matrix("lm_head.weight", config.vocab_size, hidden).T,
     )
     stored.refuse_the_rest()
     return weights
 
 
 class _Tensors:
-    """The tensors of a folder, mapped from its files; each is taken once, converted to float32."""
+    """The tensors of a folder, mapped from its files; each is taken once."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -462,11 +462,20 @@ class _Tensors:
     def __contains__(self, name: str) -> bool:
         return name in self._stored
 
-    def take(self, name: str, *shape: int) -> Floats:
+    def matrix(self, name: str, *shape: int) -> Stored:
+        return self._take(name, shape).as_stored(name)
+
+    def vector(self, name: str, *shape: int) -> Floats:
+        return widened(self._take(name, shape).as_stored(name))
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> _Stored:
         if name not in self._stored:
             files = ", ".join(path.name for path in self._files)
             raise ValueError(f"{self._folder}: no tensor {name!r}, of shape {shape}, in {files}")
-        return self._stored.pop(name).read(name, shape)
+        stored = self._stored.pop(name)
+        if stored.shape != shape:
+            raise ValueError(f"{stored.path}: tensor {name!r}: expected shape {shape}, got {stored.shape}")
+        return stored
 
     def refuse_the_rest(self) -> None:
         """Weights that would go unused mean that this is another model than config.json says."""
@@ -487,15 +496,24 @@ class _Stored:
     shape: tuple[int, ...]
     data: NDArray[np.uint8]  # little-endian, C order
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Floats:
-        if self.shape != shape:
-            raise ValueError(f"{self.path}: tensor {name!r}: expected shape {shape}, got {self.shape}")
-        if self.dtype == "BF16":
-            # bfloat16 is the upper half of a float32, so no package that knows the type is needed.
-            return (self.data.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    def as_stored(self, name: str) -> Stored:
         if self.dtype not in _NUMPY_DTYPES:
             raise ValueError(f"{self.path}: tensor {name!r}: expected dtype F64, F32, F16 or BF16, got {self.dtype}")
-        return self.data.view(_NUMPY_DTYPES[self.dtype]).astype(np.float32).reshape(shape)
+        numbers: Stored = self.data.view(_NUMPY_DTYPES[self.dtype]).reshape(self.shape)
+        if self.dtype == "F64":
+            return numbers.astype(np.float32)
+        return numbers if numbers.flags.aligned and numbers.dtype.isnative else numbers.astype(numbers.dtype.name)
+
+
+def widened(numbers: Stored) -> Floats:
+    """Return stored numbers as float32.
+
+    >>> widened(np.array([0x3F80, 0xC000], np.uint16))  # bfloat16
+    array([ 1., -2.], dtype=float32)
+    """
+    if numbers.dtype == np.uint16:  # bfloat16 is the upper half of a float32
+        return (numbers.astype(np.uint32) << 16).view(np.float32)
+    return numbers.astype(np.float32, copy=False)
 
 
 def _read_index(folder: Path) -> _Section | None:

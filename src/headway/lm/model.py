@@ -1,12 +1,4 @@
-"""The Llama architecture on headway's attention, linear maps and sampling, and text from it.
-
-`Session._run` is the architecture; docs/architecture.md says where another one goes.
-
-Touvron et al. 2023 (arXiv:2302.13971): RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) before each block,
-rotary positions (Su et al. 2021, arXiv:2104.09864), grouped-query attention (Ainslie et al. 2023,
-arXiv:2305.13245), SwiGLU (Shazeer 2020, arXiv:2002.05202). Arithmetic is float32. Shapes: L tokens, M model
-width, V vocabulary, H query heads, G key/value heads, D head size, I inner width of the feed-forward block.
-"""
+"""A language model and the texts that it writes. Shapes: L tokens, V vocabulary."""
 
 from __future__ import annotations
 
@@ -15,8 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 import headway as hw
 
@@ -24,6 +15,7 @@ from .. import _check
 from .._sampling import Bans, Penalties, SamplingOptions, with_options
 from .._signatures import Unpack, defaults_of, shows_options
 from .checkpoint import Config, Floats, Weights, read_checkpoint
+from .session import Session
 from .text import detokenize, tokenizer_errors, until_stop
 
 if TYPE_CHECKING:
@@ -62,7 +54,7 @@ def load(path: str | PathLike[str] | None = None) -> Model:
             None: the shipped model, which writes in the manner of the King James Bible.
 
     Returns:
-        A `Model`.
+        A `Model`. Its weights stay in their files, which must not change while it is in use.
 
     Raises:
         FileNotFoundError: a folder or file that is not there.
@@ -113,7 +105,7 @@ class Model:
         >>> len(load().session())
         0
         """
-        return Session(self)
+        return Session(self.config, self.weights)
 
     @_check.public
     def logits(self, ids: ArrayLike) -> Floats:
@@ -399,122 +391,3 @@ def _of_one_row(found: hw.Logprobs) -> hw.Logprobs:
     """Return the log-probabilities of one token as `headway.logprobs` gives those of a lone row."""
     best = (None if values is None else values[0] for values in (found.top_tokens, found.top_logprobs))
     return hw.Logprobs(float(found.logprobs[0]), int(found.ranks[0]), *best)
-
-
-class Session:
-    """One sequence of tokens, and the keys and values that every layer keeps of it.
-
-    Feeding a sequence whole, in parts, or token by token gives the same logits in bits: there is one way of
-    computing, and no row of any product knows how many rows stand beside it. `len(session)` is the number of
-    tokens so far.
-
-    Args:
-        model: whose sequence it is; `Model.session` makes one.
-
-    >>> import numpy as np
-    >>> from headway.lm import load
-    >>> model = load()
-    >>> session = model.session()
-    >>> rows = [session.next_logits([token]) for token in (5, 6, 7)]
-    >>> np.array_equal(rows, model.logits([5, 6, 7]))
-    True
-    """
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        config = model.config
-        self._caches = [hw.KVCache(config.num_key_value_heads, config.head_dim) for _ in model.weights.layers]
-        self._length = 0
-
-    def __len__(self) -> int:
-        return self._length
-
-    @_check.public
-    def next_logits(self, ids: ArrayLike) -> Floats:
-        """Append tokens, and score the successors of the last.
-
-        Args:
-            ids: (L,), at least one, from 0 to V - 1.
-
-        Returns:
-            (V,), float32.
-
-        Raises:
-            TypeError: ids that are no integers.
-            ValueError: ids outside the vocabulary, or more than the context has room for; the session is then as it
-                was.
-
-        >>> from headway.lm import load
-        >>> session = load().session()
-        >>> session.next_logits([5, 6, 7]).shape, len(session)
-        ((2048,), 3)
-        """
-        tokens = self._check(ids)
-        if not len(tokens):
-            raise ValueError("ids: expected at least one token, got none")
-        # Of a long prompt only the last row is wanted, and V is the widest product of all.
-        scores: Floats = hw.linear(self._append(tokens)[-1], self._model.weights.head)
-        return scores
-
-    @_check.public
-    def logits(self, ids: ArrayLike) -> Floats:
-        """Append tokens, and score the successors of each.
-
-        Args:
-            ids: (L,), from 0 to V - 1.
-
-        Returns:
-            (L, V), float32: row i scores the token that follows ids[: i + 1].
-
-        Raises:
-            TypeError, ValueError: as `next_logits`.
-
-        >>> from headway.lm import load
-        >>> load().session().logits([5, 6, 7]).shape
-        (3, 2048)
-        """
-        scores: Floats = hw.linear(self._append(self._check(ids)), self._model.weights.head)
-        return scores
-
-    def _append(self, tokens: NDArray[np.int64]) -> Floats:
-        """Run the layers over new tokens, the caches giving them all that came before: (L,) -> (L, M)."""
-        start, end = self._length, self._length + len(tokens)
-        for cache in self._caches:
-            if len(cache) > start:  # of a call that Ctrl-C has ended after some layers
-                cache.truncate(start)
-        x = self._run(tokens, np.arange(start, end))
-        self._length = end
-        return x
-
-    def _run(self, tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> Floats:
-        config, weights = self._model.config, self._model.weights
-        heads, groups = config.num_attention_heads, config.num_key_value_heads
-        rows, inner = len(tokens), config.intermediate_size
-
-        x: Floats = weights.embedding[tokens]  # (L, M)
-        for layer, cache in zip(weights.layers, self._caches, strict=True):
-            h = hw.rms_norm(x, layer.attention_norm, eps=config.rms_norm_eps)
-            qkv = hw.linear(h, layer.w_qkv, layer.b_qkv).reshape(rows, heads + 2 * groups, config.head_dim)
-            qkv = qkv.swapaxes(0, 1)  # (H + 2 G, L, D): the heads of q, then of k, then of v
-            qk = hw.rotary(qkv[: heads + groups], positions=positions, frequencies=config.rope_frequencies)
-            cache.append(qk[heads:], qkv[heads + groups :])
-            attended = cache.attend(qk[:heads])  # (H, L, D), each token seeing those up to itself
-            x = x + hw.linear(attended.swapaxes(0, 1).reshape(rows, heads * config.head_dim), layer.w_o, layer.b_o)
-
-            h = hw.rms_norm(x, layer.mlp_norm, eps=config.rms_norm_eps)
-            gate_up = hw.linear(h, layer.w_gate_up, layer.b_gate_up)
-            x = x + hw.linear(hw.swiglu(gate_up[:, :inner], gate_up[:, inner:]), layer.w_down, layer.b_down)
-        x = hw.rms_norm(x, weights.norm, eps=config.rms_norm_eps)
-        return x
-
-    def _check(self, ids: ArrayLike) -> NDArray[np.int64]:
-        tokens = _check.integers(ids, "ids", 0, self._model.config.vocab_size - 1)
-        if tokens.ndim != 1:
-            raise ValueError(f"ids: expected shape (L,), got {tokens.shape}")
-        context = self._model.config.max_position_embeddings
-        if len(self) + len(tokens) > context:
-            raise ValueError(
-                f"ids: expected at most {context - len(self)} more tokens (the model's context holds {context}, of "
-                f"which {len(self)} are there), got {len(tokens)}"
-            )
-        return tokens
