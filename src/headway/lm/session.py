@@ -36,11 +36,7 @@ class Session:
 
     Feeding a sequence whole, in parts, or token by token gives the same logits in bits: there is one way of
     computing, and no row of any product knows how many rows stand beside it. `len(session)` is the number of
-    tokens so far.
-
-    Args:
-        config: the shape of the model; `Model.session` makes a session.
-        weights: its tensors.
+    tokens so far. `Model.session` makes one.
 
     >>> import numpy as np
     >>> from headway.lm import load
