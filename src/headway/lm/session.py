@@ -38,6 +38,10 @@ class Session:
     computing, and no row of any product knows how many rows stand beside it. `len(session)` is the number of
     tokens so far. `Model.session` makes one.
 
+    Attributes:
+        config: the shape of its model.
+        weights: the tensors of its model.
+
     >>> import numpy as np
     >>> from headway.lm import load
     >>> model = load()
@@ -48,7 +52,8 @@ class Session:
     """
 
     def __init__(self, config: Config, weights: Weights) -> None:
-        self._config, self._weights = config, weights
+        self.config = config
+        self.weights = weights
         self._caches = [hw.KVCache(config.num_key_value_heads, config.head_dim) for _ in weights.layers]
         self._length = 0
         self._layers: _Layers | None = None  # for as many tokens as came last
@@ -106,9 +111,9 @@ class Session:
         return self._scores(self._append(self._checked(ids)))
 
     def _scores(self, x: Floats) -> Floats:
-        scores = np.empty((len(x), self._config.vocab_size), np.float32)
+        scores = np.empty((len(x), self.config.vocab_size), np.float32)
         if len(x):
-            _native.linear(x, self._weights.head, None, False, scores)
+            _native.linear(x, self.weights.head, None, False, scores)
         return scores
 
     def _append(self, tokens: NDArray[np.int64]) -> Floats:
@@ -117,11 +122,11 @@ class Session:
             if len(cache) > self._length:  # of a call that Ctrl-C has ended
                 cache.truncate(self._length)
         if not len(tokens):
-            return np.empty((0, self._config.hidden_size), np.float32)
+            return np.empty((0, self.config.hidden_size), np.float32)
         memory = [room_for(cache, len(tokens)) for cache in self._caches]
         layers = self._layers
         if layers is None or not layers.fit(len(tokens), memory):
-            layers = self._layers = _Layers(self._config, self._weights, len(tokens), memory)
+            layers = self._layers = _Layers(self.config, self.weights, len(tokens), memory)
         x = layers.run(tokens, self._length)
         for cache in self._caches:
             extend(cache, len(tokens))
@@ -129,10 +134,10 @@ class Session:
         return x
 
     def _checked(self, ids: ArrayLike) -> NDArray[np.int64]:
-        tokens = _check.integers(ids, "ids", 0, self._config.vocab_size - 1)
+        tokens = _check.integers(ids, "ids", 0, self.config.vocab_size - 1)
         if tokens.ndim != 1:
             raise ValueError(f"ids: expected shape (L,), got {tokens.shape}")
-        context = self._config.max_position_embeddings
+        context = self.config.max_position_embeddings
         if len(self) + len(tokens) > context:
             raise ValueError(
                 f"ids: expected at most {context - len(self)} more tokens (the model's context holds {context}, of "
