@@ -97,27 +97,29 @@ template <class T> struct Operands {
     const View &k = task.k, &v = task.v;
     const auto readable = [&](DType dtype) { return dtype == dtype_of<T> || (once && Stored::kept<T>(dtype)); };
     if (task.k_in_panels && readable(k.dtype))
-      stored_keys = {address(k, k_offset, group, chunk.first / 16), k.dtype, 16, k.stride[1],
-                     kBandKeys / 16 * k.stride[1]};
+      stored_keys = {address(k, k_offset, group, chunk.first / 16), k.dtype, 16, k.stride[1]};
     else
-      stored_keys = {panels, dtype_of<T>, 16, 16 * task.D, 0};
+      stored_keys = {panels, dtype_of<T>, 16, 16 * task.D};
     const bool in_place = readable(v.dtype) && v.stride[2] == 1 && task.E == width;
     if (in_place && (!aligns || starts_lines(v)))
-      stored_values = {address(v, v_offset, group, chunk.first), v.dtype, v.stride[1], 16, 16 * v.stride[1]};
+      stored_values = {address(v, v_offset, group, chunk.first), v.dtype, v.stride[1], 16};
     else
-      stored_values = {values, dtype_of<T>, width, 16, 0};
+      stored_values = {values, dtype_of<T>, width, 16};
   }
 
   // Scores of rows first .. first + count with keys a .. b, multiples of 16 within one band.
   void score(int64_t first, int64_t count, int64_t a, int64_t b, T* s) {
     pack(a);
-    times(count, b - a, task.D, queries + first * query_row, query_row, stored_keys, panel_of(a), s, kChunk, false);
+    const Ahead next = stored_keys.data == panels ? Ahead{} : keys_after(a);
+    times(count, b - a, task.D, queries + first * query_row, query_row, stored_keys, panel_of(a), s, kChunk, false,
+          next);
   }
   // Weights from .. to of one row, as the products of weigh() want them; in place.
   void narrow(T*, int64_t, int64_t) const {}
   // Adds weights p[a .. b] times values to `sum`, or begins with it. The keys have been scored.
   void weigh(int64_t count, const T* p, int64_t a, int64_t b, T* sum, bool accumulate) {
-    times(count, width, b - a, p + a, kChunk, stored_values, a * stored_values.row, sum, width, accumulate);
+    times(count, width, b - a, p + a, kChunk, stored_values, a * stored_values.row, sum, width, accumulate,
+          values_after(a));
   }
   // Whether some value that weigh() reads for keys from .. to, in these bands, is NaN or infinite. They have been
   // scored.
@@ -146,15 +148,15 @@ private:
     const View &k = task.k, &v = task.v;
     j = j / kBandKeys * kBandKeys;
     const int64_t from = max(j, chunk.from), to = min(j + kBandKeys, chunk.to);
+    Ahead next_keys = once ? keys_after(j) : Ahead{};
     for (int64_t i = from / 16 * 16; i < to && stored_keys.data == panels; i += 16) {
       T* panel = panels + panel_of(i);
       const int64_t key = chunk.first + i, count = min(16, task.S - key);
       if (task.k_in_panels) {
         read_row(address(k, k_offset, group, key / 16), k.dtype, 1, 16 * task.D, panel);
       } else if (k.stride[2] == 1 && Stored::kept<T>(k.dtype)) {
-        Stored{address(k, k_offset, group, key), k.dtype, 0, 0, 0}.at<T>(0, [&](auto* rows_of_k) {
-          make_panel(rows_of_k, k.stride[1], count, task.D, panel);
-        });
+        Stored{address(k, k_offset, group, key), k.dtype, 0, 0}.at<T>(
+            0, [&](auto* rows_of_k) { make_panel(rows_of_k, k.stride[1], count, task.D, panel, &next_keys); });
       } else {
         for (int64_t r = 0; r < count; ++r)
           read_row(address(k, k_offset, group, key + r), k.dtype, k.stride[2], task.D, row_buffer + r * task.D);
@@ -167,11 +169,33 @@ private:
       for (int64_t e = task.E; e < width; ++e) row[e] = T(0);
     }
   }
+  // What is read after the keys, or the values, of the band that holds key j: the next band; then the first values of
+  // the chunk, then the first keys of the next chunk.
+  Ahead keys_after(int64_t j) const {
+    const int64_t next = (j / kBandKeys + 1) * kBandKeys;
+    return next < chunk.to ? keys_at(next) : values_at(chunk.from / kBandKeys * kBandKeys);
+  }
+  Ahead values_after(int64_t j) const {
+    const int64_t next = (j / kBandKeys + 1) * kBandKeys;
+    return next < chunk.to ? values_at(next) : keys_at(kChunk);
+  }
+  Ahead keys_at(int64_t j) const {
+    const View& k = task.k;
+    const int64_t key = chunk.first + j, count = min(kBandKeys, task.S - key), item = item_size(k.dtype);
+    if (task.k_in_panels)
+      return {address(k, k_offset, group, key / 16), k.stride[1] * item, 16 * task.D * item, (count + 15) / 16};
+    return {address(k, k_offset, group, key), k.stride[1] * item, k.stride[2] == 1 ? task.D * item : 0, count};
+  }
+  Ahead values_at(int64_t j) const {
+    const View& v = task.v;
+    const int64_t key = chunk.first + j, count = min(kBandKeys, task.S - key), item = item_size(v.dtype);
+    return {address(v, v_offset, group, key), v.stride[1] * item, v.stride[2] == 1 ? task.E * item : 0, count};
+  }
   void times(int64_t rows, int64_t columns, int64_t k_count, const T* a, int64_t a_row, const Stored& b, int64_t offset,
-             T* c, int64_t c_row, bool accumulate) const {
+             T* c, int64_t c_row, bool accumulate, const Ahead& next) const {
     if (once)
       b.at<T>(offset, [&](auto* from) {
-        multiply<Source::memory>(rows, columns, k_count, a, a_row, from, b.row, b.block, c, c_row, accumulate, b.ahead);
+        multiply(rows, columns, k_count, a, a_row, from, b.row, b.block, c, c_row, accumulate, next);
       });
     else
       multiply(rows, columns, k_count, a, a_row, static_cast<const T*>(b.data) + offset, b.row, b.block, c, c_row,

@@ -9,19 +9,17 @@
 // 16; panels of 16 keys, each (D, 16), have b_row 16 and b_block 16 D. Its numbers may be of 16 bits, widened as they
 // are loaded; or both A and B hold pairs of 16-bit numbers, and k counts pairs.
 #pragma once
-#include "vec.h"
+#include "rows.h"
 
 namespace headway {
 namespace {
 
-// Few rows wait for memory, not for arithmetic: while the tile reads B it prefetches what lies `ahead` numbers later
-// into the second-level cache. Where B is in a cache already, prefetches would only take turns from the loads.
-enum class Source { cache, memory };
-
 // With `accumulate`, C goes on from what it holds, as if one chain had walked both stretches of k.
-template <Source source, int R, int P, class T, class A, class B>
+template <int R, int P, class T, class A, class B, class Next>
 void tile(int64_t k_count, const A* __restrict a, int64_t a_row, const B* __restrict b, int64_t b_row, int64_t b_block,
-          int64_t ahead, T* __restrict c, int64_t c_row, bool accumulate) {
+          T* __restrict c, int64_t c_row, bool accumulate, Next& to_come) {
+  constexpr int bytes = 16 * P * int(sizeof(B)); // of a step
+  Next next = to_come;                           // in registers
   // Unrolled at once, or GCC keeps the accumulators in memory before and after the loop.
   Vec<T> sum[R][P];
 #pragma GCC unroll 16
@@ -40,8 +38,8 @@ void tile(int64_t k_count, const A* __restrict a, int64_t a_row, const B* __rest
     for (int p = 0; p < P; ++p) {
       const B* from = b + k * b_row + p * b_block;
       row[p] = load(from);
-      if constexpr (source == Source::memory) __builtin_prefetch(from + ahead, 0, 2);
     }
+    next.template step<bytes>();
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const auto x = broadcast(a[r * a_row + k]);
@@ -53,29 +51,36 @@ void tile(int64_t k_count, const A* __restrict a, int64_t a_row, const B* __rest
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) sum[r][p].store(c + r * c_row + 16 * p);
+  to_come = next;
 }
 
-template <Source source, int R, int P, class T, class A, class B>
+template <int R, int P, class T, class A, class B, class Next>
 void tile_columns(int64_t columns, int64_t k_count, const A* a, int64_t a_row, const B* b, int64_t b_row,
-                  int64_t b_block, int64_t ahead, T* c, int64_t c_row, bool accumulate) {
+                  int64_t b_block, T* c, int64_t c_row, bool accumulate, Next& next) {
   int64_t j = 0;
   for (; j + 16 * P <= columns; j += 16 * P)
-    tile<source, R, P>(k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, ahead, c + j, c_row, accumulate);
+    tile<R, P>(k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, c + j, c_row, accumulate, next);
   if constexpr (P > 1)
-    tile_columns<source, R, P / 2>(columns - j, k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, ahead, c + j,
-                                   c_row, accumulate);
+    tile_columns<R, P / 2>(columns - j, k_count, a, a_row, b + j / 16 * b_block, b_row, b_block, c + j, c_row,
+                           accumulate, next);
 }
 
 // C = A B. columns is a multiple of 16; rows may be any number: full tiles, then four, two and one, in tiles that are
-// no narrower, so that few rows (decoding) still read B in long stretches.
-template <Source source = Source::cache, class T, class A, class B>
+// no narrower, so that few rows (decoding) still read B in long stretches. Few rows wait for memory: while the first of
+// them read B, as much of what comes next is prefetched.
+template <class T, class A, class B>
 void multiply(int64_t rows, int64_t columns, int64_t k_count, const A* a, int64_t a_row, const B* b, int64_t b_row,
-              int64_t b_block, T* c, int64_t c_row, bool accumulate = false, int64_t ahead = 0) {
+              int64_t b_block, T* c, int64_t c_row, bool accumulate = false, Ahead next = {}) {
   int64_t i = 0;
+  Nothing nothing;
   const auto run = [&]<int R, int P>() {
-    for (; i + R <= rows; i += R)
-      tile_columns<source, R, P>(columns, k_count, a + i * a_row, a_row, b, b_row, b_block, ahead, c + i * c_row, c_row,
-                                 accumulate);
+    for (; i + R <= rows; i += R) {
+      const auto with = [&](auto& to_come) {
+        tile_columns<R, P>(columns, k_count, a + i * a_row, a_row, b, b_row, b_block, c + i * c_row, c_row, accumulate,
+                           to_come);
+      };
+      i == 0 && !next.empty() ? with(next) : with(nothing);
+    }
   };
   constexpr int vecs = sizeof(T) == 8 ? (kTileVecs + 1) / 2 : kTileVecs; // a Vec of doubles fills twice the registers
   run.template operator()<kTileRows, vecs>();

@@ -104,6 +104,33 @@ template <class T> void write_row(const T* from, int64_t n, void* to, DType dtyp
   }
 }
 
+// Memory that is read soon, prefetched a little at every step, row after row: the processor's own prefetching follows
+// one long stream, but not what is read a piece of each row at a time.
+class Ahead {
+public:
+  Ahead() = default;
+  Ahead(const char* row, int64_t stride, int64_t bytes, int64_t rows) // from one row to the next; of one row
+      : at_(row), end_(row + bytes), back_(stride - bytes), bytes_(bytes), rows_(bytes ? rows : 0) {}
+
+  bool empty() const { return rows_ <= 0; }
+  void prefetch(int64_t some) {
+    for (int64_t i = 0; i < some && !empty(); i += 64) step<64>();
+  }
+  template <int some> [[gnu::always_inline]] void step() { // where not empty; behind the last row it does no harm
+    for (int i = 0; i < some; i += 64) __builtin_prefetch(at_ + i);
+    at_ += some;
+    if (at_ >= end_) at_ = end_ + back_, end_ = at_ + bytes_, --rows_;
+  }
+
+private:
+  const char *at_ = nullptr, *end_ = nullptr;
+  int64_t back_ = 0, bytes_ = 0, rows_ = 0;
+};
+// Where all is in a cache already, prefetches would only take turns from the loads.
+struct Nothing {
+  template <int> void step() {}
+};
+
 // Sixteen bytes from each of a register's rows, those that are `step` rows apart.
 template <class Reg> [[gnu::always_inline]] inline Reg gather_parts(const char* from, int64_t step) {
 #if defined(__AVX512F__)
@@ -112,7 +139,7 @@ template <class Reg> [[gnu::always_inline]] inline Reg gather_parts(const char* 
     const auto* high = reinterpret_cast<const float*>(from + (i + 1) * step);
     return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
   };
-  return (Reg)_mm512_insertf32x8(_mm512_castps256_ps512(half(0)), half(2), 1);
+  return (Reg)_mm512_maskz_insertf32x8(0xffff, _mm512_castps256_ps512(half(0)), half(2), 1);
 #elif defined(__AVX2__)
   const __m128 low = _mm_loadu_ps(reinterpret_cast<const float*>(from));
   return (Reg)_mm256_insertf128_ps(_mm256_castps128_ps256(low),
@@ -192,9 +219,10 @@ template <size_t places, class From, class Visit>
       }
 }
 
-// Up to 16 rows of n numbers become a panel (n, 16): each row a lane, 0 where there is none.
+// Up to 16 rows of n numbers become a panel (n, 16): each row a lane, 0 where there is none. Meanwhile as much of what
+// comes next is prefetched.
 template <class T, class From>
-void make_panel(const From* rows, int64_t row_stride, int64_t count, int64_t n, T* panel) {
+void make_panel(const From* rows, int64_t row_stride, int64_t count, int64_t n, T* panel, Ahead* next = nullptr) {
   constexpr int64_t line = 64 / int(sizeof(From));
   const int64_t step = row_stride * int64_t(sizeof(From));
   const auto store_at = [](T* to) {
@@ -203,6 +231,7 @@ void make_panel(const From* rows, int64_t row_stride, int64_t count, int64_t n, 
     };
   };
   for (int64_t d = 0; d < n; d += line) {
+    if (next) next->prefetch(16 * 64);
     if (count == 16 && d + line <= n) {
       each_column({rows + d}, step, store_at(panel + d * 16));
       continue;
@@ -222,7 +251,6 @@ struct Stored {
   const void* data;
   DType dtype;
   int64_t row, block; // strides as in gemm.h
-  int64_t ahead;      // to what is read soon after
 
   // Whether numbers of this type can be computed with as they are.
   template <class T> static bool kept(DType dtype) {

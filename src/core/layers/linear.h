@@ -25,18 +25,6 @@ constexpr int64_t kPanelDepth = 64;     // of the inner axis, where few rows nee
 constexpr int64_t kPartBytes = 2048;    // of each of 16 columns, prefetched while as much is multiplied
 constexpr int64_t kFewBytes = 32 << 10; // of w between two visits of an accumulator that waits in the cache
 
-// Columns of w that are computed soon, prefetched a little at every step, one column after the other: the processor's
-// own prefetching follows that, but not 16 columns read side by side.
-struct Ahead {
-  const char* column = nullptr;
-  int64_t stride, bytes, columns, steps; // of one column; how many there are; in how many steps
-  int64_t step = 0, next = 0;
-  void prefetch() {
-    for (++step; next * steps < columns * step; ++next)
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(column + next * stride + i);
-  }
-};
-
 // The columns of a unit: long stretches of memory, and two units for each thread, so that a late one leaves some to the
 // others; but one where that would cut stretches short.
 inline int64_t linear_columns(const Linear& task, int64_t threads) {
@@ -151,13 +139,14 @@ private:
     const int64_t row = task.w.stride[0];
     const int64_t depth = max(kFewBytes / (max(columns, 16) * item_size(task.w.dtype)), max(8, 4 * rows));
     for (int64_t g = 0; g < count; g += depth)
-      Stored{address(task.w, 0, k + g, first), task.w.dtype, row, 16, 0}.at<T>(0, [&](auto* w) {
-        const int64_t steps = min(depth, count - g);
+      Stored{address(task.w, 0, k + g, first), task.w.dtype, row, 16}.at<T>(0, [&](auto* w) {
+        const int64_t steps = min(depth, count - g), item = sizeof(*w);
+        const Ahead next{reinterpret_cast<const char*>(w + depth * row), row * item, columns * item, steps};
         // One row follows the memory by itself, and prefetching would be in its way; unless the numbers are narrow.
-        if (rows == 1 && sizeof(*w) >= 4)
+        if (rows == 1 && item >= 4)
           multiply(rows, columns, steps, x + g, x_row, w, row, 16, sum, width, g > 0);
         else
-          multiply<Source::memory>(rows, columns, steps, x + g, x_row, w, row, 16, sum, width, g > 0, depth * row);
+          multiply(rows, columns, steps, x + g, x_row, w, row, 16, sum, width, g > 0, next);
       });
   }
 
@@ -166,7 +155,7 @@ private:
                         int64_t x_row, T* const (&sums)[2]) {
     const View& w = task.w;
     look_ahead(k, first, end);
-    Stored{address(w, 0, k, first), w.dtype, 0, 0, 0}.at<T>(0, [&](auto* from) {
+    Stored{address(w, 0, k, first), w.dtype, 0, 0}.at<T>(0, [&](auto* from) {
       constexpr int64_t line = 64 / sizeof(*from);
       const int64_t width = round_up(columns, 16);
       int64_t done = 0;
@@ -176,7 +165,7 @@ private:
         for (int64_t i = done, some; i < chain_count; i += some) {
           some = min(kPanelDepth, chain_count - i);
           for (int64_t j = 0; j < columns; j += 16) {
-            for (int64_t d = 0; d < some; d += line) ahead.prefetch();
+            for (int64_t d = 0; d < some; d += line) ahead.prefetch(16 * 64);
             make_panel(from + begin + i + j * w.stride[1], w.stride[1], min(16, columns - j), some, packed + j * some);
           }
           multiply(rows, width, some, x + begin + i, x_row, packed, 16, 16 * some, sums[chain], width, i > 0);
@@ -209,7 +198,7 @@ private:
     int64_t done = 0;
     for (; done + line <= count; done += line) {
       const From* at[chains];
-      for (size_t c = 0; c < chains; ++c) ahead.prefetch(), at[c] = from + int64_t(c) * kChain + done;
+      for (size_t c = 0; c < chains; ++c) ahead.prefetch(16 * 64), at[c] = from + int64_t(c) * kChain + done;
       each_column(at, step, [&](size_t c, int column, int part, const auto& numbers) {
         const T* number = x + int64_t(c) * kChain + done + column;
 #pragma GCC unroll 4
@@ -229,12 +218,10 @@ private:
     const int64_t item = item_size(w.dtype), parts = max(task.K * item / kPartBytes, 1);
     const int64_t part = round_up((task.K + parts - 1) / parts, 2 * kChain); // all about as long
     if (k % part) return;
-    const int64_t lines = (min(part, task.K - k) * item + 63) / 64,
-                  panels = (min(block_columns, end - first) + 15) / 16;
     k += part;
     if (k >= task.K) k = 0, first += block_columns;
-    ahead = {address(w, 0, k, first), w.stride[1] * item, min(part, task.K - k) * item, min(block_columns, end - first),
-             lines * panels};
+    ahead = {address(w, 0, k, first), w.stride[1] * item, min(part, task.K - k) * item,
+             min(block_columns, end - first)};
   }
 
   const T* read_x(int64_t row, int64_t rows, int64_t k, int64_t count, int64_t& x_row) {
@@ -252,8 +239,8 @@ private:
   // How `count` rows of w and so many columns lie when they are packed: as in w, or in panels of 16 columns where w's
   // columns are what is contiguous.
   Stored panels(const T* at, int64_t count, int64_t width) const {
-    if (task.w.stride[1] == 1) return {at, dtype_of<T>, width, 16, 0};
-    return {at, dtype_of<T>, 16, 16 * count, 0};
+    if (task.w.stride[1] == 1) return {at, dtype_of<T>, width, 16};
+    return {at, dtype_of<T>, 16, 16 * count};
   }
   // Packs rows k .. k + count of w, columns first .. first + columns; now the share `from` .. `to` of `count`.
   void pack(int64_t k, int64_t count, int64_t from, int64_t to, int64_t first, int64_t columns, T* into) {
@@ -275,7 +262,7 @@ private:
       T* panel = into + j * count;
       const int64_t lanes = min(16, columns - j);
       if (w.stride[0] == 1 && Stored::kept<T>(w.dtype)) { // the transposed view of an (out, in) matrix
-        Stored{address(w, 0, k, first + j), w.dtype, 0, 0, 0}.at<T>(
+        Stored{address(w, 0, k, first + j), w.dtype, 0, 0}.at<T>(
             0, [&](auto* rows) { make_panel(rows, w.stride[1], lanes, count, panel); });
       } else {
         for (int64_t lane = 0; lane < lanes; ++lane)
