@@ -157,6 +157,9 @@ def integer(x: Any, name: str, low: int, high: int | None = None, cure: str = ""
     return value
 
 
+_RANGE = {kind: (float(np.finfo(kind).max), float(np.finfo(kind).tiny)) for kind in ("float64", "float32")}
+
+
 def number(
     x: Any, name: str, expected: str = "a finite number", *, above: float = -math.inf, within: str = "float64"
 ) -> float:
@@ -173,7 +176,7 @@ def number(
         value = math.inf if given > 0 else -math.inf
     except Exception:
         raise TypeError(f"{name}: expected {expected}, got {shown(given)}") from None
-    largest, smallest = float(np.finfo(within).max), float(np.finfo(within).tiny)
+    largest, smallest = _RANGE[within]
     if not abs(value) <= largest or value <= above or (above == 0 and value < smallest):
         range_ = f" within {within}" if math.isfinite(value) and value > above else ""
         raise ValueError(f"{name}: expected {expected}{range_}, got {value}")
@@ -263,6 +266,8 @@ def whole(x: Any, name: str, expected: str = "integers") -> NDArray[np.integer[A
 def integers(x: Any, name: str, low: int, high: int) -> NDArray[np.int64]:
     """Return an array of integers in [low, high] as int64: a copy, in which what was checked cannot change."""
     array = whole(x, name)
+    if array.size == 1 and low <= array.item() <= high:  # the common case of one token
+        return array.astype(np.int64)
     shape, array = array.shape, unrepeated(array).copy()
     if array.size and (int(array.min()) < low or int(array.max()) > high):
         index = tuple(map(int, np.argwhere((array < low) | (array > high))[0]))

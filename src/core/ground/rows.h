@@ -230,19 +230,24 @@ void make_panel(const From* rows, int64_t row_stride, int64_t count, int64_t n, 
       memcpy(to + 16 * column + part * int(sizeof numbers / sizeof(T)), &numbers, sizeof numbers);
     };
   };
-  for (int64_t d = 0; d < n; d += line) {
+  int64_t d = 0;
+  for (; count == 16 && d + line <= n; d += line) {
     if (next) next->prefetch(16 * 64);
-    if (count == 16 && d + line <= n) {
-      each_column({rows + d}, step, store_at(panel + d * 16));
-      continue;
-    }
-    const int64_t columns = min(line, n - d); // nothing else is read
-    From part[16 * line] = {};
-    T whole[line * 16];
+    each_column({rows + d}, step, store_at(panel + d * 16));
+  }
+  if (d == n) return;
+  From part[16 * line] = {}; // of rows or lines that are cut: nothing else is read
+  for (; d < n; d += line) {
+    const int64_t columns = min(line, n - d);
     for (int64_t i = 0; i < count; ++i)
       memcpy(part + i * line, rows + i * row_stride + d, size_t(columns) * sizeof(From));
-    each_column({&part[0]}, 64, store_at(whole));
-    memcpy(panel + d * 16, whole, size_t(columns) * 16 * sizeof(T));
+    if (columns == line) {
+      each_column({&part[0]}, 64, store_at(panel + d * 16));
+      continue;
+    }
+    T cut[line * 16];
+    each_column({&part[0]}, 64, store_at(cut));
+    memcpy(panel + d * 16, cut, size_t(columns) * 16 * sizeof(T));
   }
 }
 

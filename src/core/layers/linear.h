@@ -278,7 +278,7 @@ template <class T> Plan plan_linear_as(const Linear& task, int64_t threads) {
   plan.work = saturating_product(task.M, task.K, task.N);
   const int64_t blocks = (task.M + kManyRows - 1) / kManyRows;
   plan.rows = task.M <= kFewRows ? max(task.M, 1) : round_up((task.M + blocks - 1) / blocks, kTileRows);
-  plan.span = linear_columns(task, max(min(threads, plan.work / kWorkPerThread), 1));
+  plan.span = linear_columns(task, min(threads, 1 + plan.work / kWorkPerThread));
   plan.units = ((task.M + plan.rows - 1) / plan.rows) * ((task.N + plan.span - 1) / plan.span);
   Arena counting{nullptr};
   const LinearBlock<T> block(task, plan, counting);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import typing
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,30 @@ def linear(x: AnyArray, w: AnyArray, b: AnyArray | None = None) -> Any:
     return left.wrap(product(left, right, offset, dtype, ("x", "w", "b")), dtype)
 
 
+_BASE = "a number >= 1"
+
+
+def _as_frequencies(frequencies: Any, half: int) -> tuple[NDArray[np.float64], float]:
+    """Return turns per position, one for each pair, and the largest."""
+    turns = np.empty(half)
+    given = unwrap(frequencies, "frequencies").astype("float64")
+    turns[:] = _check.broadcast(given, turns.shape, "frequencies", "(D/2,)")
+    turns += 0.0  # no -0, which equals 0 where a call is remembered
+    if not np.isfinite(turns).all():
+        raise ValueError("frequencies: expected finite numbers, got NaN or inf")
+    return turns, float(np.abs(turns).max(initial=0))
+
+
+_frequencies = lru_cache(maxsize=64)(_as_frequencies)
+
+
+@lru_cache(maxsize=64)
+def _frequencies_of_base(base: float, half: int) -> tuple[NDArray[np.float64], float]:
+    turns = np.empty(half)
+    _native.rotary_frequencies(_check.number(base, "base", _BASE, above=np.nextafter(1, 0)), turns)
+    return turns, float(turns.max(initial=0))
+
+
 @typing.overload
 def rotary(
     x: NumPyLike, *, positions: AnyArray | None = None, base: float = 10000.0, frequencies: AnyArray | None = None
@@ -109,16 +134,15 @@ def rotary(
     if operand.data.ndim < 2 or operand.data.shape[-1] % 2:
         raise ValueError(f"x: expected shape (..., L, D) with D even, got {operand.data.shape}")
     *batch, length, size = operand.data.shape
-    _check.batch_shape(x=tuple(batch))
-    turns = np.empty(size // 2)
+    if len(batch) > 8:
+        _check.batch_shape(x=tuple(batch))
     if frequencies is None:
-        _native.rotary_frequencies(_check.number(base, "base", "a number >= 1", above=np.nextafter(1, 0)), turns)
+        base = base if type(base) is float else _check.number(base, "base", _BASE)
+        turns, fastest = _frequencies_of_base(base, size // 2)
+    elif isinstance(frequencies, tuple) and set(map(type, frequencies)) == {float}:
+        turns, fastest = _frequencies(frequencies, size // 2)  # as a model's settings hold them, for every token
     else:
-        turns[:] = _check.broadcast(
-            unwrap(frequencies, "frequencies").astype("float64"), turns.shape, "frequencies", "(D/2,)"
-        )
-        if not np.isfinite(turns).all():
-            raise ValueError("frequencies: expected finite numbers, got NaN or inf")
+        turns, fastest = _as_frequencies(frequencies, size // 2)
     if positions is None and length > MAX_ANGLE and operand.data.size:
         raise ValueError(f"x: expected at most {MAX_ANGLE} rows where positions are their numbers, got {length}")
     if positions is None:
@@ -126,10 +150,8 @@ def rotary(
     else:
         places = _check.integers(positions, "positions", 0, MAX_ANGLE - 1)
     places = _check.broadcast(places, (*batch, length), "positions", "(..., L)")
-    if turns.size and places.size and np.abs(turns).max() * int(places.max()) >= MAX_ANGLE:
-        raise ValueError(
-            f"frequencies: expected angles below 2^24, got {np.abs(turns).max()} at position {places.max()}"
-        )
+    if fastest * MAX_ANGLE > MAX_ANGLE and places.size and fastest * int(places.max()) >= MAX_ANGLE:
+        raise ValueError(f"frequencies: expected angles below 2^24, got {fastest} at position {places.max()}")
     y = np.empty(operand.data.shape, operand.data.dtype)
     if y.size:
         _native.rotary(operand.data, places, turns, operand.dtype == "float64", y)
@@ -166,13 +188,13 @@ def rms_norm(x: AnyArray, weight: AnyArray, *, eps: float = 1e-6) -> Any:
             f"weight: expected the shape of x's last axis, got {factors.data.shape} for x {operand.data.shape}"
         )
     dtype = promote(operand.dtype, factors.dtype)
-    rows = operand.data.reshape(-1, operand.data.shape[-1]) if operand.data.size else operand.data.reshape(0, 1)
-    y = np.empty(rows.shape, storage(dtype))
-    if rows.size:
-        weights = np.broadcast_to(factors.data, rows.shape)
-        epsilon = _check.number(eps, "eps", "a number > 0", above=0.0, within=compute_dtype(dtype))
-        _native.rms_norm(rows, weights, epsilon, compute_dtype(dtype) == "float64", y)
-    return operand.wrap(y.reshape(operand.data.shape), dtype)
+    y = np.empty(operand.data.shape, storage(dtype))
+    if y.size:
+        compute, columns = compute_dtype(dtype), y.shape[-1]
+        epsilon = _check.number(eps, "eps", "a number > 0", above=0.0, within=compute)
+        rows, results = operand.data.reshape(-1, columns), y.reshape(-1, columns)
+        _native.rms_norm(rows, factors.data, epsilon, compute == "float64", results)
+    return operand.wrap(y, dtype)
 
 
 @typing.overload

@@ -31,7 +31,7 @@ except ImportError as error:
     ) from error
 
 Floats = NDArray[np.float32]
-# A matrix as the file has it, mapped: float32, float16, or bfloat16 as its bits in uint16; float64 is copied to float32.
+# A matrix as its file has it, mapped: float32, float16, or bfloat16 as bits in uint16; float64 is copied to float32.
 Stored: TypeAlias = NDArray[Any]
 
 _NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
