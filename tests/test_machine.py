@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 import headway as hw
+from headway import _native
 
 HERE = Path(__file__).parent
 # Python 3.12 and later warn of fork in a process with threads, which a pool of threads always is.
@@ -157,6 +158,31 @@ def test_portable_is_there_and_an_unknown_instruction_set_is_an_error() -> None:
     assert done.returncode != 0
     assert "HEADWAY_ISA" in done.stderr
     assert "portable" in done.stderr  # what there is instead
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+@pytest.mark.parametrize(
+    ("groups", "files", "quota"),
+    [
+        ("0::/\n", {}, 0),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, 0),
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/a/b\n", {"a/cpu.max": "400000 100000\n", "a/b/cpu.max": "max 100000\n"}, 4),
+        ("0::/a/b\n", {"a/cpu.max": "400000 100000\n", "a/b/cpu.max": "50000 100000\n"}, 0.5),
+        ("1:cpu:/\n0::/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0),
+        ("4:cpuacct,cpu:/x\n", {"cpu/x/cpu.cfs_quota_us": "200000\n", "cpu/x/cpu.cfs_period_us": "100000\n"}, 2),
+        ("nonsense\n::\n:::\n7:cpu\n", {"cpu.max": "-3 0\n"}, 0),
+        ("0::a\n", {"a/cpu.max": "abc\n", "cpu.max": "300000 100000 x\n"}, 3),
+    ],
+)
+def test_a_quota_of_processors_is_noticed(tmp_path: Path, groups: str, files: dict[str, str], quota: float) -> None:
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text(groups)
+    for name, text in files.items():
+        file = tmp_path / "sys" / "fs" / "cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    assert _native.cpu_quota(str(tmp_path)) == quota
 
 
 def test_threads_by_environment() -> None:

@@ -810,6 +810,8 @@ NB_MODULE(_native, m) {
   m.def("isas", &isas);
   m.def("fast", [] { return std::string(fast_attention().name); });
   m.def("get_num_threads", &get_num_threads);
+  m.def("processors", &processors);
+  m.def("cpu_quota", &cpu_quota, "root"_a = "");
   m.def("set_num_threads", &set_num_threads, "n"_a, nb::call_guard<nb::gil_scoped_release>());
   // A bfloat16 tensor of another library, as its bits: NumPy has no name for the type and refuses it.
   m.def("bfloat16_bits", [](nb::ndarray<nb::ro, nb::device::cpu> x) {

@@ -6,9 +6,11 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -119,12 +121,9 @@ int default_threads() {
                                   "'");
     return int(n);
   }
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
-#endif
-  const unsigned n = std::thread::hardware_concurrency();
-  return n ? int(n) : 1;
+  // More threads than a quota pays for would be stopped together, and wait for each other.
+  const double quota = cpu_quota();
+  return quota > 0 ? std::max(std::min(processors(), int(std::ceil(quota))), 1) : processors();
 }
 
 constexpr int64_t kKeptWorkspace = 16 << 20; // bytes kept between calls, so that short calls do not fault pages in
@@ -308,6 +307,47 @@ Pool& pool() {
 }
 
 } // namespace
+
+int processors() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+  const unsigned n = std::thread::hardware_concurrency();
+  return n ? int(n) : 1;
+}
+
+// The groups that hold this process, and those that hold these: the least of what they allow.
+double cpu_quota([[maybe_unused]] const std::string& root) {
+  double least = 0;
+#if defined(__linux__)
+  const auto allow = [&](double quota, double period) {
+    if (quota > 0 && period > 0) least = least > 0 ? std::min(least, quota / period) : quota / period;
+  };
+  std::ifstream groups(root + "/proc/self/cgroup");
+  for (std::string line; std::getline(groups, line);) { // number:controllers:path
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+    const bool unified = controllers == ",,";
+    if (!unified && controllers.find(",cpu,") == std::string::npos) continue;
+    const std::string base = root + "/sys/fs/cgroup" + (unified ? "" : "/cpu");
+    for (std::string path = '/' + line.substr(second + 1);; path.resize(path.rfind('/'))) {
+      while (!path.empty() && path.back() == '/') path.pop_back();
+      double quota = 0, period = 0;
+      if (unified) {
+        std::ifstream(base + path + "/cpu.max") >> quota >> period; // "max" is no number
+      } else {
+        std::ifstream(base + path + "/cpu.cfs_quota_us") >> quota; // -1: none
+        std::ifstream(base + path + "/cpu.cfs_period_us") >> period;
+      }
+      allow(quota, period);
+      if (path.empty()) break;
+    }
+  }
+#endif
+  return least;
+}
 
 void set_num_threads(int n) { pool().resize(n); }
 int get_num_threads() { return pool().threads(); }

@@ -8,12 +8,16 @@
 
 #include <algorithm>
 #include <chrono>
+#include <string>
 #include <vector>
 
 namespace headway {
 
 void set_num_threads(int n); // n >= 1; throws where a call of this very thread is under way
-int get_num_threads();       // HEADWAY_NUM_THREADS, or the processors that this process may use
+int get_num_threads();       // HEADWAY_NUM_THREADS, or as many as processors() and cpu_quota() allow
+int processors();            // that this process may run on
+// How many processors' time the control groups of this process allow; 0 where they set no limit. `root`: of the files.
+double cpu_quota(const std::string& root = "");
 
 // A kernel and its task, with their types forgotten.
 struct Call {

@@ -13,7 +13,7 @@ __all__ = ["Info", "get_num_threads", "info", "set_num_threads"]
 
 @dataclass(frozen=True)
 class Info:
-    """What this process computes with. Only isa and num_threads differ between machines; no result does.
+    """What this process computes with. It differs between machines; no result does.
 
     Attributes:
         version: of headway.
@@ -21,6 +21,8 @@ class Info:
         isas: those that this machine can run, the best first.
         num_threads: how many threads a call may use.
         chunk_length: the number of keys that share one maximum; partial attention must be split at its multiples.
+        processors: how many the process may run on.
+        cpu_quota: how many processors' time its control groups (containers) allow; None where they set no limit.
 
     >>> import headway as hw
     >>> hw.info().isa in hw.info().isas
@@ -32,6 +34,8 @@ class Info:
     isas: tuple[str, ...]
     num_threads: int
     chunk_length: int
+    processors: int
+    cpu_quota: float | None
 
 
 @_check.public
@@ -53,7 +57,15 @@ def info() -> Info:
     """
     from importlib.metadata import version  # takes longer to import than all of headway
 
-    return Info(version("headway"), _native.isa(), tuple(_native.isas()), _native.get_num_threads(), _native.CHUNK)
+    return Info(
+        version("headway"),
+        _native.isa(),
+        tuple(_native.isas()),
+        _native.get_num_threads(),
+        _native.CHUNK,
+        _native.processors(),
+        _native.cpu_quota() or None,
+    )
 
 
 @_check.public
@@ -61,8 +73,8 @@ def get_num_threads() -> int:
     """Return how many threads a call may use.
 
     Returns:
-        At the start ``HEADWAY_NUM_THREADS``, or the number of processors that the process may use; then what
-        `set_num_threads` said last.
+        At the start ``HEADWAY_NUM_THREADS``, or the number of processors that the process may use, no more than a quota
+        of its container pays for; then what `set_num_threads` said last.
 
     >>> import headway as hw
     >>> hw.get_num_threads() >= 1
