@@ -139,7 +139,7 @@ def rotary(
     if frequencies is None:
         base = base if type(base) is float else _check.number(base, "base", _BASE)
         turns, fastest = _frequencies_of_base(base, size // 2)
-    elif isinstance(frequencies, tuple) and set(map(type, frequencies)) == {float}:
+    elif type(frequencies) is tuple and set(map(type, frequencies)) == {float}:
         turns, fastest = _frequencies(frequencies, size // 2)  # as a model's settings hold them, for every token
     else:
         turns, fastest = _as_frequencies(frequencies, size // 2)
