@@ -16,6 +16,8 @@ namespace {
 constexpr int64_t kFewRows = 24;        // four tiles: from there on, arithmetic takes longer than reading the weights
 constexpr int64_t kManyRows = 384;      // most rows of a unit: their part of x, 384 KB, stays in the second-level cache
 constexpr int64_t kManyColumns = 256;   // most columns of such a unit: that part of x is read again for each 64
+constexpr int64_t kSplitRows = 48;      // least rows of such a unit, where there are more threads than units
+constexpr int64_t kPackRows = 24;       // packing weights takes as long as so many rows
 constexpr int64_t kStepRows = 12;       // rows of x between which the next weights are packed
 constexpr int64_t kPrefetchRows = 16;   // how many rows before that they are prefetched
 constexpr int64_t kPanelColumns = 64;   // weights are packed so many columns at a time, 64 KB
@@ -25,15 +27,29 @@ constexpr int64_t kPanelDepth = 64;     // of the inner axis, where few rows nee
 constexpr int64_t kPartBytes = 2048;    // of each of 16 columns, prefetched while as much is multiplied
 constexpr int64_t kFewBytes = 32 << 10; // of w between two visits of an accumulator that waits in the cache
 
-// The columns of a unit: long stretches of memory, and two units for each thread, so that a late one leaves some to the
-// others; but one where that would cut stretches short.
-inline int64_t linear_columns(const Linear& task, int64_t threads) {
-  const bool many = task.M > kFewRows;
-  const int64_t blocks = many ? (task.M + kManyRows - 1) / kManyRows : 1, least = many ? kPanelColumns : 16;
-  const bool stretches = !many && task.w.stride[1] == 1 && task.N < 2 * threads * kFewColumns;
+// Rows and columns of a unit of few rows: long stretches of memory, and two units for each thread, so that a late one
+// leaves some to the others; but one where that would cut stretches short.
+inline void cut_few(const Linear& task, int64_t threads, Plan& plan) {
+  const bool stretches = task.w.stride[1] == 1 && task.N < 2 * threads * kFewColumns;
   const int64_t parts = stretches ? threads : 2 * threads;
-  const int64_t share = round_up((task.N * blocks + parts - 1) / parts, least);
-  return min(max(share, least), many ? kManyColumns : task.M <= kFourRows ? 4 * kFewColumns : kFewColumns);
+  plan.rows = max(task.M, 1);
+  plan.span =
+      min(max(round_up((task.N + parts - 1) / parts, 16), 16), task.M <= kFourRows ? 4 * kFewColumns : kFewColumns);
+}
+// Of many rows: so that the threads end soonest.
+inline void cut_many(const Linear& task, int64_t threads, Plan& plan) {
+  const int64_t least = (task.M + kManyRows - 1) / kManyRows,
+                most = max(min(task.M / kSplitRows, least + threads), least);
+  double soonest = 0;
+  for (int64_t blocks = least; blocks <= most; ++blocks)
+    for (int64_t span = kManyColumns; span > 0; span -= kPanelColumns) {
+      const int64_t rows = round_up((task.M + blocks - 1) / blocks, kTileRows), units = task.N / span * blocks;
+      const auto cost = [&](int64_t columns) { return double(rows + kPackRows) * double(columns); };
+      const int64_t rest = task.N % span, idle = (threads - units % threads) % threads; // threads in the last turn
+      double end = double((units + threads - 1) / threads) * cost(span);
+      if (rest && idle < blocks) end += double((blocks - idle + threads - 1) / threads) * cost(rest);
+      if (soonest == 0 || end < soonest) soonest = end, plan.rows = rows, plan.span = span;
+    }
 }
 
 template <class T> struct LinearBlock {
@@ -276,9 +292,8 @@ private:
 template <class T> Plan plan_linear_as(const Linear& task, int64_t threads) {
   Plan plan{};
   plan.work = saturating_product(task.M, task.K, task.N);
-  const int64_t blocks = (task.M + kManyRows - 1) / kManyRows;
-  plan.rows = task.M <= kFewRows ? max(task.M, 1) : round_up((task.M + blocks - 1) / blocks, kTileRows);
-  plan.span = linear_columns(task, min(threads, 1 + plan.work / kWorkPerThread));
+  threads = min(threads, 1 + plan.work / kWorkPerThread);
+  task.M <= kFewRows ? cut_few(task, threads, plan) : cut_many(task, threads, plan);
   plan.units = ((task.M + plan.rows - 1) / plan.rows) * ((task.N + plan.span - 1) / plan.span);
   Arena counting{nullptr};
   const LinearBlock<T> block(task, plan, counting);
