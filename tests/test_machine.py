@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -322,6 +323,37 @@ def test_memory_beyond_inputs_and_output(H: int, L: int, S: int, D: int, options
 def test_memory_of_the_whole_at_65536() -> None:
     pytest.importorskip("resource", reason="memory is measured by getrusage")
     assert extra_memory(8, 65536, 65536, 64, "{}") <= 64e6
+
+
+Cuts = dict[str, list[tuple[str, float, float, float]]]  # by threads: a task, the last's end, the mean, the least unit
+
+
+@pytest.fixture(scope="module")
+def cuts(tmp_path_factory: pytest.TempPathFactory) -> Cuts:
+    """What tests/pool/balance.cpp counts, by the number of threads."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("there is no C++ compiler here")
+    program = tmp_path_factory.mktemp("pool") / "balance"
+    source, core = HERE / "pool" / "balance.cpp", HERE.parent / "src" / "core"
+    subprocess.run([compiler, "-std=c++20", "-O1", "-w", f"-I{core}", str(source), "-o", str(program)], check=True)
+    found: Cuts = {}
+    for line in subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines():
+        name, threads, end, mean, least = line.split("|")
+        found.setdefault(threads, []).append((name, float(end), float(mean), float(least)))
+    return found
+
+
+@pytest.mark.parametrize("threads", ["2", "4", "8", "16", "64"])
+def test_threads_end_together(threads: str, cuts: Cuts) -> None:
+    """Units are counted, not timed, so that a small machine can speak for a large one."""
+    assert len(cuts[threads]) > 400
+    late = [
+        f"{name}: {end / mean:.2f} of the mean"
+        for name, end, mean, least in cuts[threads]
+        if end > mean + max(mean / 5, least)
+    ]
+    assert not late
 
 
 def test_a_system_that_refuses_threads_gets_fewer():

@@ -16,8 +16,8 @@
 namespace headway {
 namespace {
 
-// How many units each thread should find, so that all end together.
-constexpr int64_t kUnitsPerThread = 4;
+constexpr int64_t kUnitsPerThread = 4; // at most, where units are cut so that threads end together
+constexpr double kJoinChunks = 0.06;   // joining two runs of keys takes as long as this part of a chunk
 // The most bytes that the rows of a block take, unless they are a single band.
 constexpr int64_t kRowsBytes = 64 << 20;
 
@@ -144,10 +144,14 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
     span = unit % span_count(task, plan), block = unit / span_count(task, plan);
     first_key = span * plan.span * kChunk, last_key = min(keys, first_key + plan.span * kChunk);
     rows.repeat = task.H / task.G;
-    // The last rows first: under a causal mask they are the longest, and threads end together.
-    rows.first = (blocks - 1 - block % blocks) * plan.rows;
-    rows.group = block / blocks % task.G;
-    rows.item = block / blocks / task.G;
+    // Some heads after others. Under a causal mask the last rows, which are the longest, come first, so that threads
+    // end together.
+    const int64_t first_head = block / (plan.heads * blocks) * plan.heads;
+    const int64_t together = min(plan.heads, task.batch.size() * task.G - first_head);
+    const int64_t place = block % (plan.heads * blocks), head = first_head + place % together;
+    rows.first = (task.causal ? blocks - 1 - place / together : place / together) * plan.rows;
+    rows.group = head % task.G;
+    rows.item = head / task.G;
     rows.count = min(plan.rows, task.L * rows.repeat - rows.first);
     int64_t n = task.total;
     if (task.kv_lengths.data)
@@ -462,33 +466,65 @@ template <class T, Produce produce, class Operands = headway::Operands<T>> struc
   }
 };
 
+// Blocks of rows of equal size, so that the threads end soonest. A thread that is late by chance keeps the others
+// waiting for a part of its last block.
+template <class Block, class Operands>
+void cut_rows(const Attention& task, int64_t rows, int64_t heads, int64_t row_bytes, int64_t threads, Plan& plan) {
+  const int64_t band = Block::kBandRows;
+  const int64_t largest =
+      max(min(Operands::kRows, kRowsBytes / row_bytes / band * band), band); // fewer where very wide
+  const int64_t least = max((rows + largest - 1) / largest, 1);
+  const int64_t most = max(min((rows + 2 * band - 1) / (2 * band), least + kUnitsPerThread * threads), least);
+  Soonest soonest;
+  for (int64_t blocks = least; blocks <= most; ++blocks) {
+    const int64_t size = round_up(max((rows + blocks - 1) / blocks, 1), Block::kTile), rest = rows % size;
+    const auto cost = [&](int64_t count) { return double(count + Operands::kPackRows); };
+    const double late = kLate * cost(size);
+    double end = makespan(heads * (rows / size), cost(size), rest ? heads : 0, cost(rest), threads) + late;
+    if (task.causal) { // on average half of that, but the longest first
+      const double all = double(heads * (rows / size)) * cost(size) + double(rest ? heads : 0) * cost(rest);
+      end = all / double(threads) / 2 + late;
+      if (end < cost(size)) end = cost(size);
+    }
+    if (soonest.than(end)) plan.rows = size;
+  }
+}
+inline void cut_keys(int64_t blocks, int64_t chunks, int64_t threads, Plan& plan) {
+  Soonest soonest;
+  for (int64_t span = plan.span; span > 0; span /= 2) {
+    const auto cost = [&](int64_t count) { return double(count) + kJoinChunks; };
+    const int64_t full = chunks / span, rest = chunks % span;
+    const double end =
+        makespan(blocks * full, cost(span), rest ? blocks : 0, cost(rest), threads) + kLate * cost(min(span, chunks));
+    if (soonest.than(end)) plan.span = span;
+  }
+}
+
 template <class T, Produce produce, class Operands = headway::Operands<T>>
 Plan plan_attention_as(const Attention& task, int64_t threads) {
   const int64_t rows = task.L * (task.H / task.G), heads = task.batch.size() * task.G;
   const int64_t chunks = max((task.S + kChunk - 1) / kChunk, 1);
   Plan plan{};
   plan.work = saturating_product(task.batch.size(), task.H, task.L, task.S, task.D + task.E);
-  const int64_t enough = kUnitsPerThread * max(min(threads, plan.work / kWorkPerThread), 1);
+  threads = max(min(threads, plan.work / kWorkPerThread), 1);
   using Block = AttentionBlock<T, produce, Operands>;
-  // Blocks of equal size, of fewer rows where these are very wide; smaller ones where there are too few, but not so
-  // small that packing shows.
   const int64_t slots = stack_slots((task.key_offset + task.S + kChunk - 1) / kChunk, produce == Produce::nodes);
   const int64_t row_bytes = (task.D + slots * round_up(task.E, 16)) * int64_t(sizeof(T));
-  plan.rows = max(min(Operands::kRows, kRowsBytes / row_bytes / Block::kBandRows * Block::kBandRows), Block::kBandRows);
-  while (plan.rows > 2 * Block::kBandRows && heads * ((rows + plan.rows - 1) / plan.rows) < enough)
-    plan.rows -= Block::kBandRows;
-  const int64_t blocks = max((rows + plan.rows - 1) / plan.rows, 1);
-  plan.rows = round_up(max((rows + blocks - 1) / blocks, 1), Block::kTile);
-  // The keys are cut where that is still too few: into as many chunks as a node of the tree has, a power of two.
+  cut_rows<Block, Operands>(task, rows, heads, row_bytes, threads, plan);
+  const int64_t enough = kUnitsPerThread * threads, blocks = heads * block_count(task, plan);
+  // A few heads at a time use the caches best. Causal units differ: as many heads as the threads need to end together,
+  // and no fewer at the end.
+  const int64_t turns = task.causal ? max(blocks / enough, 1) : max(heads, 1);
+  plan.heads = (heads + turns - 1) / turns;
+  // The keys are cut where units are too few: into as many chunks as a node of the tree has, a power of two.
   for (plan.span = 1; plan.span < chunks;) plan.span *= 2;
-  if (produce == Produce::output)
-    while (plan.span > 1 && heads * blocks * ((chunks + plan.span - 1) / plan.span) < enough) plan.span /= 2;
+  if (produce == Produce::output && blocks < enough) cut_keys(blocks, chunks, threads, plan);
   plan.units = heads * block_count(task, plan) * span_count(task, plan);
   Arena counting{nullptr};
   const Block block(task, plan, counting);
   plan.workspace = counting.used;
   if (span_count(task, plan) > 1)
-    plan.shared = round_up(heads * blocks * 8, 64) + plan.units * span_state_size(task, plan) * int64_t(sizeof(T));
+    plan.shared = round_up(blocks * 8, 64) + plan.units * span_state_size(task, plan) * int64_t(sizeof(T));
   return plan;
 }
 template <Produce produce> Plan plan_attention(const Attention& task, int64_t threads) {

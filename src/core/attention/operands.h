@@ -57,6 +57,7 @@ template <class T, class B> bool non_finite(const B* v, int64_t row, int64_t row
 // Numbers as they are, under the contract of bits. (PairOperands, in pairs.h, has the same members.)
 template <class T> struct Operands {
   static constexpr int64_t kRows = 384;        // most rows that share one packing of K and V, which then costs 2 %
+  static constexpr int64_t kPackRows = 8;      // as long as so many rows
   static constexpr int64_t kAlignedRows = 128; // rows that are worth a copy of values that lie badly
   static constexpr int64_t kTile = kTileRows;  // rows whose products are computed at once
   const Attention& task;

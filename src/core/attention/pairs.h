@@ -137,6 +137,7 @@ inline void multiply_pairs(int64_t rows, int64_t columns, int64_t k_count, const
 // weights and in rows of values, (keys / 2, E). Steps of kPairStep pairs are filled up with zeros.
 struct PairOperands {
   static constexpr int64_t kRows = 1024; // products are so fast that packing counts for more
+  static constexpr int64_t kPackRows = 20;
   static constexpr int64_t kTile = kPairRows;
   static constexpr int64_t kKeyStep = 2 * kPairStep;
   const Attention& task;

@@ -16,7 +16,8 @@ namespace {
 constexpr int64_t kFewRows = 24;        // four tiles: from there on, arithmetic takes longer than reading the weights
 constexpr int64_t kManyRows = 384;      // most rows of a unit: their part of x, 384 KB, stays in the second-level cache
 constexpr int64_t kManyColumns = 256;   // most columns of such a unit: that part of x is read again for each 64
-constexpr int64_t kSplitRows = 48;      // least rows of such a unit, where there are more threads than units
+constexpr int64_t kSplitRows = 48;      // least rows of such a unit, where there are more threads than units,
+constexpr int64_t kSplitColumns = 32;   // and columns
 constexpr int64_t kPackRows = 24;       // packing weights takes as long as so many rows
 constexpr int64_t kStepRows = 12;       // rows of x between which the next weights are packed
 constexpr int64_t kPrefetchRows = 16;   // how many rows before that they are prefetched
@@ -27,28 +28,32 @@ constexpr int64_t kPanelDepth = 64;     // of the inner axis, where few rows nee
 constexpr int64_t kPartBytes = 2048;    // of each of 16 columns, prefetched while as much is multiplied
 constexpr int64_t kFewBytes = 32 << 10; // of w between two visits of an accumulator that waits in the cache
 
-// Rows and columns of a unit of few rows: long stretches of memory, and two units for each thread, so that a late one
-// leaves some to the others; but one where that would cut stretches short.
+// Rows and columns of a unit of few rows: so that the threads end soonest. A thread that is late by chance keeps the
+// others waiting for a part of its last unit; but there is one unit for each thread where more would cut stretches of
+// memory short.
 inline void cut_few(const Linear& task, int64_t threads, Plan& plan) {
   const bool stretches = task.w.stride[1] == 1 && task.N < 2 * threads * kFewColumns;
-  const int64_t parts = stretches ? threads : 2 * threads;
+  const int64_t widest = task.M <= kFourRows ? 4 * kFewColumns : kFewColumns;
+  const int64_t least = max(threads, (task.N + widest - 1) / widest);
   plan.rows = max(task.M, 1);
-  plan.span =
-      min(max(round_up((task.N + parts - 1) / parts, 16), 16), task.M <= kFourRows ? 4 * kFewColumns : kFewColumns);
+  Soonest soonest;
+  for (int64_t parts = least; parts <= (stretches ? least : least + 4 * threads); ++parts) {
+    const int64_t span = round_up(max((task.N + parts - 1) / parts, 1), 16), rest = task.N % span;
+    const double end = makespan(task.N / span, double(span), rest > 0, double(rest), threads);
+    if (soonest.than(end + kLate * double(span))) plan.span = span;
+  }
 }
-// Of many rows: so that the threads end soonest.
+// Of many rows: each unit packs its weights.
 inline void cut_many(const Linear& task, int64_t threads, Plan& plan) {
-  const int64_t least = (task.M + kManyRows - 1) / kManyRows,
-                most = max(min(task.M / kSplitRows, least + threads), least);
-  double soonest = 0;
+  const int64_t least = (task.M + kManyRows - 1) / kManyRows;
+  const int64_t most = max(min(task.M / kSplitRows, least + threads), least);
+  Soonest soonest;
   for (int64_t blocks = least; blocks <= most; ++blocks)
-    for (int64_t span = kManyColumns; span > 0; span -= kPanelColumns) {
-      const int64_t rows = round_up((task.M + blocks - 1) / blocks, kTileRows), units = task.N / span * blocks;
+    for (int64_t span = kManyColumns; span >= kSplitColumns; span -= 16) {
+      const int64_t rows = round_up((task.M + blocks - 1) / blocks, kTileRows), rest = task.N % span;
       const auto cost = [&](int64_t columns) { return double(rows + kPackRows) * double(columns); };
-      const int64_t rest = task.N % span, idle = (threads - units % threads) % threads; // threads in the last turn
-      double end = double((units + threads - 1) / threads) * cost(span);
-      if (rest && idle < blocks) end += double((blocks - idle + threads - 1) / threads) * cost(rest);
-      if (soonest == 0 || end < soonest) soonest = end, plan.rows = rows, plan.span = span;
+      if (soonest.than(makespan(task.N / span * blocks, cost(span), rest ? blocks : 0, cost(rest), threads)))
+        plan.rows = rows, plan.span = span;
     }
 }
 
