@@ -137,6 +137,7 @@ CALLS: dict[str, str] = {
     "hw.partial_attention(x, x, x, ": "partial_attention",
     "hw.merge_attention(x, ": "merge_attention",
     "hw.multi_head_attention(x, x, x, ": "multi_head_attention",
+    "hw.linear(x, x, ": "linear",
     "hw.rms_norm(x, x, ": "rms_norm",
     "hw.rotary(x, ": "rotary",
     "hw.SamplingParams(": "SamplingParams",

@@ -178,7 +178,7 @@ bool attention(const In& q, const In& k, const In& v, const std::optional<In>& m
   t.rows = view(rows, "rows", t.batch, {t.H, t.L});
   bool lost = false;
   t.lost = &lost;
-  run(options.fast && !options.wide ? *fast_attention().kernel : kernels().attention, t);
+  run(options.fast && !options.wide ? fast_kernels().attention : kernels().attention, t);
   return !lost;
 }
 
@@ -259,8 +259,8 @@ Linear linear_task(const In& x, const In& w, const std::optional<In>& b, bool wi
   t.compute = computing_type(wide);
   return t;
 }
-void linear(const In& x, const In& w, const std::optional<In>& b, bool wide, const Out& y) {
-  run(kernels().linear, linear_task(x, w, b, wide, y));
+void linear(const In& x, const In& w, const std::optional<In>& b, bool wide, bool fast, const Out& y) {
+  run(fast && !wide ? fast_kernels().linear : kernels().linear, linear_task(x, w, b, wide, y));
 }
 
 Rotary rotary_task(const In& x, const In& positions, const In& frequencies, bool wide, const Out& y) {
@@ -767,7 +767,7 @@ NB_MODULE(_native, m) {
         "kv_lengths"_a.none(), "options"_a, "maximum"_a, "total_weight"_a, "weighted_sum"_a);
   m.def("attention_merge", &attention_merge, "chunks"_a, "maximum"_a, "total_weight"_a, "weighted_sum"_a,
         "sinks"_a.none(), "wide"_a, "out"_a, "lse"_a.none());
-  m.def("linear", &linear, "x"_a, "w"_a, "b"_a.none(), "wide"_a, "y"_a);
+  m.def("linear", &linear, "x"_a, "w"_a, "b"_a.none(), "wide"_a, "fast"_a, "y"_a);
   m.def("rotary", &rotary, "x"_a, "positions"_a, "frequencies"_a, "wide"_a, "y"_a);
   m.def("rotary_frequencies", &rotary_frequencies, "base"_a, "frequencies"_a);
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "wide"_a, "y"_a);
@@ -808,7 +808,7 @@ NB_MODULE(_native, m) {
   m.def("round", &round_rows, "x"_a, "decimals"_a, "y"_a);
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("isas", &isas);
-  m.def("fast", [] { return std::string(fast_attention().name); });
+  m.def("fast", [] { return std::string(fast_kernels().name); });
   m.def("get_num_threads", &get_num_threads);
   m.def("processors", &processors);
   m.def("cpu_quota", &cpu_quota, "root"_a = "");

@@ -18,7 +18,7 @@ namespace headway {
 extern const Kernels kernels_avx512, kernels_avx2, kernels_neon, kernels_portable;
 
 #if defined(HEADWAY_HAS_fast)
-extern const Kernel<Attention> attention_avx512bf16, attention_amx;
+extern const FastKernels fast_kernels_avx512bf16, fast_kernels_amx;
 
 namespace {
 // Linux gives a process the registers of AMX when it asks for them.
@@ -80,19 +80,19 @@ const Kernels& kernels() {
   return chosen;
 }
 
-const FastAttention& fast_attention() {
-  static const FastAttention chosen = [] {
+const FastKernels& fast_kernels() {
+  static const FastKernels chosen = [] {
     const char* wanted = std::getenv("HEADWAY_FAST");
     const std::string name = wanted ? wanted : "";
-    FastAttention found[3];
+    FastKernels found[3];
     int size = 0;
 #if defined(HEADWAY_HAS_fast)
     if (std::string(kernels().name) == "avx512" && __builtin_cpu_supports("avx512bf16")) {
-      if (name != "avx512bf16" && name != "none" && may_use_amx()) found[size++] = {"amx", &attention_amx};
-      found[size++] = {"avx512bf16", &attention_avx512bf16};
+      if (name != "avx512bf16" && name != "none" && may_use_amx()) found[size++] = fast_kernels_amx;
+      found[size++] = fast_kernels_avx512bf16;
     }
 #endif
-    found[size++] = {"none", &kernels().attention};
+    found[size++] = {"none", kernels().attention, kernels().linear};
     if (name.empty()) return found[0];
     std::string names;
     for (int i = 0; i < size; ++i) {

@@ -1,9 +1,12 @@
-// Attention for precision="fast". Apart from the tables, because it is not under the contract of bits and needs
-// instructions that few processors have. The build compiles this file once for each of them, with HEADWAY_FAST naming
-// the set.
+// Attention and linear for precision="fast". Apart from the tables, because it is not under the contract of bits and
+// needs instructions that few processors have. The build compiles this file once for each of them, with HEADWAY_FAST
+// naming the set.
 #include "attention/attention.h"
 #include "attention/pairs.h"
+#include "layers/pairs.h"
 
+#define HEADWAY_STRING_(a) #a
+#define HEADWAY_STRING(a) HEADWAY_STRING_(a)
 #define HEADWAY_CONCAT_(a, b) a##b
 #define HEADWAY_CONCAT(a, b) HEADWAY_CONCAT_(a, b)
 
@@ -24,9 +27,32 @@ void run_fast(const Attention& task, const Plan& plan, int64_t unit, const Memor
   AttentionBlock<float, Produce::output, PairOperands>(task, plan, arena).run(unit, memory);
 }
 
+Plan plan_fast_linear(const Linear& task, int64_t threads) {
+  if (task.M <= kFewRows) return plan_linear(task, threads);
+  Plan plan{};
+  plan.work = saturating_product(task.M, task.K, task.N);
+  cut_many(task, min(threads, 1 + plan.work / kWorkPerThread), kPairCuts, plan);
+  plan.units = ((task.M + plan.rows - 1) / plan.rows) * ((task.N + plan.span - 1) / plan.span);
+  Arena counting{nullptr}, counting_exact{nullptr};
+  const PairLinear pairs(task, plan, counting);
+  const LinearBlock<float> exact(task, plan, counting_exact);
+  plan.workspace = max(counting.used, counting_exact.used);
+  return plan;
+}
+void run_fast_linear(const Linear& task, const Plan& plan, int64_t unit, const Memory& memory) {
+  if (task.M <= kFewRows) return run_linear(task, plan, unit, memory);
+  const auto finite = [&] {
+    const Tiles tiles;
+    Arena arena{static_cast<char*>(memory.own)};
+    return PairLinear(task, plan, arena).run(unit, memory.stop);
+  };
+  if (!finite()) run_linear(task, plan, unit, memory); // rounding to bfloat16 may have left its range
+}
+
 } // namespace
 
-extern const Kernel<Attention> HEADWAY_CONCAT(attention_, HEADWAY_FAST);
-const Kernel<Attention> HEADWAY_CONCAT(attention_, HEADWAY_FAST) = {plan_fast, run_fast};
+extern const FastKernels HEADWAY_CONCAT(fast_kernels_, HEADWAY_FAST);
+const FastKernels HEADWAY_CONCAT(fast_kernels_, HEADWAY_FAST) = {
+    HEADWAY_STRING(HEADWAY_FAST), {plan_fast, run_fast}, {plan_fast_linear, run_fast_linear}};
 
 } // namespace headway

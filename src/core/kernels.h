@@ -298,13 +298,13 @@ struct KernelList {
 };
 const KernelList& supported_kernels();
 const Kernels& kernels();
-// Attention for precision="fast", chosen at the first such call: with "amx" or "avx512bf16" products where the machine
-// has them and the table above is its best, else "none", the table's own; or what HEADWAY_FAST names. Throws as
-// kernels().
-struct FastAttention {
+// For precision="fast", chosen at the first such call: with "amx" or "avx512bf16" products where the machine has them
+// and the table above is its best, else "none", the table's own; or what HEADWAY_FAST names. Throws as kernels().
+struct FastKernels {
   const char* name;
-  const Kernel<Attention>* kernel;
+  Kernel<Attention> attention;
+  Kernel<Linear> linear;
 };
-const FastAttention& fast_attention();
+const FastKernels& fast_kernels();
 
 } // namespace headway

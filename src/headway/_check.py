@@ -185,6 +185,8 @@ def number(
 
 def choice(x: Any, name: str, options: tuple[Any, ...]) -> None:
     """Raise unless x is one of the options."""
+    if type(x) is str and x in options:
+        return
     if not any(x is option or (isinstance(x, str) and x == option) for option in options):
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {shown(x)}{meant(x, options)}")
 

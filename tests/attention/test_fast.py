@@ -194,3 +194,61 @@ def test_each_set_of_instructions_that_this_machine_has(name: str) -> None:
     assert used == name
     assert same == (name == "none")
     assert error <= 0.1
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([25, 31, 32, 33, 64, 130]),
+    st.sampled_from([0, 1, 2, 15, 31, 32, 33, 130, 1024, 1026]),
+    st.sampled_from([1, 15, 16, 17, 63, 64, 65, 130]),
+    st.sampled_from(NARROW),
+    st.sampled_from(NARROW),
+    st.sampled_from([None, *NARROW]),
+    st.data(),
+)
+@settings(max_examples=150)
+def test_fast_linear_is_the_definition_up_to_bfloat16(
+    seed: int, M: int, K: int, N: int, x_dtype: str, w_dtype: str, b_dtype: str | None, data: st.DataObject
+) -> None:
+    rng = np.random.default_rng(seed)
+    layouts = st.sampled_from([layout for layout in LAYOUTS if layout != "spread"])  # which needs heads
+    x = laid_out(normal(rng, M, K, dtype=x_dtype), data.draw(layouts))
+    w = laid_out(normal(rng, K, N, dtype=w_dtype), data.draw(layouts))
+    b = None if b_dtype is None else normal(rng, N, dtype=b_dtype)
+    y = hw.linear(x, w, b, precision="fast")
+    want = reference.linear(wide(x), wide(w), None if b is None else wide(b))
+    # A product is off by 2 units at most; K of them, whose signs are chance, by less than 8 sqrt(K); the result by one.
+    assert np.abs(wide(y) - want).max(initial=0) <= UNIT * (16 * np.sqrt(K) + 2 * np.abs(want).max(initial=1))
+
+
+@pytest.mark.parametrize("place", [(0, 0), (39, 63), (7, 20)])
+def test_fast_linear_is_exact_where_bfloat16_overflows(place: tuple[int, int]) -> None:
+    """3.4e38 rounds to infinity in bfloat16; what is infinite in the definition stays so."""
+    rng = np.random.default_rng(0)
+    x, w = normal(rng, 40, 64), normal(rng, 64, 50) * np.float32(1e-3)
+    x[place] = 3.4e38
+    assert same_bits(hw.linear(x, w, precision="fast"), hw.linear(x, w))
+    x[place] = np.inf
+    assert same_bits(hw.linear(x, w, precision="fast"), hw.linear(x, w))
+
+
+def test_few_rows_of_fast_linear_are_exact() -> None:
+    rng = np.random.default_rng(0)
+    x, w = normal(rng, 24, 70), normal(rng, 70, 50)
+    assert same_bits(hw.linear(x, w, precision="fast"), hw.linear(x, w))
+
+
+def test_fast_projections() -> None:
+    rng = np.random.default_rng(0)
+    x = normal(rng, 40, 32)
+    weights = {name: normal(rng, 32, 32) / np.float32(32**0.5) for name in ("w_q", "w_k", "w_v", "w_o")}
+    got = hw.multi_head_attention(x, x, x, num_heads=4, precision="fast", **weights)
+    want = hw.multi_head_attention(x, x, x, num_heads=4, **weights)
+    assert 0 <= np.abs(got - want).max() < 16 * UNIT
+
+
+def test_no_fast_linear_in_float64() -> None:
+    with pytest.raises(ValueError, match=r"precision: expected 'exact' for float64, got 'fast'.*convert x and w first"):
+        hw.linear(np.ones((30, 4)), np.ones((4, 4)), precision="fast")
+    with pytest.raises(ValueError, match="precision: expected one of"):
+        hw.linear([[1.0]], [[1.0]], precision="quick")  # type: ignore[call-overload]

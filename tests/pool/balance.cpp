@@ -36,7 +36,7 @@ void linear(int64_t M, int64_t K, int64_t N, bool transposed, int64_t threads) {
   task.M = M, task.K = K, task.N = N, task.compute = DType::f32;
   task.w.stride[0] = transposed ? 1 : N, task.w.stride[1] = transposed ? K : 1;
   const Plan plan = plan_linear(task, threads);
-  const int64_t blocks = (M + plan.rows - 1) / plan.rows, pack = M > kFewRows ? kPackRows : 0;
+  const int64_t blocks = (M + plan.rows - 1) / plan.rows, pack = M > kFewRows ? kManyCuts.pack_rows : 0;
   std::vector<double> costs;
   for (int64_t unit = 0; unit < plan.units; ++unit) {
     const int64_t rows = std::min(plan.rows, M - unit % blocks * plan.rows);

@@ -14,11 +14,8 @@ namespace headway {
 namespace {
 
 constexpr int64_t kFewRows = 24;        // four tiles: from there on, arithmetic takes longer than reading the weights
-constexpr int64_t kManyRows = 384;      // most rows of a unit: their part of x, 384 KB, stays in the second-level cache
-constexpr int64_t kManyColumns = 256;   // most columns of such a unit: that part of x is read again for each 64
-constexpr int64_t kSplitRows = 48;      // least rows of such a unit, where there are more threads than units,
+constexpr int64_t kSplitRows = 48;      // least rows of a unit of more, where there are more threads than units,
 constexpr int64_t kSplitColumns = 32;   // and columns
-constexpr int64_t kPackRows = 24;       // packing weights takes as long as so many rows
 constexpr int64_t kStepRows = 12;       // rows of x between which the next weights are packed
 constexpr int64_t kPrefetchRows = 16;   // how many rows before that they are prefetched
 constexpr int64_t kPanelColumns = 64;   // weights are packed so many columns at a time, 64 KB
@@ -43,19 +40,28 @@ inline void cut_few(const Linear& task, int64_t threads, Plan& plan) {
     if (soonest.than(end + kLate * double(span))) plan.span = span;
   }
 }
-// Of many rows: each unit packs its weights.
-inline void cut_many(const Linear& task, int64_t threads, Plan& plan) {
-  const int64_t least = (task.M + kManyRows - 1) / kManyRows;
+// Of many rows: each unit packs its weights, and its rows of x.
+struct Cuts {
+  int64_t most_rows, most_columns;
+  int64_t pack_rows, pack_columns; // packing weights takes as long as so many rows, packing x as so many columns
+};
+inline void cut_many(const Linear& task, int64_t threads, const Cuts& cuts, Plan& plan) {
+  const int64_t least = (task.M + cuts.most_rows - 1) / cuts.most_rows;
   const int64_t most = max(min(task.M / kSplitRows, least + threads), least);
   Soonest soonest;
   for (int64_t blocks = least; blocks <= most; ++blocks)
-    for (int64_t span = kManyColumns; span >= kSplitColumns; span -= 16) {
+    for (int64_t span = cuts.most_columns; span >= kSplitColumns; span -= 16) {
       const int64_t rows = round_up((task.M + blocks - 1) / blocks, kTileRows), rest = task.N % span;
-      const auto cost = [&](int64_t columns) { return double(rows + kPackRows) * double(columns); };
+      const auto cost = [&](int64_t columns) {
+        return double(rows + cuts.pack_rows) * double(columns) + double(rows * cuts.pack_columns);
+      };
       if (soonest.than(makespan(task.N / span * blocks, cost(span), rest ? blocks : 0, cost(rest), threads)))
         plan.rows = rows, plan.span = span;
     }
 }
+
+// 384 KB of x stay in the second-level cache, and are read again for each 64 of the columns.
+constexpr Cuts kManyCuts = {.most_rows = 384, .most_columns = 256, .pack_rows = 24, .pack_columns = 0};
 
 template <class T> struct LinearBlock {
   const Linear& task;
@@ -298,7 +304,7 @@ template <class T> Plan plan_linear_as(const Linear& task, int64_t threads) {
   Plan plan{};
   plan.work = saturating_product(task.M, task.K, task.N);
   threads = min(threads, 1 + plan.work / kWorkPerThread);
-  task.M <= kFewRows ? cut_few(task, threads, plan) : cut_many(task, threads, plan);
+  task.M <= kFewRows ? cut_few(task, threads, plan) : cut_many(task, threads, kManyCuts, plan);
   plan.units = ((task.M + plan.rows - 1) / plan.rows) * ((task.N + plan.span - 1) / plan.span);
   Arena counting{nullptr};
   const LinearBlock<T> block(task, plan, counting);

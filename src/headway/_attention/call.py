@@ -16,7 +16,7 @@ import headway._native as _native
 from .. import _check
 from .._arrays import Operand, compute_dtype, indexable, items, promote, storage, unrepeated, unwrap
 from .._signatures import AnyArray, defaults_of
-from .options import Causal, Corner, Precision, Window
+from .options import Causal, Corner, Precision, Window, is_fast
 
 LARGEST_HEAD = 2**16  # each thread packs a chunk of keys and one of values
 _CAUSAL = (None, False, True, *get_args(Corner))
@@ -130,11 +130,7 @@ def _plan(
     shape = _check.batch_shape(**batches)
     dtype = promote(*dtypes)
     compute = compute_dtype(dtype)
-    _check.choice(precision, "precision", _PRECISION)
-    if precision == "fast" and compute == "float64":
-        raise ValueError(
-            "precision: expected 'exact' for float64, got 'fast', which computes in bfloat16; convert q, k and v first"
-        )
+    fast = is_fast(precision, compute == "float64", "q, k and v")
     _check.choice(causal, "causal", _CAUSAL)
     if causal is True and length != keys:
         raise ValueError(
@@ -161,7 +157,7 @@ def _plan(
         key_offset=key_offset,
         wide=compute == "float64",
         k_in_panels=in_panels,
-        fast=precision == "fast",
+        fast=fast,
     )
     lead = (*shape, q_heads, length)
     return Plan((*lead, q_size), (*shape, *core), () if v is None else (*shape, *v[-3:]), lead, dtype, factor, options)

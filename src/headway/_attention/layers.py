@@ -15,13 +15,16 @@ import headway._native as _native
 from .. import _check
 from .._arrays import Operand, compute_dtype, promote, storage, unwrap
 from .._signatures import AnyArray, NumPyLike, Tensor
+from .options import Precision, is_fast
 
 __all__ = ["linear", "rms_norm", "rotary", "swiglu"]
 
 MAX_ANGLE = 2**24  # the range that sine and cosine are reduced exactly in
 
 
-def product(x: Operand, w: Operand, b: Operand | None, dtype: str, names: tuple[str, str, str]) -> NDArray[Any]:
+def product(
+    x: Operand, w: Operand, b: Operand | None, dtype: str, names: tuple[str, str, str], precision: Precision
+) -> NDArray[Any]:
     """Return x w + b as numbers of this type, for operands that are not yet checked."""
     x_name, w_name, b_name = names
     if w.data.ndim != 2:
@@ -34,34 +37,38 @@ def product(x: Operand, w: Operand, b: Operand | None, dtype: str, names: tuple[
         )
     if b is not None and b.data.shape != w.data.shape[1:]:
         raise ValueError(f"{b_name}: expected shape ({w.data.shape[1]},), got {b.data.shape}")
+    wide = compute_dtype(dtype) == "float64"
+    fast = is_fast(precision, wide, f"{x_name} and {w_name}")
     *leading, inner = x.data.shape
     y = np.empty((*leading, w.data.shape[1]), storage(dtype))
     if y.size:
         rows = math.prod(leading)
-        wide = compute_dtype(dtype) == "float64"
-        _native.linear(x.data.reshape(rows, inner), w.data, None if b is None else b.data, wide, y.reshape(rows, -1))
+        offset = None if b is None else b.data
+        _native.linear(x.data.reshape(rows, inner), w.data, offset, wide, fast, y.reshape(rows, -1))
     return y
 
 
 @typing.overload
-def linear(x: NumPyLike, w: AnyArray, b: AnyArray | None = None) -> NDArray[Any]: ...
+def linear(x: NumPyLike, w: AnyArray, b: AnyArray | None = None, *, precision: Precision = "exact") -> NDArray[Any]: ...
 @typing.overload
-def linear(x: Tensor, w: AnyArray, b: AnyArray | None = None) -> Tensor: ...
+def linear(x: Tensor, w: AnyArray, b: AnyArray | None = None, *, precision: Precision = "exact") -> Tensor: ...
 @_check.public
-def linear(x: AnyArray, w: AnyArray, b: AnyArray | None = None) -> Any:
+def linear(x: AnyArray, w: AnyArray, b: AnyArray | None = None, *, precision: Precision = "exact") -> Any:
     """Return y = x @ w + b.
 
     Args:
         x: (..., in), of float64, float32, float16 or bfloat16.
         w: (in, out), any strides: a weight stored as (out, in) goes in as its transpose view.
         b: (out,), or None.
+        precision: "exact"; "fast" gives up the contract of bits for the machine's 16-bit dot products, where it has
+            any: x and w are rounded to bfloat16, sums are float32. Up to 24 rows are exact: they wait for memory.
 
     Returns:
         (..., out) of x's kind, in the type that x, w and b promote to.
 
     Raises:
         TypeError: not an array of floating numbers.
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit; a precision that there is not, or "fast" for float64.
 
     >>> import numpy as np, headway as hw
     >>> hw.linear(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0], [5.0, 6.0]]), np.array([0.5, 0.5]))
@@ -70,7 +77,7 @@ def linear(x: AnyArray, w: AnyArray, b: AnyArray | None = None) -> Any:
     left, right = unwrap(x, "x"), unwrap(w, "w")
     offset = None if b is None else unwrap(b, "b")
     dtype = promote(left.dtype, right.dtype, *(() if offset is None else (offset.dtype,)))
-    return left.wrap(product(left, right, offset, dtype, ("x", "w", "b")), dtype)
+    return left.wrap(product(left, right, offset, dtype, ("x", "w", "b"), precision), dtype)
 
 
 _BASE = "a number >= 1"
@@ -136,13 +143,14 @@ def rotary(
     *batch, length, size = operand.data.shape
     if len(batch) > 8:
         _check.batch_shape(x=tuple(batch))
-    if frequencies is None:
+    given: Any = frequencies
+    if given is None:
         base = base if type(base) is float else _check.number(base, "base", _BASE)
         turns, fastest = _frequencies_of_base(base, size // 2)
-    elif type(frequencies) is tuple and set(map(type, frequencies)) == {float}:
-        turns, fastest = _frequencies(frequencies, size // 2)  # as a model's settings hold them, for every token
+    elif type(given) is tuple and set(map(type, given)) == {float}:
+        turns, fastest = _frequencies(given, size // 2)  # as a model's settings hold them, for every token
     else:
-        turns, fastest = _as_frequencies(frequencies, size // 2)
+        turns, fastest = _as_frequencies(given, size // 2)
     if positions is None and length > MAX_ANGLE and operand.data.size:
         raise ValueError(f"x: expected at most {MAX_ANGLE} rows where positions are their numbers, got {length}")
     if positions is None:
@@ -190,7 +198,7 @@ def rms_norm(x: AnyArray, weight: AnyArray, *, eps: float = 1e-6) -> Any:
     dtype = promote(operand.dtype, factors.dtype)
     y = np.empty(operand.data.shape, storage(dtype))
     if y.size:
-        compute, columns = compute_dtype(dtype), y.shape[-1]
+        compute, columns = compute_dtype(dtype), factors.data.size
         epsilon = _check.number(eps, "eps", "a number > 0", above=0.0, within=compute)
         rows, results = operand.data.reshape(-1, columns), y.reshape(-1, columns)
         _native.rms_norm(rows, factors.data, epsilon, compute == "float64", results)

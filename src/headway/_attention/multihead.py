@@ -15,7 +15,7 @@ from .._arrays import Operand, as_bits, compute_dtype, promote, storage, unwrap
 from .._signatures import AnyArray, NumPyLike, Tensor, Unpack, shows_options
 from .call import DEFAULTS, only, prepare, run
 from .layers import product
-from .options import AttentionOptions, MultiHeadOptions
+from .options import AttentionOptions, MultiHeadOptions, Precision
 
 __all__ = ["multi_head_attention"]
 
@@ -120,7 +120,7 @@ def multi_head_attention(
         softcap: see `attention`.
         sinks: see `attention`.
         kv_lengths: see `attention`.
-        precision: see `attention`; projections are exact in either.
+        precision: see `attention` and `linear`, which projects.
         return_lse: also return the log-sum-exp (..., h, L).
 
     Returns:
@@ -143,6 +143,7 @@ def multi_head_attention(
         raise ValueError(
             f"num_kv_heads: expected a divisor of num_heads = {_check.shown(heads)}, got {_check.shown(groups)}"
         )
+    precision: Precision = options.get("precision", "exact")
     places = None if decimals is None else _check.integer(decimals, "decimals", 0, 300)
     inputs = {"q": unwrap(q, "q"), "k": unwrap(k, "k"), "v": unwrap(v, "v")}
     for name, x in inputs.items():
@@ -164,7 +165,8 @@ def multi_head_attention(
         count, argument = (heads, "num_heads") if name == "q" else (groups, "num_kv_heads")
         if argument == "num_kv_heads" and num_kv_heads is None and weights[name] is not None:
             argument = f"w_{name}"
-        projected[name] = _split(_project(x, weights[name], biases[name], compute, name), count, name, argument)
+        wide = _project(x, weights[name], biases[name], compute, name, precision)
+        projected[name] = _split(wide, count, name, argument)
     size, other = (projected[name].data.shape[-1] for name in "qk")
     if size != other:
         named = next((f"w_{name}" for name in "kq" if weights[name] is not None), "k")
@@ -182,7 +184,8 @@ def multi_head_attention(
     lse = attended[1] if return_lse else None
     out = side_by_side.reshape(*batch, length, heads * size)
     if weights["o"] is not None:
-        out = product(Operand(out, compute, as_bits), weights["o"], biases["o"], final, ("attended", "w_o", "b_o"))
+        joined = Operand(out, compute, as_bits)
+        out = product(joined, weights["o"], biases["o"], final, ("attended", "w_o", "b_o"), precision)
     if places is not None:
         rows = np.ascontiguousarray(out).reshape(-1, max(out.shape[-1], 1))
         _native.round(rows, places, rows)
@@ -191,9 +194,11 @@ def multi_head_attention(
     return result if lse is None else (result, inputs["q"].wrap(lse, compute))
 
 
-def _project(x: Operand, w: Operand | None, b: Operand | None, compute: str, name: str) -> Operand:
+def _project(
+    x: Operand, w: Operand | None, b: Operand | None, compute: str, name: str, precision: Precision
+) -> Operand:
     if w is not None:
-        return Operand(product(x, w, b, compute, (name, f"w_{name}", f"b_{name}")), compute, as_bits)
+        return Operand(product(x, w, b, compute, (name, f"w_{name}", f"b_{name}"), precision), compute, as_bits)
     return Operand(x.astype(compute), compute, as_bits) if compute == "float64" else x
 
 

@@ -1,15 +1,26 @@
-"""The options of attention, each with its type; their defaults stand in the signature of `prepare`."""
+"""The options of attention and linear, each with its type; their defaults stand in the signature of `prepare`."""
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
+from .. import _check
 from .._signatures import AnyArray
 
 Corner: TypeAlias = Literal["top_left", "bottom_right"]
 Causal: TypeAlias = Corner | bool | None
 Window: TypeAlias = tuple[int | None, int | None] | None
 Precision: TypeAlias = Literal["exact", "fast"]
+
+
+def is_fast(precision: Any, wide: bool, names: str) -> bool:
+    """Check a precision, for arrays of these names that are computed in float64 where `wide`."""
+    _check.choice(precision, "precision", get_args(Precision))
+    if wide and precision == "fast":
+        raise ValueError(
+            f"precision: expected 'exact' for float64, got 'fast', which computes in bfloat16; convert {names} first"
+        )
+    return bool(precision == "fast")
 
 
 class PartOptions(TypedDict, total=False):

@@ -98,7 +98,7 @@ OPERATORS = {
         Operator(hw.attention, _attention, {"q": 3, "k": 3, "v": 3, **_SCORES}),
         Operator(hw.attention_weights, _attention_weights, {"q": 3, "k": 3, **_SCORES}),
         Operator(hw.multi_head_attention, _multi_head_attention, {"q": 2, "k": 2, "v": 2, **_SCORES}),
-        Operator(hw.linear, lambda x, w, b: [((*x.shape[:-1], w.shape[-1]), _promoted(x, w, b))], {"x": 1}),
+        Operator(hw.linear, lambda x, w, b, **_: [((*x.shape[:-1], w.shape[-1]), _promoted(x, w, b))], {"x": 1}),
         Operator(hw.rotary, lambda x, **options: [(x.shape, _promoted(x))], {"x": 2, "positions": 1}),
         Operator(hw.rms_norm, lambda x, weight, eps: [(x.shape, _promoted(x, weight))], {"x": 1}),
         Operator(hw.swiglu, lambda gate, up: [(gate.shape, _promoted(gate, up))]),

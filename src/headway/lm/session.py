@@ -113,7 +113,7 @@ class Session:
     def _scores(self, x: Floats) -> Floats:
         scores = np.empty((len(x), self.config.vocab_size), np.float32)
         if len(x):
-            _native.linear(x, self.weights.head, None, False, scores)
+            _native.linear(x, self.weights.head, None, False, False, scores)
         return scores
 
     def _append(self, tokens: NDArray[np.int64]) -> Floats:

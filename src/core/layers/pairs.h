@@ -1,0 +1,119 @@
+// linear for precision="fast": x and w are rounded to bfloat16 and multiplied in pairs along the inner axis.
+//
+// A unit is a block of rows by a span of columns. For each stretch of the inner axis its rows of x become pairs, or are
+// read in place, and w is packed 64 columns at a time; the sums of a unit stay in the second-level cache.
+#pragma once
+#include "../ground/pairs.h"
+#include "linear.h"
+
+namespace headway {
+namespace {
+
+constexpr Cuts kPairCuts = {.most_rows = 512, .most_columns = 1024, .pack_rows = 48, .pack_columns = 32};
+constexpr int64_t kPairDepth = 512; // pairs of the inner axis, at most: of 512 rows they take 1 MB
+constexpr int64_t kPairPanel = 64;  // columns
+
+struct PairLinear {
+  const Linear& task;
+  const Plan& plan;
+  BFloat16Pair *x_pairs, *packed;
+  float *sums, *buffer;
+
+  PairLinear(const Linear& t, const Plan& p, Arena& arena) : task(t), plan(p) {
+    const int64_t rows = round_up(plan.rows, kPairRows), width = round_up(plan.span, 16);
+    x_pairs = arena.take<BFloat16Pair>(rows * kPairDepth);
+    packed = arena.take<BFloat16Pair>(kPairPanel * kPairDepth);
+    sums = arena.take<float>(rows * width);
+    buffer = arena.take<float>(max(18 * kPairDepth, width)); // a column of floats, behind 16 columns of pairs
+  }
+
+  // Whether all results are finite; if not, none is written.
+  bool run(int64_t unit, Stop* stop) {
+    const int64_t blocks = (task.M + plan.rows - 1) / plan.rows;
+    const int64_t first_row = unit % blocks * plan.rows, rows = min(plan.rows, task.M - first_row);
+    const int64_t first = unit / blocks * plan.span, columns = min(plan.span, task.N - first);
+    const int64_t width = round_up(columns, 16);
+    if (task.K == 0) memset(sums, 0, size_t(rows * width) * sizeof(float));
+    for (int64_t k = 0; k < task.K; k += 2 * kPairDepth) {
+      const int64_t count = min(2 * kPairDepth, task.K - k), pairs = round_up((count + 1) / 2, kPairStep);
+      int64_t x_row;
+      const BFloat16Pair* x = read_x(first_row, rows, k, count, pairs, x_row);
+      for (int64_t j = 0; j < columns; j += kPairPanel) {
+        const int64_t some = min(kPairPanel, columns - j);
+        if (stop->after(rows * some * count)) return true;
+        for (int64_t i = 0; i < some; i += 16)
+          pack(k, count, pairs, first + j + i, min(16, some - i), packed + i * pairs);
+        multiply_pairs(rows, round_up(some, 16), pairs, x, x_row, packed, 16, 16 * pairs, sums + j, width, k > 0);
+      }
+    }
+    if (task.b.data) read_row(address(task.b, 0, first), task.b.dtype, task.b.stride[0], columns, buffer);
+    float poison = 0; // becomes NaN: x * 0 is 0 for finite x alone
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) {
+        float& sum = sums[i * width + j];
+        if (task.b.data) sum += buffer[j];
+        poison += sum * 0;
+      }
+    if (poison != 0) return false;
+    for (int64_t i = 0; i < rows; ++i)
+      write_row(sums + i * width, columns, address(task.y, 0, first_row + i, first), task.y.dtype);
+    return true;
+  }
+
+private:
+  // Tiles read kPairRows rows at least: in place only where there are so many.
+  const BFloat16Pair* read_x(int64_t first_row, int64_t rows, int64_t k, int64_t count, int64_t pairs, int64_t& x_row) {
+    const View& x = task.x;
+    x_row = x.stride[0] / 2;
+    if (rows % kPairRows == 0)
+      if (const auto* in_place = as_pairs(address(x, 0, first_row, k), x.dtype, x.stride[1], x.stride[0], count, pairs))
+        return in_place;
+    x_row = pairs;
+    for (int64_t i = 0; i < rows; ++i) {
+      read_row(address(x, 0, first_row + i, k), x.dtype, x.stride[1], count, buffer);
+      narrow_row(buffer, count, pairs, x_pairs + i * pairs);
+    }
+    return x_pairs;
+  }
+  // Up to 16 columns of w: (pairs, 16).
+  void pack(int64_t k, int64_t count, int64_t pairs, int64_t column, int64_t columns, BFloat16Pair* panel) {
+    const View& w = task.w;
+    auto* words = reinterpret_cast<int32_t*>(panel);
+    if (w.stride[0] != 1 || w.stride[1] == 1) {
+      const auto* narrow =
+          w.dtype == DType::bf16 && w.stride[1] == 1 && columns == 16 ? address(w, 0, k, column) : nullptr;
+      float *even = buffer, *odd = buffer + 16;
+      if (columns < 16) memset(buffer, 0, 32 * sizeof(float));
+      for (int64_t i = 0; i < pairs; ++i) {
+        const bool second = 2 * i + 1 < count;
+        if (narrow && second) {
+          const auto* row = reinterpret_cast<const uint16_t*>(narrow) + 2 * i * w.stride[0];
+          (load_integers<int32_t>(row) | load_integers<int32_t>(row + w.stride[0]) << 16).store(words + 16 * i);
+          continue;
+        }
+        for (int64_t half = 0; half < 2; ++half) {
+          float* to = half ? odd : even;
+          if (2 * i + half < count)
+            read_row(address(w, 0, k + 2 * i + half, column), w.dtype, w.stride[1], columns, to);
+          else
+            memset(to, 0, 16 * sizeof(float));
+        }
+        join_rows(even, odd, 16, panel + 16 * i);
+      }
+    } else if (const auto* in_place =
+                   as_pairs(address(w, 0, k, column), w.dtype, w.stride[0], w.stride[1], count, pairs)) {
+      make_panel(reinterpret_cast<const int32_t*>(in_place), w.stride[1] / 2, columns, pairs, words);
+    } else {
+      auto* lanes = reinterpret_cast<BFloat16Pair*>(buffer);
+      float* lane = buffer + 16 * pairs;
+      for (int64_t i = 0; i < columns; ++i) {
+        read_row(address(w, 0, k, column + i), w.dtype, w.stride[0], count, lane);
+        narrow_row(lane, count, pairs, lanes + i * pairs);
+      }
+      make_panel(reinterpret_cast<const int32_t*>(lanes), pairs, columns, pairs, words);
+    }
+  }
+};
+
+} // namespace
+} // namespace headway
