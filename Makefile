@@ -29,6 +29,7 @@ CHECK_TOOLS := ruff mypy pyright[nodejs] jedi clang-format
 PEERS := $(shell grep '^torch==' constraints.txt) transformers mlx[cpu] mlx-lm jax onnx onnxruntime llguidance apache-tvm-ffi pydantic
 LONE_PEERS := xgrammar # installed without what they need
 BENCH_PEERS := openvino llama-cpp-python
+BENCH_LONE_PEERS := gguf # writes files for llama.cpp
 CONFORMANCE_PEERS := llama-cpp-python msgspec
 CONFORMANCE_LONE_PEERS := sglang
 
@@ -101,7 +102,7 @@ versions:
 
 constraints:
 	$(PYTHON) tools/constraints.py $(BUILD_TOOLS) $(CHECK_TOOLS) \
-	  --peers '$(subst $() ,' ',$(strip $(PEERS) $(BENCH_PEERS) $(CONFORMANCE_PEERS)))' --alone $(LONE_PEERS) $(CONFORMANCE_LONE_PEERS)
+	  --peers '$(subst $() ,' ',$(strip $(PEERS) $(BENCH_PEERS) $(CONFORMANCE_PEERS)))' --alone $(LONE_PEERS) $(BENCH_LONE_PEERS) $(CONFORMANCE_LONE_PEERS)
 
 cross:
 	tests/cross/run
@@ -140,7 +141,7 @@ $(VENV)/peers: $(VENV)/test
 	touch $@
 
 $(VENV)/bench: $(VENV)/peers
-	for peer in $(patsubst %,'%',$(BENCH_PEERS)); do $(PIP) "$$peer" || echo "no $$peer here: it is left out"; done
+	for peer in $(patsubst %,'%',$(BENCH_PEERS)) $(BENCH_LONE_PEERS:%='--no-deps %'); do $(PIP) $$peer || echo "no $$peer here: it is left out"; done
 	touch $@
 
 # The types of headway.integrations are checked against the libraries themselves.

@@ -13,11 +13,17 @@ import time
 
 import headway as hw
 
-from . import attention, layers, models, report, sampling
+from . import attention, language, layers, models, report, sampling
 from .harness import measure
 from .limits import limits
 
-SUBJECTS = {"attention": attention.rows, "layers": layers.rows, "sampling": sampling.rows, "models": models.rows}
+SUBJECTS = {
+    "attention": attention.rows,
+    "layers": layers.rows,
+    "language": language.rows,
+    "sampling": sampling.rows,
+    "models": models.rows,
+}
 
 
 def main() -> None:
@@ -26,7 +32,9 @@ def main() -> None:
     parser.add_argument("subjects", nargs="*", metavar="subject", help=f"{', '.join(SUBJECTS)}; all by default")
     parser.add_argument("--only", default="", metavar="PATTERN", help="rows whose 'section: name' matches")
     parser.add_argument("--seconds", type=float, default=0.5, help="of calls per candidate (default: %(default)s)")
-    parser.add_argument("--write", action="store_true", help="write docs/performance.md from all that is stored")
+    parser.add_argument(
+        "--write", action="store_true", help="write this machine's part of docs/performance.md from all that is stored"
+    )
     parser.add_argument("--no-measuring", action="store_true", help="with --write: only render what is stored")
     options = parser.parse_args()
     if unknown := set(options.subjects) - set(SUBJECTS):
@@ -45,7 +53,7 @@ def main() -> None:
             report.show(row, result, measured)
             report.keep(row, result, measured)
     if options.write:
-        report.write([row for subject in SUBJECTS.values() for row in subject()], hw.get_num_threads())
+        report.write([row for subject in SUBJECTS.values() for row in subject()])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .harness import Candidate, Contest, Row
-from .runtimes import THREADS, from_torch
+from .runtimes import THREADS, from_torch, keeping
 
 CONTEXT = 4096
 SHAPE = {
@@ -96,23 +96,20 @@ def decode(dtype: str) -> Contest:
     """Score the token behind a context of 4,096 from its keys and values."""
 
     def candidate(make: Callable[[], Any]) -> Candidate:
-        import inspect
-
         import transformers
 
         model, ids = make(), _ids(CONTEXT + 1)
         cache = transformers.DynamicCache(config=model.config)
-        parameters = inspect.signature(type(model).forward).parameters
-        kept = {"cache" if "cache" in parameters else "past_key_values": cache}
+        kept = keeping(model, cache)
         for start in range(0, CONTEXT, 512):
-            model(ids[:, start : start + 512], logits_to_keep=1, use_cache=True, **kept)
+            model(ids[:, start : start + 512], logits_to_keep=1, **kept)
 
         def forget() -> None:
             if beyond := cache.get_seq_length() - CONTEXT:
                 cache.crop(-beyond)
 
         def step() -> Any:
-            return model(ids[:, CONTEXT:], use_cache=True, **kept).logits
+            return model(ids[:, CONTEXT:], **kept).logits
 
         return Candidate(step, lambda y: from_torch(y.float()), forget, 1)
 

@@ -1,21 +1,39 @@
-"""What was measured, kept as JSON under build/bench, and shown: in the terminal, as tables, as a plot."""
+"""What was measured, kept as JSON under build/bench, and shown: in the terminal, as tables, as a plot.
+
+docs/performance.md has a section for each machine, its tables are a page of their own; a machine's figures take the
+place of its own older ones alone.
+"""
 
 from __future__ import annotations
 
 import json
 import platform
+import re
+from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+import headway as hw
 
 from .harness import Result, Row
 
 ROOT = Path(__file__).parent.parent
-STORE = ROOT / "build" / "bench" / "results.json"
+STORE = ROOT / "build" / "bench"
 PAGE = ROOT / "docs" / "performance.md"
-PLOT = ROOT / "docs" / "performance" / "attention.svg"
-BEGIN, END = "<!-- measured: begin (make bench writes this part) -->", "<!-- measured: end -->"
+TABLES = ROOT / "docs" / "performance"
+END = "<!-- machines: end (make bench writes the sections above) -->"
+# What a reader wants to know first, and the sections whose rows say it.
+SUMMARY = {
+    "prefill": ("prefill",),
+    "decode": ("decode",),
+    "layer": ("layers",),
+    "language model": ("language models",),
+    "sampling": ("sampling, one row", "sampling, 32 rows"),
+}
 PEERS = ("torch", "onnxruntime", "openvino", "jax", "transformers", "llama_cpp_python", "numpy")
 Stored = dict[str, Any]
 
@@ -42,41 +60,59 @@ def show(row: Row, result: Result, limits: dict[str, float]) -> None:
 
 
 def keep(row: Row, result: Result, limits: dict[str, float]) -> None:
-    """Add a row to what is stored, in place of an older measurement of it."""
-    stored = load()
-    stored["machine"] = machine(limits)
+    """Add a row to what is stored of this machine, in place of an older measurement of it."""
+    about = machine(limits)
+    stored = load(about["name"])
+    stored["machine"] = about
     entry = {"work": row.work, "limit": row.limit, "limits": limits, **asdict(result)}
     stored.setdefault("rows", {}).setdefault(row.section, {})[row.name] = entry
-    STORE.parent.mkdir(parents=True, exist_ok=True)
-    STORE.write_text(json.dumps(stored, indent=1))
+    STORE.mkdir(parents=True, exist_ok=True)
+    _store(about["name"]).write_text(json.dumps(stored, indent=1))
 
 
-def load() -> Stored:
-    """Return what is stored."""
-    return dict(json.loads(STORE.read_text())) if STORE.exists() else {}
+def load(name: str) -> Stored:
+    """Return what is stored of the machine of this name."""
+    return dict(json.loads(_store(name).read_text())) if _store(name).exists() else {}
+
+
+def _store(name: str) -> Path:
+    return STORE / f"{slug(name)}.json"
+
+
+def slug(name: str) -> str:
+    """Return a machine's name as that of a file."""
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def machine(limits: dict[str, float]) -> Stored:
-    """Say what was measured on."""
-    name = platform.processor() or platform.machine()
-    flags: set[str] = set()
-    if (info := Path("/proc/cpuinfo")).exists():
-        fields = dict(line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line)
+    """Say what is measured on: the processor's own name, its instruction set, as headway uses it, and the threads."""
+    name, found = platform.processor() or platform.machine(), hw.info()
+    if (cpu := Path("/proc/cpuinfo")).exists():
+        fields = dict(line.split(":", 1) for line in cpu.read_text().split("\n\n")[0].splitlines() if ":" in line)
         fields = {key.strip(): value.strip() for key, value in fields.items()}
-        name, flags = fields.get("model name", name), set(fields.get("flags", "").split())
-    wide = " with AVX-512" if "avx512f" in flags else " with AVX2" if "avx2" in flags else ""
+        name = fields.get("model name", name)
+        if {"cpu family", "model"} <= set(fields):  # many names are those of a whole family
+            name += f", family {fields['cpu family']}, model {fields['model']}"
     versions = {}
     for peer in PEERS:
         try:
             versions[peer] = version(peer)
         except PackageNotFoundError:
             versions[peer] = "not installed"
-    return {"processor": name + wide, "versions": versions, "limits": limits}
+    name += f": {found.isa}, {found.num_threads} threads"
+    today = date.today().isoformat()
+    return {
+        "name": name,
+        "measured": today,
+        "held back": found.isa != found.isas[0],
+        "versions": versions,
+        "limits": limits,
+    }
 
 
-def write(rows: list[Row], threads: int) -> None:
-    """Write the page's tables and the plot from what is stored."""
-    stored = load()
+def write(rows: list[Row]) -> None:
+    """Write this machine's section, and the page of its tables and its plot, from what is stored."""
+    stored = load(machine({})["name"])
     order = {(row.section, row.name): place for place, row in enumerate(rows)}
     sections: dict[str, list[tuple[str, Stored]]] = {}
     for section in dict.fromkeys(row.section for row in rows):
@@ -85,30 +121,89 @@ def write(rows: list[Row], threads: int) -> None:
         if known:
             sections[section] = sorted(known, key=lambda entry: order[section, entry[0]])
     about = stored["machine"]
-    peers = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    name, file = about["name"], slug(about["name"])
     limits = about["limits"]
-    text = [
-        BEGIN,
-        "",
-        f"Measured on {threads} threads of a processor that calls itself {about['processor']}; {peers}. "
-        f"Limits, measured last: {limits.get('fma', 0):.0f} GFLOP/s of fused multiply-adds in float32, "
-        f"{limits.get('read', 0):.0f} GB/s read; each share is of those measured with its row.",
-        "",
-    ]
-    for section, entries in sections.items():
-        text += [f"### {section[0].upper()}{section[1:]}", "", *_table(entries), ""]
-    before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(before + "\n".join([*text, END]) + rest.split(END)[1])
+    peers = ", ".join(f"{peer} {number}" for peer, number in about["versions"].items())
+    origin = (
+        f"Measured last on {about['measured']}, beside {peers}. Limits then: {limits.get('fma', 0):.0f} GFLOP/s of "
+        f"fused multiply-adds in float32, {limits.get('read', 0):.0f} GB/s read; each share is of those measured "
+        f"with its row."
+    )
+    if about["held back"]:
+        origin += " `HEADWAY_ISA` keeps headway from the best instructions of this processor; the peers use them."
+    page = [f"# Measured on {name}", "", "[How it is measured](../performance.md#how-it-is-measured)", "", origin, ""]
     if "prefill" in sections:
-        plot(stored)
+        plot(stored, TABLES / f"{file}.svg")
+        page += [f"![Prefill and decoding, headway beside its peers]({file}.svg)", ""]
+    for section, entries in sections.items():
+        page += [f"## {section[0].upper()}{section[1:]}", "", *_table(entries), ""]
+    TABLES.mkdir(parents=True, exist_ok=True)
+    (TABLES / f"{file}.md").write_text("\n".join(page))
+    begin, end = f"<!-- machine {file} -->", f"<!-- end of {file} -->"
+    lines = [
+        begin,
+        "",
+        f"### {name}",
+        "",
+        f"Measured last on {about['measured']}.",
+        "",
+        *_summary(sections),
+        "",
+        *_lost(sections),
+    ]
+    lines += [f"[All rows](performance/{file}.md), with versions, limits and errors.", "", end, "", ""]
+    text = PAGE.read_text()
+    before, old, rest = text.partition(begin)
+    if old:
+        rest = rest.partition(end)[2].lstrip("\n")
+    else:
+        before, _, rest = text.partition(END)
+        rest = END + rest
+    PAGE.write_text(before + "\n".join(lines) + rest)
+
+
+def _results(entries: list[tuple[str, Stored]]) -> Iterator[tuple[str, Stored, Result]]:
+    for name, entry in entries:
+        yield name, entry, Result(**{key: entry[key] for key in ("times", "errors", "left_out", "floors")})
+
+
+def _summary(sections: dict[str, list[tuple[str, Stored]]]) -> list[str]:
+    """A line for each kind of work: the median of its rows, the least and the most."""
+
+    def spread(values: list[float], form: str) -> str:
+        if not values:
+            return ""
+        return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+    lines = ["| | best peer / headway | of limit |", "|---|---|---|"]
+    for title, names in SUMMARY.items():
+        ratios, shares = [], []
+        for _, entry, result in _results([entry for name in names for entry in sections.get(name, [])]):
+            for ours in result.ours:
+                ratios += [ratio] if (ratio := result.ratio(ours)) is not None else []
+                if limit := entry["limits"].get(entry["limit"]):
+                    shares.append(entry["work"] / result.times[ours] / 1e9 / limit)
+        lines.append(f"| {title} | {spread(ratios, '.2f')} | {spread(shares, '.0%')} |".replace("|  |", "| |"))
+    return lines
+
+
+def _lost(sections: dict[str, list[tuple[str, Stored]]]) -> list[str]:
+    """The rows on which a peer is faster."""
+    lost = [
+        (ratio, f"{section}: {name}{ours.removeprefix('headway')}", result.times[ours], result.peers[0])
+        for section, entries in sections.items()
+        for name, _, result in _results(entries)
+        for ours in result.ours
+        if (ratio := result.ratio(ours)) is not None and ratio < 1
+    ]
+    if not lost:
+        return ["headway is the fastest on every row.", ""]
+    lines = ["Rows on which a peer is faster:", "", "| | headway | fastest | fastest / headway |", "|---|---|---|---|"]
+    return [*lines, *(f"| {row} | {_time(ours)} | {peer} | {r:.2f} |" for r, row, ours, peer in sorted(lost)), ""]
 
 
 def _table(entries: list[tuple[str, Stored]]) -> list[str]:
-    results = {
-        name: Result(**{k: v for k, v in e.items() if k in ("times", "errors", "left_out")}) for name, e in entries
-    }
-    for name, entry in entries:
-        results[name].floors = tuple(entry["floors"])
+    results = {name: result for name, _, result in _results(entries)}
     peers = sorted({peer.partition(",")[0] for result in results.values() for peer in result.peers}, key=_peer_order)
     floors = sorted({floor for result in results.values() for floor in result.floors if not result.errors})
     rated = any(entry["limit"] for _, entry in entries)
@@ -154,7 +249,7 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
-def plot(stored: Stored) -> None:
+def plot(stored: Stored, to: Path) -> None:
     """Draw prefill and decode, each with the machine's limit."""
     import matplotlib
 
@@ -213,6 +308,6 @@ def plot(stored: Stored) -> None:
     names = left.get_legend_handles_labels()
     figure.legend(*names, loc="lower center", ncol=len(colours), frameon=False)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
-    PLOT.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PLOT, metadata={"Date": None})
+    to.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(to, metadata={"Date": None})
     plt.close(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -35,6 +36,12 @@ def from_torch(x: Any) -> Array:
 
         return x.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return x.numpy()
+
+
+def keeping(model: Any, cache: Any) -> dict[str, Any]:
+    """Return the arguments by which a model of transformers keeps keys and values; their name differs by version."""
+    parameters = inspect.signature(type(model).forward).parameters
+    return {"cache" if "cache" in parameters else "past_key_values": cache, "use_cache": True}
 
 
 def onnxruntime_candidate(
