@@ -69,7 +69,7 @@ class Result:
     @property
     def ours(self) -> list[str]:
         """Headway's own candidates."""
-        return [name for name in self.times if name.startswith("headway")]
+        return [name for name in self.times if name.startswith("headway") and name not in self.floors]
 
     @property
     def peers(self) -> list[str]:

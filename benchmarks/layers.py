@@ -11,6 +11,7 @@ import numpy as np
 import headway as hw
 
 from .harness import Array, Candidate, Contest, Row
+from .peers import CAN_BE_FAST
 from .problem import numbers
 from .runtimes import as_torch, from_torch, onnxruntime_candidate, openvino_candidate, openvino_type
 
@@ -69,6 +70,8 @@ def linear(m: int, k: int, n: int, dtype: str, transposed: bool) -> Contest:
     }
     if dtype == "float32":
         builders["NumPy"] = lambda: Candidate(lambda: x @ w)
+    if dtype == "bfloat16" and m > 24 and CAN_BE_FAST:
+        builders["headway, fast"] = lambda: Candidate(lambda: hw.linear(x, w, precision="fast"))
     return Contest(builders, exact, lambda y: y[rows_])
 
 
