@@ -32,7 +32,7 @@ Plan plan_fast_linear(const Linear& task, int64_t threads) {
   Plan plan{};
   plan.work = saturating_product(task.M, task.K, task.N);
   cut_many(task, min(threads, 1 + plan.work / kWorkPerThread), kPairCuts, plan);
-  plan.units = ((task.M + plan.rows - 1) / plan.rows) * ((task.N + plan.span - 1) / plan.span);
+  plan.units = linear_units(task, plan);
   Arena counting{nullptr}, counting_exact{nullptr};
   const PairLinear pairs(task, plan, counting);
   const LinearBlock<float> exact(task, plan, counting_exact);

@@ -222,22 +222,6 @@ struct Plan {
   int64_t rows = 0, span = 0; // for the kernel alone: the size of a unit,
   int64_t heads = 0;          // and of how many heads the units come together
 };
-// When the last of some threads ends that take one unit after another: `units` of a cost each, then `rests` of a
-// smaller.
-inline double makespan(int64_t units, double cost, int64_t rests, double rest_cost, int64_t threads) {
-  const int64_t idle = (threads - units % threads) % threads, late = rests > idle ? rests - idle : 0;
-  return double((units + threads - 1) / threads) * cost + double((late + threads - 1) / threads) * rest_cost;
-}
-constexpr double kLate = 0.125; // of a unit: how much later than the others a thread ends by chance
-// Of several ways to cut a task, one after another: whether the threads end sooner than with all before.
-struct Soonest {
-  double end = -1;
-  bool than(double other) {
-    if (end >= 0 && other >= end) return false;
-    end = other;
-    return true;
-  }
-};
 // Waking a thread takes some 10 microseconds, in which the caller alone does about as much work as this.
 constexpr int64_t kWorkPerThread = 1 << 18;
 

@@ -36,11 +36,11 @@ void linear(int64_t M, int64_t K, int64_t N, bool transposed, int64_t threads) {
   task.M = M, task.K = K, task.N = N, task.compute = DType::f32;
   task.w.stride[0] = transposed ? 1 : N, task.w.stride[1] = transposed ? K : 1;
   const Plan plan = plan_linear(task, threads);
-  const int64_t blocks = (M + plan.rows - 1) / plan.rows, pack = M > kFewRows ? kManyCuts.pack_rows : 0;
+  const int64_t pack = M > kFewRows ? kManyCuts.pack_rows : 0;
   std::vector<double> costs;
-  for (int64_t unit = 0; unit < plan.units; ++unit) {
-    const int64_t rows = std::min(plan.rows, M - unit % blocks * plan.rows);
-    costs.push_back(double(rows + pack) * double(std::min(plan.span, N - unit / blocks * plan.span)));
+  for (int64_t i = 0; i < plan.units; ++i) {
+    const LinearUnit unit(task, plan, i);
+    costs.push_back(double(unit.rows + pack) * double(unit.columns));
   }
   const double least =
       M > kFewRows ? double((M / std::max(M / kSplitRows, int64_t(1)) + pack) * kSplitColumns) : double(M * 16);

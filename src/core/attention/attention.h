@@ -9,6 +9,7 @@
 // leave a state (maximum, total weight, weighted sum). The states meet in the fixed tree of tree.h. Nothing is rescaled
 // within a chunk, and an absent chunk changes no bit, so a row is a function of the keys that it may attend to.
 #pragma once
+#include "../ground/makespan.h"
 #include "../ground/tree.h"
 #include "operands.h"
 #include "softmax.h"
@@ -476,14 +477,12 @@ void cut_rows(const Attention& task, int64_t rows, int64_t heads, int64_t row_by
   const int64_t least = max((rows + largest - 1) / largest, 1);
   const int64_t most = max(min((rows + 2 * band - 1) / (2 * band), least + kUnitsPerThread * threads), least);
   Soonest soonest;
+  const auto cost = [](int64_t count) { return double(count + Operands::kPackRows); };
   for (int64_t blocks = least; blocks <= most; ++blocks) {
-    const int64_t size = round_up(max((rows + blocks - 1) / blocks, 1), Block::kTile), rest = rows % size;
-    const auto cost = [&](int64_t count) { return double(count + Operands::kPackRows); };
-    const double late = kLate * cost(size);
-    double end = makespan(heads * (rows / size), cost(size), rest ? heads : 0, cost(rest), threads) + late;
-    if (task.causal) { // on average half of that, but the longest first
-      const double all = double(heads * (rows / size)) * cost(size) + double(rest ? heads : 0) * cost(rest);
-      end = all / double(threads) / 2 + late;
+    const int64_t size = round_up(max((rows + blocks - 1) / blocks, 1), Block::kTile);
+    double end = makespan(heads, rows, size, threads, cost) + kLate * cost(size);
+    if (task.causal) { // units are half as long on average, and the longest come first
+      end = makespan(heads, rows, size, 1, cost) / double(threads) / 2 + kLate * cost(size);
       if (end < cost(size)) end = cost(size);
     }
     if (soonest.than(end)) plan.rows = size;
@@ -491,13 +490,9 @@ void cut_rows(const Attention& task, int64_t rows, int64_t heads, int64_t row_by
 }
 inline void cut_keys(int64_t blocks, int64_t chunks, int64_t threads, Plan& plan) {
   Soonest soonest;
-  for (int64_t span = plan.span; span > 0; span /= 2) {
-    const auto cost = [&](int64_t count) { return double(count) + kJoinChunks; };
-    const int64_t full = chunks / span, rest = chunks % span;
-    const double end =
-        makespan(blocks * full, cost(span), rest ? blocks : 0, cost(rest), threads) + kLate * cost(min(span, chunks));
-    if (soonest.than(end)) plan.span = span;
-  }
+  const auto cost = [](int64_t count) { return double(count) + kJoinChunks; };
+  for (int64_t span = plan.span; span > 0; span /= 2)
+    if (soonest.than(makespan(blocks, chunks, span, threads, cost) + kLate * cost(min(span, chunks)))) plan.span = span;
 }
 
 template <class T, Produce produce, class Operands = headway::Operands<T>>

@@ -7,6 +7,7 @@
 // are packed already. Few rows wait for memory: weights are read once, where they are and as they are.
 #pragma once
 #include "../ground/gemm.h"
+#include "../ground/makespan.h"
 #include "../ground/rows.h"
 #include "../ground/tree.h"
 
@@ -35,9 +36,9 @@ inline void cut_few(const Linear& task, int64_t threads, Plan& plan) {
   plan.rows = max(task.M, 1);
   Soonest soonest;
   for (int64_t parts = least; parts <= (stretches ? least : least + 4 * threads); ++parts) {
-    const int64_t span = round_up(max((task.N + parts - 1) / parts, 1), 16), rest = task.N % span;
-    const double end = makespan(task.N / span, double(span), rest > 0, double(rest), threads);
-    if (soonest.than(end + kLate * double(span))) plan.span = span;
+    const int64_t span = round_up(max((task.N + parts - 1) / parts, 1), 16);
+    const auto cost = [](int64_t columns) { return double(columns); };
+    if (soonest.than(makespan(1, task.N, span, threads, cost) + kLate * cost(span))) plan.span = span;
   }
 }
 // Of many rows: each unit packs its weights, and its rows of x.
@@ -51,17 +52,28 @@ inline void cut_many(const Linear& task, int64_t threads, const Cuts& cuts, Plan
   Soonest soonest;
   for (int64_t blocks = least; blocks <= most; ++blocks)
     for (int64_t span = cuts.most_columns; span >= kSplitColumns; span -= 16) {
-      const int64_t rows = round_up((task.M + blocks - 1) / blocks, kTileRows), rest = task.N % span;
+      const int64_t rows = round_up((task.M + blocks - 1) / blocks, kTileRows);
       const auto cost = [&](int64_t columns) {
         return double(rows + cuts.pack_rows) * double(columns) + double(rows * cuts.pack_columns);
       };
-      if (soonest.than(makespan(task.N / span * blocks, cost(span), rest ? blocks : 0, cost(rest), threads)))
-        plan.rows = rows, plan.span = span;
+      if (soonest.than(makespan(blocks, task.N, span, threads, cost))) plan.rows = rows, plan.span = span;
     }
 }
 
 // 384 KB of x stay in the second-level cache, and are read again for each 64 of the columns.
 constexpr Cuts kManyCuts = {.most_rows = 384, .most_columns = 256, .pack_rows = 24, .pack_columns = 0};
+
+inline int64_t row_blocks(const Linear& task, const Plan& plan) { return (task.M + plan.rows - 1) / plan.rows; }
+inline int64_t linear_units(const Linear& task, const Plan& plan) {
+  return row_blocks(task, plan) * ((task.N + plan.span - 1) / plan.span);
+}
+// The part of y that a unit computes.
+struct LinearUnit {
+  int64_t first_row, rows, first, columns;
+  LinearUnit(const Linear& task, const Plan& plan, int64_t unit)
+      : first_row(unit % row_blocks(task, plan) * plan.rows), rows(min(plan.rows, task.M - first_row)),
+        first(unit / row_blocks(task, plan) * plan.span), columns(min(plan.span, task.N - first)) {}
+};
 
 template <class T> struct LinearBlock {
   const Linear& task;
@@ -82,12 +94,10 @@ template <class T> struct LinearBlock {
   }
 
   void run(int64_t unit, Stop* stop) {
-    const int64_t row_blocks = (task.M + plan.rows - 1) / plan.rows;
-    const int64_t first_row = unit % row_blocks * plan.rows, rows = min(plan.rows, task.M - first_row);
-    const int64_t first = unit / row_blocks * plan.span, end = min(first + plan.span, task.N);
-    const int64_t columns = by_column ? block_columns : end - first;
-    for (int64_t j = first; j < end && !stop->now; j += columns)
-      block(first_row, rows, j, min(columns, end - j), end, stop);
+    const LinearUnit at(task, plan, unit);
+    const int64_t end = at.first + at.columns, columns = by_column ? block_columns : at.columns;
+    for (int64_t j = at.first; j < end && !stop->now; j += columns)
+      block(at.first_row, at.rows, j, min(columns, end - j), end, stop);
   }
 
 private:
@@ -305,7 +315,7 @@ template <class T> Plan plan_linear_as(const Linear& task, int64_t threads) {
   plan.work = saturating_product(task.M, task.K, task.N);
   threads = min(threads, 1 + plan.work / kWorkPerThread);
   task.M <= kFewRows ? cut_few(task, threads, plan) : cut_many(task, threads, kManyCuts, plan);
-  plan.units = ((task.M + plan.rows - 1) / plan.rows) * ((task.N + plan.span - 1) / plan.span);
+  plan.units = linear_units(task, plan);
   Arena counting{nullptr};
   const LinearBlock<T> block(task, plan, counting);
   plan.workspace = counting.used;

@@ -29,9 +29,7 @@ struct PairLinear {
 
   // Whether all results are finite; if not, none is written.
   bool run(int64_t unit, Stop* stop) {
-    const int64_t blocks = (task.M + plan.rows - 1) / plan.rows;
-    const int64_t first_row = unit % blocks * plan.rows, rows = min(plan.rows, task.M - first_row);
-    const int64_t first = unit / blocks * plan.span, columns = min(plan.span, task.N - first);
+    const auto [first_row, rows, first, columns] = LinearUnit(task, plan, unit);
     const int64_t width = round_up(columns, 16);
     if (task.K == 0) memset(sums, 0, size_t(rows * width) * sizeof(float));
     for (int64_t k = 0; k < task.K; k += 2 * kPairDepth) {
@@ -46,15 +44,16 @@ struct PairLinear {
         multiply_pairs(rows, round_up(some, 16), pairs, x, x_row, packed, 16, 16 * pairs, sums + j, width, k > 0);
       }
     }
+    memset(buffer, 0, size_t(width) * sizeof(float));
     if (task.b.data) read_row(address(task.b, 0, first), task.b.dtype, task.b.stride[0], columns, buffer);
-    float poison = 0; // becomes NaN: x * 0 is 0 for finite x alone
+    Vec<float> poison = 0.0f; // becomes NaN: x * 0 is 0 for finite x alone
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j) {
-        float& sum = sums[i * width + j];
-        if (task.b.data) sum += buffer[j];
-        poison += sum * 0;
+      for (int64_t j = 0; j < width; j += 16) {
+        const Vec<float> sum = load(sums + i * width + j) + load(buffer + j);
+        sum.store(sums + i * width + j);
+        poison = poison + sum * Vec<float>(0.0f);
       }
-    if (poison != 0) return false;
+    if (any(poison != poison)) return false;
     for (int64_t i = 0; i < rows; ++i)
       write_row(sums + i * width, columns, address(task.y, 0, first_row + i, first), task.y.dtype);
     return true;
