@@ -39,8 +39,7 @@ struct PairLinear {
       for (int64_t j = 0; j < columns; j += kPairPanel) {
         const int64_t some = min(kPairPanel, columns - j);
         if (stop->after(rows * some * count)) return true;
-        for (int64_t i = 0; i < some; i += 16)
-          pack(k, count, pairs, first + j + i, min(16, some - i), packed + i * pairs);
+        pack(k, count, pairs, first + j, some);
         multiply_pairs(rows, round_up(some, 16), pairs, x, x_row, packed, 16, 16 * pairs, sums + j, width, k > 0);
       }
     }
@@ -74,43 +73,56 @@ private:
     }
     return x_pairs;
   }
-  // Up to 16 columns of w: (pairs, 16).
-  void pack(int64_t k, int64_t count, int64_t pairs, int64_t column, int64_t columns, BFloat16Pair* panel) {
+  // Up to kPairPanel columns of w, in panels (pairs, 16).
+  void pack(int64_t k, int64_t count, int64_t pairs, int64_t first, int64_t columns) {
+    const bool by_column = task.w.stride[0] == 1 && task.w.stride[1] != 1;
+    if (!by_column) return pack_rows(k, count, pairs, first, columns);
+    for (int64_t j = 0; j < columns; j += 16)
+      pack_columns(k, count, pairs, first + j, min(16, columns - j), packed + j * pairs);
+  }
+  // Two rows at a time.
+  void pack_rows(int64_t k, int64_t count, int64_t pairs, int64_t first, int64_t columns) {
+    const View& w = task.w;
+    const bool whole = w.stride[1] == 1 && columns % 16 == 0;
+    memset(buffer, 0, 2 * kPairPanel * sizeof(float));
+    const auto row = [&](int64_t i) { return address(w, 0, k + i, first); };
+    const auto floats = [&](int64_t i, float* to) -> const float* {
+      if (i >= count)
+        memset(to, 0, kPairPanel * sizeof(float));
+      else if (whole && w.dtype == DType::f32)
+        return reinterpret_cast<const float*>(row(i));
+      else
+        read_row(row(i), w.dtype, w.stride[1], columns, to);
+      return to;
+    };
+    for (int64_t i = 0; i < pairs; ++i) {
+      for (int64_t later = 2 * i + kPrefetchRows; later < 2 * i + kPrefetchRows + 2; ++later) // as in LinearBlock::pack
+        for (int64_t byte = 0; byte < columns * item_size(w.dtype); byte += 64) __builtin_prefetch(row(later) + byte);
+      BFloat16Pair* to = packed + 16 * i;
+      if (whole && w.dtype == DType::bf16 && 2 * i + 1 < count) {
+        const auto* even = reinterpret_cast<const uint16_t*>(row(2 * i));
+        const uint16_t* odd = even + w.stride[0];
+        for (int64_t j = 0; j < columns; j += 16)
+          (load_integers<int32_t>(even + j) | load_integers<int32_t>(odd + j) << 16)
+              .store(reinterpret_cast<int32_t*>(to + j * pairs));
+      } else {
+        const float *even = floats(2 * i, buffer), *odd = floats(2 * i + 1, buffer + kPairPanel);
+        for (int64_t j = 0; j < columns; j += 16) join_rows(even + j, odd + j, 16, to + j * pairs);
+      }
+    }
+  }
+  void pack_columns(int64_t k, int64_t count, int64_t pairs, int64_t column, int64_t columns, BFloat16Pair* panel) {
     const View& w = task.w;
     auto* words = reinterpret_cast<int32_t*>(panel);
-    if (w.stride[0] != 1 || w.stride[1] == 1) {
-      const auto* narrow =
-          w.dtype == DType::bf16 && w.stride[1] == 1 && columns == 16 ? address(w, 0, k, column) : nullptr;
-      float *even = buffer, *odd = buffer + 16;
-      if (columns < 16) memset(buffer, 0, 32 * sizeof(float));
-      for (int64_t i = 0; i < pairs; ++i) {
-        const bool second = 2 * i + 1 < count;
-        if (narrow && second) {
-          const auto* row = reinterpret_cast<const uint16_t*>(narrow) + 2 * i * w.stride[0];
-          (load_integers<int32_t>(row) | load_integers<int32_t>(row + w.stride[0]) << 16).store(words + 16 * i);
-          continue;
-        }
-        for (int64_t half = 0; half < 2; ++half) {
-          float* to = half ? odd : even;
-          if (2 * i + half < count)
-            read_row(address(w, 0, k + 2 * i + half, column), w.dtype, w.stride[1], columns, to);
-          else
-            memset(to, 0, 16 * sizeof(float));
-        }
-        join_rows(even, odd, 16, panel + 16 * i);
-      }
-    } else if (const auto* in_place =
-                   as_pairs(address(w, 0, k, column), w.dtype, w.stride[0], w.stride[1], count, pairs)) {
-      make_panel(reinterpret_cast<const int32_t*>(in_place), w.stride[1] / 2, columns, pairs, words);
-    } else {
-      auto* lanes = reinterpret_cast<BFloat16Pair*>(buffer);
-      float* lane = buffer + 16 * pairs;
-      for (int64_t i = 0; i < columns; ++i) {
-        read_row(address(w, 0, k, column + i), w.dtype, w.stride[0], count, lane);
-        narrow_row(lane, count, pairs, lanes + i * pairs);
-      }
-      make_panel(reinterpret_cast<const int32_t*>(lanes), pairs, columns, pairs, words);
+    if (const auto* in_place = as_pairs(address(w, 0, k, column), w.dtype, 1, w.stride[1], count, pairs))
+      return make_panel(reinterpret_cast<const int32_t*>(in_place), w.stride[1] / 2, columns, pairs, words);
+    auto* lanes = reinterpret_cast<BFloat16Pair*>(buffer);
+    float* lane = buffer + 16 * pairs;
+    for (int64_t i = 0; i < columns; ++i) {
+      read_row(address(w, 0, k, column + i), w.dtype, 1, count, lane);
+      narrow_row(lane, count, pairs, lanes + i * pairs);
     }
+    make_panel(reinterpret_cast<const int32_t*>(lanes), pairs, columns, pairs, words);
   }
 };
 
