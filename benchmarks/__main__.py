@@ -13,7 +13,7 @@ import time
 
 import headway as hw
 
-from . import attention, language, layers, models, report, sampling
+from . import attention, language, layers, models, price, report, sampling
 from .harness import measure
 from .limits import limits
 
@@ -23,6 +23,7 @@ SUBJECTS = {
     "language": language.rows,
     "sampling": sampling.rows,
     "models": models.rows,
+    "price": price.rows,
 }
 
 

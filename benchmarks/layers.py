@@ -56,14 +56,19 @@ def chosen(length: int, most: int = 64) -> Array:
 # Linear --------------------------------------------------------------------------------------------------------------
 
 
-def linear(m: int, k: int, n: int, dtype: str, transposed: bool) -> Contest:
-    """Make the arrays; x is of the weights' type."""
+def linear_problem(m: int, k: int, n: int, dtype: str, transposed: bool) -> tuple[Array, Array, Array, Array]:
+    """Make x, of the weights' type, and w; choose the rows to be judged by, and compute them exactly."""
     rng = np.random.default_rng(0)
     x, w = normal(rng, m, k).astype(numbers(dtype)), normal(rng, k, n, scale=k**-0.5).astype(numbers(dtype))
     if transposed:
         w = np.ascontiguousarray(w.T).T
     rows_ = chosen(m)
-    exact = x[rows_].astype(np.float64) @ w.astype(np.float64)
+    return x, w, rows_, x[rows_].astype(np.float64) @ w.astype(np.float64)
+
+
+def linear(m: int, k: int, n: int, dtype: str, transposed: bool) -> Contest:
+    """Linear alone, beside the matrix products of others."""
+    x, w, rows_, exact = linear_problem(m, k, n, dtype, transposed)
     builders: dict[str, Callable[[], Candidate]] = {
         "headway": lambda: Candidate(lambda: hw.linear(x, w)),
         "torch": lambda: _torch_linear(x, w),

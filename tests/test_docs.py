@@ -189,6 +189,11 @@ def test_the_page_of_names_is_fresh() -> None:
     assert (ROOT / "docs" / "api.md").read_text() == page(), "run `make docs`"
 
 
+def test_the_price_of_the_contract_is_that_of_these_kernels() -> None:
+    """`make bench` takes the contract out of a copy of the core: the lines that it changes are still there."""
+    assert importlib.import_module("benchmarks.price").check_edits() == []
+
+
 MODULES = [
     m.name for m in pkgutil.walk_packages(headway.__path__, "headway.") if not m.name.endswith(("__main__", "_native"))
 ]
