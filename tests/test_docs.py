@@ -189,9 +189,11 @@ def test_the_page_of_names_is_fresh() -> None:
     assert (ROOT / "docs" / "api.md").read_text() == page(), "run `make docs`"
 
 
-def test_the_price_of_the_contract_is_that_of_these_kernels() -> None:
-    """`make bench` takes the contract out of a copy of the core: the lines that it changes are still there."""
+def test_lines_that_tools_change_are_still_there() -> None:
+    """`make bench` takes the contract out of a copy of the core, and `make mutants` breaks single lines."""
     assert importlib.import_module("benchmarks.price").check_edits() == []
+    pytest.importorskip("nanobind", reason="the copies are built with it")
+    assert runpy.run_path(str(ROOT / "tools" / "mutants.py"))["check_patterns"]() == []
 
 
 MODULES = [

@@ -47,6 +47,7 @@ def tests(*names: str) -> tuple[str, ...]:
 
 
 BITS = ("tests/test_machine.py::test_the_bits_are_those_recorded_for_this_version_of_the_contract",)
+BALANCE = ("tests/test_machine.py::test_threads_end_together",)
 ATTENTION = tests("attention_semantics", "attention", "attention_laws")
 RANGE = tests("attention_range")
 PARTS = tests("attention_laws", "attention", "attention_semantics")
@@ -189,7 +190,7 @@ MUTANTS = [
     ),
     Mutant(f"{CORE}/ground/tree.h", "size > 1 ? chunk[size - 2] : before;", "size > 1 ? chunk[size - 2] : -1;", PARTS),
     Mutant(f"{CORE}/ground/gemm.h", "for (; j + 16 * P <= columns;", "for (; j + 16 * P < columns;", ATTENTION),
-    Mutant(f"{CORE}/ground/gemm.h", "run.template operator()<1, 2 * vecs>();", "", ATTENTION),
+    Mutant(f"{CORE}/ground/gemm.h", "run.template operator()<2, 2 * vecs>();", "", ATTENTION),
     Mutant(f"{CORE}/ground/gemm.h", "  if (accumulate)", "  if (false)", ATTENTION),
     Mutant(
         f"{CORE}/ground/gemm.h",
@@ -236,6 +237,21 @@ MUTANTS = [
         "(quadrant + Vec<int64_t>(1)) & Vec<int64_t>(2)",
         "(quadrant & Vec<int64_t>(2))",
         LAYERS,
+    ),
+    # How tasks are cut into units.
+    Mutant(
+        f"{CORE}/layers/linear.h",
+        "(least + threads - 1) / threads * threads : least",
+        "least : least",
+        BALANCE,
+    ),
+    Mutant(f"{CORE}/ground/makespan.h", "late = rests > idle ? rests - idle : 0;", "late = 0;", BALANCE),
+    Mutant(f"{CORE}/ground/makespan.h", "if (end >= 0 && other >= end) return false;", "", BALANCE),
+    Mutant(
+        f"{CORE}/attention/attention.h",
+        "task.causal ? blocks - 1 - place / together : place",
+        "task.causal ? place / together : place",
+        BALANCE,
     ),
     # A row of logits, and the draw.
     Mutant(
@@ -377,13 +393,11 @@ MUTANTS = [
         ATTENTION,
     ),
     Mutant(f"{PYTHON}/_attention/cache.py", "        self._shared = True\n", "", CACHE),
-    Mutant(
-        f"{PYTHON}/_attention/cache.py", "slots // LANES, :, slots % LANES", "slots % LANES, :, slots // LANES", CACHE
-    ),
+    Mutant(f"{CORE}/bindings.cpp", "+ token % kLanes * item;", "+ (kLanes - 1 - token % kLanes) * item;", CACHE),
     Mutant(
         f"{PYTHON}/_attention/cache.py",
-        "if end > self._values.shape[-2] or",
-        "if end >= self._values.shape[-2] + LANES or",
+        "if length > room or self._shared:",
+        "if length >= room + LANES or self._shared:",
         CACHE,
     ),
     Mutant(
@@ -452,13 +466,15 @@ MUTANTS = [
     Mutant(f"{PYTHON}/_sampling/bans.py", "history.size >= self.ngram", "history.size > self.ngram", SERVING),
     Mutant(f"{PYTHON}/_sampling/sampler.py", "self._bools(mask).copy()", "self._bools(mask)", SERVING),
     Mutant(f"{PYTHON}/_sampling/sampler.py", "        active.position[this] -= back\n", "", SERVING),
-    Mutant(f"{PYTHON}/_sampling/sampler.py", "np.uint64(before + output.size)", "np.uint64(output.size)", SERVING),
-    Mutant(f"{PYTHON}/_sampling/sampler.py", "np.uint64(before + output.size)", "np.uint64(before)", SERVING),
-    Mutant(f"{PYTHON}/_sampling/sampler.py", "np.concatenate([prompt, output])", "prompt", SERVING),
-    Mutant(f"{PYTHON}/lm/model.py", "[grammar(list(self.token_ids))]", "[grammar(self.token_ids)]", SERVING),
+    Mutant(f"{PYTHON}/_sampling/sampler.py", "np.uint64(prompt.size + output.size)", "np.uint64(output.size)", SERVING),
+    Mutant(f"{PYTHON}/_sampling/sampler.py", "np.uint64(prompt.size + output.size)", "np.uint64(prompt.size)", SERVING),
+    Mutant(f"{PYTHON}/_sampling/sampler.py", "np.concatenate([known, output])", "known", SERVING),
+    Mutant(
+        f"{PYTHON}/lm/model.py", "[grammar([*self.output_ids, *self.token_ids])]", "[grammar([*self.token_ids])]", LM
+    ),
     Mutant(f"{PYTHON}/lm/model.py", "DEFAULTS if params is None else params", "params or hw.SamplingParams()", SERVING),
-    Mutant(f"{PYTHON}/lm/model.py", "np.arange(start, end)", "np.arange(len(tokens))", LM),
-    Mutant(f"{PYTHON}/lm/model.py", "                cache.truncate(start)\n", "                pass\n", LM),
+    Mutant(f"{PYTHON}/lm/session.py", "np.arange(start, start + self._rows)", "np.arange(self._rows)", LM),
+    Mutant(f"{PYTHON}/lm/session.py", "                cache.truncate(self._length)\n", "                pass\n", LM),
     Mutant(
         f"{PYTHON}/lm/model.py",
         "if len(session) + len(new) == model.config",

@@ -91,6 +91,7 @@ int main() {
                                  {2048, 2048},
                                  {2048, 8192},
                                  {8192, 2048},
+                                 {4096, 12288},
                                  {4096, 14336},
                                  {1000, 777}})
         for (const bool transposed : {false, true}) linear(rows, K, N, transposed, threads);
