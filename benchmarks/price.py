@@ -142,10 +142,10 @@ EDITS = [
         ),
         ("if (count > kChain) sum[1] =", "if (false) sum[1] ="),
         (
-            "x_row, packed, w.row, w.block, sum + i * width + j, width);",
-            "x_row, packed, w.row, w.block, sum + i * width + j, width, k > 0);",
+            "x_row, packed, 16, 16 * count, sum + i * width + j, width);",
+            "x_row, packed, 16, 16 * count, sum + i * width + j, width, k > 0);",
         ),
-        ("x_row, packed, w.row, w.block, sum + j, width);", "x_row, packed, w.row, w.block, sum + j, width, k > 0);"),
+        ("x_row, packed, 16, 16 * count, sum + j, width);", "x_row, packed, 16, 16 * count, sum + j, width, k > 0);"),
         ("row, 16, sum, width, g > 0);", "row, 16, sum, width, k + g > 0);"),
         ("row, 16, sum, width, g > 0, next);", "row, 16, sum, width, k + g > 0, next);"),
         ("sums[chain], width, i > 0);", "sums[0], width, k + begin + i > 0);"),

@@ -132,7 +132,7 @@ struct Nothing {
 };
 
 // Sixteen bytes from each of a register's rows, those that are `step` rows apart.
-template <class Reg> [[gnu::always_inline]] inline Reg gather_parts(const char* from, int64_t step) {
+template <class Reg> [[gnu::always_inline]] inline Reg gather_parts(const char* from, [[maybe_unused]] int64_t step) {
 #if defined(__AVX512F__)
   const auto half = [&](int64_t i) {
     const auto* low = reinterpret_cast<const float*>(from + i * step);

@@ -147,13 +147,12 @@ private:
     pack(k, count, 0, count, first, min(kPanelColumns, columns), packed);
     for (int64_t j = 0; j < columns; j += kPanelColumns) {
       const int64_t wide = round_up(min(kPanelColumns, columns - j), 16), after = columns - j - kPanelColumns;
-      const Stored w = panels(packed, count, wide);
       for (int64_t i = 0; i < rows; i += kStepRows) {
         const int64_t some = min(kStepRows, rows - i);
         if (after > 0)
           pack(k, count, count * i / rows, count * (i + some) / rows, first + j + kPanelColumns,
                min(kPanelColumns, after), next);
-        multiply(some, wide, count, x + i * x_row, x_row, packed, w.row, w.block, sum + i * width + j, width);
+        multiply(some, wide, count, x + i * x_row, x_row, packed, 16, 16 * count, sum + i * width + j, width);
       }
       T* const done = packed;
       packed = next, next = done;
@@ -170,8 +169,7 @@ private:
     for (int64_t j = done; j < columns; j += kPanelColumns) {
       const int64_t wide = min(kPanelColumns, columns - j);
       pack(k, count, 0, count, first + j, wide, packed);
-      const Stored w = panels(packed, count, round_up(wide, 16));
-      multiply(rows, round_up(wide, 16), count, x, x_row, packed, w.row, w.block, sum + j, width);
+      multiply(rows, round_up(wide, 16), count, x, x_row, packed, 16, 16 * count, sum + j, width);
     }
   }
 
@@ -280,13 +278,8 @@ private:
     return x_block;
   }
 
-  // How `count` rows of w and so many columns lie when they are packed: as in w, or in panels of 16 columns where w's
-  // columns are what is contiguous.
-  Stored panels(const T* at, int64_t count, int64_t width) const {
-    if (task.w.stride[1] == 1) return {at, dtype_of<T>, width, 16};
-    return {at, dtype_of<T>, 16, 16 * count};
-  }
-  // Packs rows k .. k + count of w, columns first .. first + columns; now the share `from` .. `to` of `count`.
+  // Packs rows k .. k + count of w, columns first .. first + columns, into panels of 16 columns; now the share `from`
+  // .. `to` of `count`.
   void pack(int64_t k, int64_t count, int64_t from, int64_t to, int64_t first, int64_t columns, T* into) {
     const View& w = task.w;
     const int64_t width = round_up(columns, 16);
@@ -295,9 +288,18 @@ private:
         // Short stretches far apart, which the processor does not foresee.
         const char* ahead = address(w, 0, k + i + kPrefetchRows, first);
         for (int64_t byte = 0; byte < columns * item_size(w.dtype); byte += 64) __builtin_prefetch(ahead + byte);
-        T* row = into + i * width;
-        read_row(address(w, 0, k + i, first), w.dtype, 1, columns, row);
-        for (int64_t j = columns; j < width; ++j) row[j] = T(0);
+        const char* row_of_w = address(w, 0, k + i, first);
+        int64_t j = 0;
+        if (Stored::kept<T>(w.dtype))
+          Stored{row_of_w, w.dtype, 0, 0}.at<T>(0, [&](auto* row) {
+            for (; j + 16 <= columns; j += 16) load(row + j).store(into + j * count + 16 * i);
+          });
+        for (; j < columns; j += 16) {
+          T* panel = into + j * count + 16 * i;
+          const int64_t lanes = min(16, columns - j);
+          read_row(row_of_w + j * item_size(w.dtype), w.dtype, 1, lanes, panel);
+          for (int64_t lane = lanes; lane < 16; ++lane) panel[lane] = T(0);
+        }
       }
       return;
     }
