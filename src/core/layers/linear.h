@@ -14,24 +14,24 @@
 namespace headway {
 namespace {
 
-constexpr int64_t kFewRows = 24;      // four tiles: from there on, arithmetic takes longer than reading the weights
-constexpr int64_t kSplitRows = 48;    // least rows of a unit of more, where there are more threads than units,
-constexpr int64_t kSplitColumns = 32; // and columns
-constexpr int64_t kStepRows = 12;     // rows of x between which the next weights are packed
-constexpr int64_t kPrefetchRows = 16; // how many rows before that they are prefetched
-constexpr int64_t kPanelColumns = 64; // weights are packed so many columns at a time, 64 KB
-constexpr int64_t kFewColumns = 1024; // most columns of a unit of few rows: a page of each row of w; for up to
-constexpr int64_t kFourRows = 4;      // so many rows four pages, and the accumulators still take 64 KB
-constexpr int64_t kPanelDepth = 64;   // of the inner axis, where few rows need panels: 16 KB
-constexpr int64_t kPartBytes = 2048;  // of each of 16 columns, prefetched while as much is multiplied
-// Whether they are. Processors without AVX-512 (measured: Zen 3) follow the sixteen by themselves, and take as long for
-// prefetches as for loads.
+constexpr int64_t kFewRows = 24;        // four tiles: from there on, arithmetic takes longer than reading the weights
+constexpr int64_t kSplitRows = 48;      // least rows of a unit of more, where there are more threads than units,
+constexpr int64_t kSplitColumns = 32;   // and columns
+constexpr int64_t kStepRows = 12;       // rows of x between which the next weights are packed
+constexpr int64_t kPrefetchRows = 16;   // how many rows before that they are prefetched
+constexpr int64_t kPanelColumns = 64;   // weights are packed so many columns at a time, 64 KB
+constexpr int64_t kFewColumns = 1024;   // most columns of a unit of few rows: a page of each row of w; for up to
+constexpr int64_t kFourRows = 4;        // so many rows four pages, and the accumulators still take 64 KB
+constexpr int64_t kPanelDepth = 64;     // of the inner axis, where few rows need panels: 16 KB
+constexpr int64_t kPartBytes = 2048;    // of each of 16 columns, prefetched while as much is multiplied
+constexpr int64_t kFewBytes = 32 << 10; // of w between two visits of an accumulator that waits in the cache
+// Whether parts of columns are prefetched. Processors without AVX-512 (measured: Zen 3) follow all sixteen by
+// themselves, and a prefetch then takes as long as a load.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr bool kPrefetchesColumns = false;
 #else
 constexpr bool kPrefetchesColumns = true;
 #endif
-constexpr int64_t kFewBytes = 32 << 10; // of w between two visits of an accumulator that waits in the cache
 
 // Rows and columns of a unit of few rows: so that the threads end soonest. A thread that is late by chance keeps the
 // others waiting for a part of its last unit; but rows of w are read in stretches that are as long as they can be.
@@ -255,7 +255,7 @@ private:
   }
   // Where a part of w's columns begins at k, what is multiplied after it: the next part, or the next columns.
   void look_ahead(int64_t k, int64_t first, int64_t end) {
-    if (!kPrefetchesColumns) return;
+    if constexpr (!kPrefetchesColumns) return;
     const View& w = task.w;
     const int64_t item = item_size(w.dtype), parts = max(task.K * item / kPartBytes, 1);
     const int64_t part = round_up((task.K + parts - 1) / parts, 2 * kChain); // all about as long
