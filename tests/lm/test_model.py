@@ -273,6 +273,7 @@ def test_an_interrupted_step_leaves_the_session_as_it_was(
             session.next_logits([4, 5])
     assert len(session) == 3
     assert session.next_logits([6]).tobytes() == untouched.next_logits([6]).tobytes()
+    assert {len(cache) for cache in session._caches} == {4}  # or each Ctrl-C would leave memory that is never used
 
 
 def test_no_tokens_score_nothing(tiny: headway.lm.Model) -> None:
