@@ -17,6 +17,7 @@ import numpy as np
 from oracles import CHUNK, DTYPES, digest, normal
 
 import headway as hw
+from headway import _native
 
 rng = np.random.default_rng(20)
 
@@ -141,6 +142,24 @@ def _linear(dtype: str) -> Any:
     return hw.linear(x, w, b), hw.linear(x[0, :1], w[:, :5]), hw.linear(x, np.ascontiguousarray(w.T).T)
 
 
+def in_panels(x: np.ndarray, w: np.ndarray, b: np.ndarray | None = None) -> np.ndarray:
+    """Return x w + b from the panels that headway.lm keeps w in; float64 has none."""
+    if w.dtype == np.float64:
+        return hw.linear(x, w, b)
+    K, N = w.shape
+    y = np.empty((*x.shape[:-1], N), x.dtype)
+    panels = np.full((-(-N // 16), K, 16), 99).astype(w.dtype)
+    bits = [a if a is None or a.dtype != DTYPES["bfloat16"] else a.view(np.uint16) for a in (x, w, b, panels, y)]
+    _native.pack(bits[1], bits[3])
+    _native.linear(bits[0].reshape(-1, K), bits[3], bits[2], False, False, bits[4].reshape(-1, N))
+    return y
+
+
+def _panels(dtype: str) -> Any:
+    x, w, b = (a.astype(DTYPES[dtype]) for a in (X, W, B))
+    return in_panels(x, w, b), in_panels(x[0, :1], w[:, :5]), in_panels(x, np.ascontiguousarray(w.T).T)
+
+
 def _small(dtype: str) -> Any:
     x, up, weight = (a.astype(DTYPES[dtype]) for a in (SPREAD, X[1, :6], X[0, 7]))
     tiny = AWKWARD[dtype][2][0]
@@ -199,6 +218,7 @@ KINDS: dict[str, Callable[[str], Any]] = {
     "awkward": _awkward,
     "layer": _layer,
     "linear": _linear,
+    "panels": _panels,
     "small": _small,
     "sampling": _sampling,
     "long row": _long_row,
@@ -231,6 +251,7 @@ def digests() -> dict[str, str]:
 
 RECORDED = Path(__file__).parent / "bits.json"
 SAMPLED = ("sampling", "long row", "around")  # not recorded: the reference says their every token
+EQUAL = {"parts": "attention", "panels": "linear"}  # by law
 
 
 def inputs_digest() -> str:
@@ -244,7 +265,7 @@ def inputs_digest() -> str:
 
 def record(version: str) -> None:
     """Write down the bits of attention and its layers, once for each version of the contract."""
-    found = {name: value for name, value in digests().items() if not name.startswith(SAMPLED)}
+    found = {name: value for name, value in digests().items() if not name.startswith((*SAMPLED, "panels"))}
     content = {"version": version, "inputs": inputs_digest(), "digests": found}
     RECORDED.write_text(json.dumps(content, indent=1) + "\n")
 

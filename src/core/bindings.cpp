@@ -248,12 +248,20 @@ void attention_merge(const std::vector<int64_t>& chunks, const Out& maximum, con
   run(kernels().attention_merge, t);
 }
 
+template <class Array> View panels_of_columns(const Array& a, const char* name, int64_t K, int64_t N) {
+  const View v = view(a, name, {}, {(N + 15) / 16, K, 16});
+  if (a.size() && (v.stride[2] != 1 || v.stride[1] != 16 || v.stride[0] != 16 * K))
+    throw std::invalid_argument(std::string(name) + ": expected a contiguous array");
+  return v;
+}
 Linear linear_task(const In& x, const In& w, const std::optional<In>& b, bool wide, const Out& y) {
-  if (x.ndim() != 2 || w.ndim() != 2) throw std::invalid_argument("linear: expected matrices");
+  if (x.ndim() != 2 || y.ndim() != 2) throw std::invalid_argument("linear: expected matrices");
   Linear t{};
-  t.M = int64_t(x.shape(0)), t.K = int64_t(x.shape(1)), t.N = int64_t(w.shape(1));
+  t.M = int64_t(x.shape(0)), t.K = int64_t(x.shape(1)), t.N = int64_t(y.shape(1));
   t.x = view(x, "x", {}, {t.M, t.K});
-  t.w = view(w, "w", {}, {t.K, t.N});
+  t.w_in_panels = w.ndim() == 3;
+  t.w = t.w_in_panels ? panels_of_columns(w, "w", t.K, t.N) : view(w, "w", {}, {t.K, t.N});
+  if (t.w_in_panels && (wide || t.w.dtype == DType::f64)) throw std::invalid_argument("w: expected float32 or narrower");
   t.b = view(b, "b", {}, {t.N});
   t.y = view(y, "y", {}, {t.M, t.N});
   t.compute = computing_type(wide);
@@ -261,6 +269,17 @@ Linear linear_task(const In& x, const In& w, const std::optional<In>& b, bool wi
 }
 void linear(const In& x, const In& w, const std::optional<In>& b, bool wide, bool fast, const Out& y) {
   run(fast && !wide ? fast_kernels().linear : kernels().linear, linear_task(x, w, b, wide, y));
+}
+
+void pack(const In& w, const Out& panels) {
+  if (w.ndim() != 2) throw std::invalid_argument("w: expected a matrix");
+  Packing t{};
+  t.K = int64_t(w.shape(0)), t.N = int64_t(w.shape(1));
+  t.w = view(w, "w", {}, {t.K, t.N});
+  const View to = panels_of_columns(panels, "panels", t.K, t.N);
+  if (to.dtype != t.w.dtype) throw std::invalid_argument("panels: expected the type of w");
+  t.panels = to.data;
+  run(kernels().pack, t);
 }
 
 Rotary rotary_task(const In& x, const In& positions, const In& frequencies, bool wide, const Out& y) {
@@ -768,6 +787,7 @@ NB_MODULE(_native, m) {
   m.def("attention_merge", &attention_merge, "chunks"_a, "maximum"_a, "total_weight"_a, "weighted_sum"_a,
         "sinks"_a.none(), "wide"_a, "out"_a, "lse"_a.none());
   m.def("linear", &linear, "x"_a, "w"_a, "b"_a.none(), "wide"_a, "fast"_a, "y"_a);
+  m.def("pack", &pack, "w"_a, "panels"_a);
   m.def("rotary", &rotary, "x"_a, "positions"_a, "frequencies"_a, "wide"_a, "y"_a);
   m.def("rotary_frequencies", &rotary_frequencies, "base"_a, "frequencies"_a);
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "wide"_a, "y"_a);

@@ -22,6 +22,7 @@ const Kernels HEADWAY_CONCAT(kernels_, HEADWAY_ISA) = {
     {plan_attention<Produce::nodes>, run_attention<Produce::nodes>},
     {plan_merge, run_merge},
     {plan_linear, run_linear},
+    {plan_pack, run_pack},
     {plan_rotary, run_rotary},
     rotary_frequencies,
     {plan_row_wise, run_rms_norm},

@@ -64,9 +64,17 @@ struct Attention {
 
 struct Linear {
   int64_t M, K, N;
-  View x, w, b; // stride[0], stride[1]: rows and columns; b: stride[0]
+  View x, w, b;     // stride[0], stride[1]: rows and columns; b: stride[0]
+  bool w_in_panels; // w is (panels, K, 16 columns), as `pack` leaves it
   View y;
   DType compute;
+};
+
+// The columns of a matrix in panels of 16: (panels, K, 16 columns), 0 where there is no column.
+struct Packing {
+  int64_t K, N;
+  View w;       // (K, N)
+  void* panels; // of w's type
 };
 
 struct Rotary {
@@ -268,6 +276,7 @@ struct Kernels {
   const char* name;
   Kernel<Attention> attention, attention_weights, attention_nodes, attention_merge;
   Kernel<Linear> linear;
+  Kernel<Packing> pack;
   Kernel<Rotary> rotary;
   void (*rotary_frequencies)(double base, int64_t half, double* out);
   Kernel<RowWise> rms_norm, swiglu;

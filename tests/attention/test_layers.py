@@ -102,6 +102,8 @@ def test_linear_has_the_same_bits_on_every_way_through_the_weights(dtype: str) -
             for other in (w, np.ascontiguousarray(w.T).T, stored[:, 1 : K + 1].T):
                 for M in (1, 2, 3, 4, 5, 8, 23, 24, 25):
                     assert same_bits(hw.linear(x[:M], other), want[:M]), (K, N, M)
+            for M in (1, 2, 3, 4, 5, 8, 23, 24, 25, 30):
+                assert same_bits(cases.in_panels(x[:M], other), want[:M]), (K, N, M)
 
 
 def test_linear_lets_nan_reach_its_own_row_and_column_only() -> None:

@@ -82,6 +82,14 @@ template <class T> void layers(Digest& digest, const Kernels& table, DType in, D
   t.compute = compute;
   execute(table.linear, t);
   digest.add(y);
+  if (compute == DType::f32) {
+    std::vector<T> panels(static_cast<size_t>((N + 15) / 16 * 16 * K)), same(y.size());
+    execute(table.pack, Packing{K, N, t.w, panels.data()});
+    t.w = view(panels.data(), in, 16 * K, 16), t.w_in_panels = true;
+    t.y = view(same.data(), in, N, 1);
+    for (t.M = 1; t.M <= M; t.M += 4) execute(table.linear, t);
+    digest.add(same), digest.add(panels);
+  }
 
   RowWise r{};
   r.rows = M, r.columns = K, r.eps = 1e-6, r.compute = compute;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,30 @@ def test_weights_stay_in_their_file(tmp_path: Path, dtype: str) -> None:
             assert isinstance(owner, np.memmap)
             assert owner.size == file.size
             assert array.dtype.itemsize == (4 if dtype == "F32" else 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status")
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_a_loaded_model_takes_the_memory_of_its_file(tmp_path: Path, dtype: str) -> None:
+    """At the peak too: no second copy, and the file's pages make room again."""
+    shape = {"hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 4, "vocab_size": 4000}
+    write_checkpoint(tmp_path, dtype=dtype, **shape)
+    program = """if True:
+        import sys
+        from pathlib import Path
+        import headway.lm
+        def memory(name):
+            status = Path("/proc/self/status").read_text()
+            return int(status.partition(name + ":")[2].split()[0]) * 1024
+        headway.lm.load().logits(range(40))
+        before = memory("VmRSS")
+        model = headway.lm.load(sys.argv[1])
+        model.session().next_logits(range(40))
+        print(memory("VmHWM") - before)
+    """
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert int(done.stdout) < 1.1 * size + (8 << 20), (int(done.stdout), size)
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])

@@ -4,7 +4,8 @@
 // single long chain would lose accuracy beside libraries that keep many partial sums. Which elements are computed
 // together, and in how many visits a chain grows, changes no bit; so few rows and many take different ways. Many rows
 // wait for arithmetic: weights are packed once for all of them, a little at a time between the products with those that
-// are packed already. Few rows wait for memory: weights are read once, where they are and as they are.
+// are packed already. Few rows wait for memory: weights are read once, where they are and as they are. Weights that
+// serve many calls can be packed for all of them, by `pack`.
 #pragma once
 #include "../ground/gemm.h"
 #include "../ground/makespan.h"
@@ -91,7 +92,7 @@ template <class T> struct LinearBlock {
 
   LinearBlock(const Linear& t, const Plan& p, Arena& arena) : task(t), plan(p), few(task.M <= kFewRows) {
     by_column = few && task.w.stride[0] == 1 && task.w.stride[1] != 1 && Stored::kept<T>(task.w.dtype);
-    block_columns = task.M <= kFourRows ? 16 : kPanelColumns;
+    block_columns = by_column && task.M <= kFourRows ? 16 : kPanelColumns;
     x_block = arena.take<T>(plan.rows * 2 * kChain);
     packed = arena.take<T>(kChain * kPanelColumns);
     next = arena.take<T>(few ? 0 : kChain * kPanelColumns);
@@ -101,7 +102,8 @@ template <class T> struct LinearBlock {
 
   void run(int64_t unit, Stop* stop) {
     const LinearUnit at(task, plan, unit);
-    const int64_t end = at.first + at.columns, columns = by_column ? block_columns : at.columns;
+    const bool in_blocks = by_column || (few && task.w_in_panels);
+    const int64_t end = at.first + at.columns, columns = in_blocks ? block_columns : at.columns;
     for (int64_t j = at.first; j < end && !stop->now; j += columns)
       block(at.first_row, at.rows, j, min(columns, end - j), end, stop);
   }
@@ -124,7 +126,9 @@ private:
       if (count > kChain) sum[1] = sums + stack.push(k / kChain + 1, joiner) * area; // the two meet first of all
       int64_t x_row;
       const T* x = read_x(first_row, rows, k, count, x_row);
-      if (by_column)
+      if (few && task.w_in_panels)
+        multiply_panels(rows, columns, k, count, first, x, x_row, sum[0], width);
+      else if (by_column)
         multiply_columns(rows, columns, k, count, first, end, x, x_row, sum);
       else if (few)
         multiply_few(rows, columns, k, count, first, x, x_row, sum[0], width);
@@ -171,6 +175,21 @@ private:
       pack(k, count, 0, count, first + j, wide, packed);
       multiply(rows, round_up(wide, 16), count, x, x_row, packed, 16, 16 * count, sum + j, width);
     }
+  }
+
+  // Few rows, and w in panels: each is one stretch of memory, of which the chains take a part at every visit.
+  void multiply_panels(int64_t rows, int64_t columns, int64_t k, int64_t count, int64_t first, const T* x,
+                       int64_t x_row, T* sum, int64_t width) {
+    panels_at(k, first).template at<T>(0, [&](auto* w) {
+      const int64_t panel = 16 * task.K, item = sizeof(*w), wide = round_up(columns, 16);
+      Ahead next;
+      // One row follows the memory by itself; more pause for arithmetic.
+      if (rows > 1) next = {reinterpret_cast<const char*>(w + 16 * count), panel * item, 16 * count * item, wide / 16};
+      multiply(rows, wide, count, x, x_row, w, 16, panel, sum, width, false, next);
+    });
+  }
+  Stored panels_at(int64_t k, int64_t first) const {
+    return {address(task.w, 0, first / 16, k), task.w.dtype, 16, 16 * task.K};
   }
 
   // Few rows, and w's rows contiguous: some rows of w at a time, so that they are read in long stretches, while the
@@ -283,6 +302,13 @@ private:
   void pack(int64_t k, int64_t count, int64_t from, int64_t to, int64_t first, int64_t columns, T* into) {
     const View& w = task.w;
     const int64_t width = round_up(columns, 16);
+    if (task.w_in_panels) {
+      for (int64_t j = 0; j < columns; j += 16)
+        panels_at(k, first + j).template at<T>(0, [&](auto* panel) {
+          for (int64_t i = 16 * from; i < 16 * to; i += 16) load(panel + i).store(into + j * count + i);
+        });
+      return;
+    }
     if (w.stride[1] == 1) {
       for (int64_t i = from; i < to; ++i) {
         // Short stretches far apart, which the processor does not foresee.
@@ -339,6 +365,28 @@ inline void run_linear(const Linear& task, const Plan& plan, int64_t unit, const
     LinearBlock<double>(task, plan, arena).run(unit, memory.stop);
   else
     LinearBlock<float>(task, plan, arena).run(unit, memory.stop);
+}
+
+// A unit is a panel. A few rows of w at a time, so that what is read of a line of the cache is read at once.
+template <class Word> void pack_panel(const Packing& task, int64_t unit) {
+  const View& w = task.w;
+  const int64_t columns = min(16, task.N - 16 * unit), depth = 128 / int64_t(sizeof(Word));
+  const auto* from = reinterpret_cast<const Word*>(address(w, 0, 0, 16 * unit));
+  auto* panel = static_cast<Word*>(task.panels) + unit * 16 * task.K;
+  for (int64_t k = 0; k < task.K; k += depth)
+    for (int64_t j = 0; j < 16; ++j)
+      for (int64_t i = k; i < min(k + depth, task.K); ++i)
+        panel[16 * i + j] = j < columns ? from[i * w.stride[0] + j * w.stride[1]] : Word(0);
+}
+inline Plan plan_pack(const Packing& task, int64_t) {
+  return {(task.N + 15) / 16, 0, saturating_product(task.K, task.N)};
+}
+inline void run_pack(const Packing& task, const Plan&, int64_t unit, const Memory&) {
+  switch (item_size(task.w.dtype)) {
+  case 8: return pack_panel<uint64_t>(task, unit);
+  case 4: return pack_panel<uint32_t>(task, unit);
+  default: return pack_panel<uint16_t>(task, unit);
+  }
 }
 
 } // namespace

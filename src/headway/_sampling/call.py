@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from .dialects import Step, rules
 from .options import SamplingOptions, Settings
 from .params import SamplingParams
 from .rows import Array, broadcast, flat, in_row, known_ids, mask_bytes, per_token
-from .settings import CHECKS, DEFAULT_SETTINGS, check_together, checked
+from .settings import BESIDE_STAGES, CHECKS, DEFAULT_SETTINGS, check_source, check_together, checked
 from .stages import OFF, STAGES
 
 
@@ -89,12 +88,13 @@ class Call(NamedTuple):
 
     def stages(self) -> _native.Stages:
         """Return the stages that do something, in order, with their values for each row."""
-        values = tuple([None if value is None else value.tolist() for value in _numbers_of(self.settings)])
-        try:
-            return _stages_of_all(*self.how(), values)
-        except TypeError:  # a list, of one number per row, is no key of a cache
-            pass
-        return native_stages(self.steps(), self.per_row("min_tokens_to_keep"))
+        made = self.settings.made
+        stages: _native.Stages | None = made.get("stages")
+        if stages is None:
+            stages = native_stages(self.steps(), self.per_row("min_tokens_to_keep"))
+            if not any(value is not None and value.ndim for value in _numbers_of(self.settings)):
+                made["stages"] = stages  # one number for all rows, however many
+        return stages
 
     def steps(self) -> list[_Valued]:
         """Return these stages by name."""
@@ -189,11 +189,39 @@ def prepare(
 def resolve(params: SamplingParams | None, **options: Unpack[SamplingOptions]) -> Settings:
     """Return the settings of one call: the keywords, then params, then the defaults."""
     if params is None:
-        settings = DEFAULT_SETTINGS.updated(checked(options))
+        settings = DEFAULT_SETTINGS
     elif isinstance(params, SamplingParams) and "dialect" not in options:
-        settings = params._settings.updated(checked(options, params._settings.dialect))
+        settings = params._settings
     else:  # a dialect says what the numbers of params mean too
         return with_options(params, **options)._settings
+    given: dict[str, Any] = {**options}
+    beside = {name: given.pop(name) for name in BESIDE_STAGES if name in given}
+    if given:
+        settings = _changed(settings, given)
+    if beside:
+        settings = settings.beside(checked(beside))
+        check_source(settings)
+    return settings
+
+
+def _changed(settings: Settings, options: dict[str, Any]) -> Settings:
+    """Return the settings of params, or the defaults, with these options of stages: once for all calls that give them."""
+    kinds = tuple(map(type, options.values()))
+    if not _PLAIN.issuperset(kinds):
+        return _together(settings, options)
+    key = (*options.items(), kinds)  # by type as well: True equals 1, and is an error
+    made = settings.made
+    changed: Settings | None = made.get(key)
+    if changed is None:
+        changed = _together(settings, options)
+        if len(made) >= _MOST_MADE:
+            made.clear()
+        made[key] = changed
+    return changed
+
+
+def _together(settings: Settings, options: dict[str, Any]) -> Settings:
+    settings = settings.updated(checked(options, settings.dialect))
     check_together(settings)
     return settings
 
@@ -242,6 +270,8 @@ def random_source(settings: Settings, lead: tuple[int, ...], *draws: int) -> dic
     return {"seed": seed.reshape(-1), "stream": stream, "position": position}
 
 
+_PLAIN = frozenset({int, float, str, type(None)})  # types of options that can be looked up
+_MOST_MADE = 1000
 _NO_IDS = np.empty(0, np.int64)
 _ZERO = np.zeros(1, np.uint64)  # the first stream, or position
 # The numbers that stages take.
@@ -273,10 +303,3 @@ def native_stages(steps: Iterable[_Valued], min_tokens: Array) -> _native.Stages
         place = _native.SAMPLING_STAGES.index(step.option), _native.SAMPLING_TIES.index(step.ties)
         numbered.append((*place, step.equal, step.floor, numbers))
     return _native.Stages(steps=numbered, min_tokens=min_tokens)
-
-
-@lru_cache(1024)
-def _stages_of_all(dialect: str | None, nucleus: str, ties: str, numbers: tuple[float | None, ...]) -> _native.Stages:
-    """Return them where all rows have the same numbers, as they have in most calls."""
-    given = {name: np.array([number]) for name, number in zip(_NUMBERS, numbers) if number is not None}
-    return native_stages(_steps(dialect, nucleus, ties, given), given["min_tokens_to_keep"])

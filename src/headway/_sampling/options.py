@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from numpy.typing import ArrayLike
@@ -41,12 +40,15 @@ class SamplingOptions(TypedDict, total=False):
     uniform: ArrayLike | None
 
 
-@dataclass(frozen=True, eq=False)
 class Settings:
-    """The options of one call once they are checked.
+    """The options of one call once they are checked. Nobody changes them: calls share them.
 
-    Numbers are arrays (), or of a shape that broadcasts to the rows. An option that is off is None.
+    Numbers are arrays (), or of a shape that broadcasts to the rows. An option that is off is None. `vars` has the
+    options alone; `made` is what was made of them for one call, and serves the next.
     """
+
+    __slots__ = ("__dict__", "made")
+    made: dict[Any, Any]
 
     temperature: Array
     dynamic_temperature_range: Array | None
@@ -72,12 +74,21 @@ class Settings:
     uniform: Array | None
 
     @staticmethod
-    def of(values: dict[str, Any]) -> Settings:
+    def of(values: dict[str, Any], made: dict[Any, Any] | None = None) -> Settings:
         """Return settings made of this dict, one value for each field; the constructor takes ten times as long."""
         settings = object.__new__(Settings)
-        object.__setattr__(settings, "__dict__", values)
+        settings.__dict__ = values
+        settings.made = {} if made is None else made
         return settings
 
     def updated(self, changes: Mapping[str, Any]) -> Settings:
         """Return settings that differ in these fields."""
         return Settings.of({**self.__dict__, **changes})
+
+    def beside(self, changes: Mapping[str, Any]) -> Settings:
+        """Return settings that differ in these fields, none of which matters to what was made."""
+        return Settings.of({**self.__dict__, **changes}, self.made)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy the options alone."""
+        return Settings.of, (vars(self),)

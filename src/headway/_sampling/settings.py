@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -92,7 +92,8 @@ OPTIONS = (
 )
 CHECKS: dict[str, Check] = {option.name: option.check for option in OPTIONS}
 DEFAULTS = {option.name: option.default for option in OPTIONS}
-_OF_A_CALL = ("seed", "position", "uniform")  # which differ from call to call
+# Options that no stage takes. They may differ from call to call.
+BESIDE_STAGES = ("seed", "position", "uniform", "allowed", "logit_bias")
 
 
 def checked(options: Mapping[str, Any], dialect: str | None = None) -> dict[str, Any]:
@@ -107,21 +108,12 @@ def checked(options: Mapping[str, Any], dialect: str | None = None) -> dict[str,
     for name, value in options.items():
         if name not in CHECKS:
             raise TypeError(no_such(name, value, "option", CHECKS))
-        if type(value) in (float, int) and name not in _OF_A_CALL:
-            out[name] = _checked_number(name, isinstance(value, int), value, readings.get(name, ()))
-        else:
-            out[name] = CHECKS[name](name, value, readings.get(name, ()))
+        out[name] = CHECKS[name](name, value, readings.get(name, ()))
     return out
 
 
-@lru_cache(4096)
-def _checked_number(name: str, whole: bool, value: float, readings: tuple[Reading, ...]) -> Any:
-    """Check a number once, and not again in each call. `whole` tells 1 from 1.0."""
-    return CHECKS[name](name, value, readings)
-
-
-def check_together(settings: Settings) -> None:
-    """Check what options say about each other."""
+def check_source(settings: Settings) -> None:
+    """Check what options say about where random numbers come from."""
     if settings.uniform is not None:
         for name in ("seed", "position"):
             if getattr(settings, name) is not None:
@@ -132,6 +124,11 @@ def check_together(settings: Settings) -> None:
                 "uniform: expected xtc_probability 0 or 1 beside it, got another: its coin needs a random number of "
                 "its own; use seed"
             )
+
+
+def check_together(settings: Settings) -> None:
+    """Check what options say about each other."""
+    check_source(settings)
     dialect = settings.dialect
     if dialect is None:
         return

@@ -15,7 +15,7 @@ from .. import _check
 from .._sampling import Bans, Penalties, SamplingOptions, with_options
 from .._signatures import Unpack, defaults_of, shows_options
 from .checkpoint import Config, Floats, Weights, read_checkpoint
-from .session import Session
+from .session import Session, in_panels
 from .text import detokenize, tokenizer_errors, until_stop
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def load(path: str | PathLike[str] | None = None) -> Model:
             None: the shipped model, which writes in the manner of the King James Bible.
 
     Returns:
-        A `Model`. Its weights stay in their files, which must not change while it is in use.
+        A `Model`. Its matrices are copied into memory once, in the type of the file, in the order that the kernels
+        read them in. The embeddings stay in their file, mapped, which must not change while the model is in use.
 
     Raises:
         FileNotFoundError: a folder or file that is not there.
@@ -78,7 +79,7 @@ class Model:
 
     Attributes:
         config: its shape.
-        weights: its tensors, as `load` reads them.
+        weights: its tensors, mapped from their files.
         tokenizer: of the tokenizers library.
 
     >>> from headway.lm import load
@@ -90,6 +91,7 @@ class Model:
         self.config = config
         self.weights = weights
         self.tokenizer = tokenizer
+        self._panels = in_panels(weights)
 
     def __repr__(self) -> str:
         return f"Model({self.config!r})"
@@ -105,7 +107,7 @@ class Model:
         >>> len(load().session())
         0
         """
-        return Session(self.config, self.weights)
+        return Session(self.config, self.weights, self._panels)
 
     @_check.public
     def logits(self, ids: ArrayLike) -> Floats:

@@ -10,6 +10,8 @@ width, V vocabulary, H query heads, G key/value heads, D head size, I inner widt
 
 from __future__ import annotations
 
+import mmap
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,12 +25,37 @@ from .._arrays import Operand, as_numpy
 from .._attention.cache import extend, room_for
 from .._attention.call import Call, Keys, prepare
 from .._attention.call import run as attend
-from .checkpoint import Config, Floats, Weights
+from .checkpoint import Config, Floats, Stored, Weights
 
 _alone = _check.one_at_a_time(
     "Session: another call of this session is under way, in another thread or in what a signal interrupted; give each "
     "thread a session of its own, or guard it with a lock"
 )
+
+
+def in_panels(weights: Weights) -> Weights:
+    """Return weights whose matrices (in, out) are in panels of 16 columns, (panels, in, 16).
+
+    A product with one token waits for memory, which is read fastest in one stretch, on large pages, the 16 sums that
+    grow together side by side. The type is the file's; what was read of a mapped file makes room in memory again.
+    """
+
+    def packed(matrix: Stored) -> Stored:
+        inner, outer = matrix.shape
+        panels = np.empty((-(-outer // 16), inner, 16), matrix.dtype)
+        _native.pack(matrix, panels)
+        owner: Any = matrix
+        while isinstance(owner, np.ndarray):
+            owner = owner.base
+        if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            owner.madvise(mmap.MADV_DONTNEED)
+        return panels
+
+    layers = (
+        replace(layer, **{name: packed(w) for name, w in vars(layer).items() if w is not None and w.ndim == 2})
+        for layer in weights.layers
+    )
+    return replace(weights, layers=tuple(layers), head=packed(weights.head))
 
 
 class Session:
@@ -51,9 +78,10 @@ class Session:
     True
     """
 
-    def __init__(self, config: Config, weights: Weights) -> None:
+    def __init__(self, config: Config, weights: Weights, panels: Weights) -> None:
         self.config = config
         self.weights = weights
+        self._panels = panels  # the same, as in_panels returns them
         self._caches = [hw.KVCache(config.num_key_value_heads, config.head_dim) for _ in weights.layers]
         self._length = 0
         self._layers: _Layers | None = None  # for as many tokens as came last
@@ -113,7 +141,7 @@ class Session:
     def _scores(self, x: Floats) -> Floats:
         scores = np.empty((len(x), self.config.vocab_size), np.float32)
         if len(x):
-            _native.linear(x, self.weights.head, None, False, False, scores)
+            _native.linear(x, self._panels.head, None, False, False, scores)
         return scores
 
     def _append(self, tokens: NDArray[np.int64]) -> Floats:
@@ -126,7 +154,7 @@ class Session:
         memory = [room_for(cache, len(tokens)) for cache in self._caches]
         layers = self._layers
         if layers is None or not layers.fit(len(tokens), memory):
-            layers = self._layers = _Layers(self.config, self.weights, len(tokens), memory)
+            layers = self._layers = _Layers(self.config, self._panels, len(tokens), memory)
         x = layers.run(tokens, self._length)
         for cache in self._caches:
             extend(cache, len(tokens))
