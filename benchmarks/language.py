@@ -142,10 +142,18 @@ def decode(shape: str, dtype: str, context: int) -> Contest:
 
 @cache
 def exact(shape: str, dtype: str, length: int) -> Array:
-    """Return the logits behind so many tokens from float64 arithmetic."""
+    """Return the logits behind so many tokens from float64 arithmetic, that of rotary positions included."""
     import torch
 
+    class Rotary(torch.nn.Module):  # that of transformers rounds its angles to float32 in any model
+        def forward(self, x: Any, position_ids: Any) -> tuple[Any, Any]:
+            size = COMMON["head_dim"]
+            frequencies = COMMON["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+            angles = (position_ids[..., None] * frequencies).repeat(1, 1, 2)
+            return angles.cos(), angles.sin()
+
     model = copy.deepcopy(stock(shape, dtype)).double()
+    model.model.rotary_emb = Rotary()
     logits = model(torch.from_numpy(ids(length)[None]), logits_to_keep=1).logits
     return np.asarray(logits[0, -1].numpy())
 

@@ -15,7 +15,17 @@
 namespace headway {
 namespace {
 
-constexpr int64_t kFewRows = 24;        // four tiles: from there on, arithmetic takes longer than reading the weights
+// Few rows wait for memory; from more on, packing w for all of them costs less than it saves. Processors without AVX-512
+// (measured: Zen 3) wait for arithmetic sooner. They also follow all sixteen of the columns that are read side by side,
+// and a prefetch then takes as long as a load.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int64_t kFewRows = 12;
+constexpr bool kPrefetchesColumns = false;
+#else
+constexpr int64_t kFewRows = 24;
+constexpr bool kPrefetchesColumns = true;
+#endif
+constexpr int64_t kFewRowsOfPanels = 64; // where nothing is left to pack
 constexpr int64_t kSplitRows = 48;      // least rows of a unit of more, where there are more threads than units,
 constexpr int64_t kSplitColumns = 32;   // and columns
 constexpr int64_t kStepRows = 12;       // rows of x between which the next weights are packed
@@ -26,13 +36,10 @@ constexpr int64_t kFourRows = 4;        // so many rows four pages, and the accu
 constexpr int64_t kPanelDepth = 64;     // of the inner axis, where few rows need panels: 16 KB
 constexpr int64_t kPartBytes = 2048;    // of each of 16 columns, prefetched while as much is multiplied
 constexpr int64_t kFewBytes = 32 << 10; // of w between two visits of an accumulator that waits in the cache
-// Whether parts of columns are prefetched. Processors without AVX-512 (measured: Zen 3) follow all sixteen by
-// themselves, and a prefetch then takes as long as a load.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr bool kPrefetchesColumns = false;
-#else
-constexpr bool kPrefetchesColumns = true;
-#endif
+
+inline bool has_few_rows(const Linear& task) {
+  return task.M <= (task.w_in_panels ? kFewRowsOfPanels : kFewRows);
+}
 
 // Rows and columns of a unit of few rows: so that the threads end soonest. A thread that is late by chance keeps the
 // others waiting for a part of its last unit; but rows of w are read in stretches that are as long as they can be.
@@ -90,7 +97,7 @@ template <class T> struct LinearBlock {
   Ahead ahead{};
   T *x_block, *packed, *next, *column, *sums; // sums: (slots, rows, columns)
 
-  LinearBlock(const Linear& t, const Plan& p, Arena& arena) : task(t), plan(p), few(task.M <= kFewRows) {
+  LinearBlock(const Linear& t, const Plan& p, Arena& arena) : task(t), plan(p), few(has_few_rows(task)) {
     by_column = few && task.w.stride[0] == 1 && task.w.stride[1] != 1 && Stored::kept<T>(task.w.dtype);
     block_columns = by_column && task.M <= kFourRows ? 16 : kPanelColumns;
     x_block = arena.take<T>(plan.rows * 2 * kChain);
@@ -349,7 +356,7 @@ template <class T> Plan plan_linear_as(const Linear& task, int64_t threads) {
   Plan plan{};
   plan.work = saturating_product(task.M, task.K, task.N);
   threads = min(threads, 1 + plan.work / kWorkPerThread);
-  task.M <= kFewRows ? cut_few(task, threads, plan) : cut_many(task, threads, kManyCuts, plan);
+  has_few_rows(task) ? cut_few(task, threads, plan) : cut_many(task, threads, kManyCuts, plan);
   plan.units = linear_units(task, plan);
   Arena counting{nullptr};
   const LinearBlock<T> block(task, plan, counting);

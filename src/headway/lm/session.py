@@ -47,7 +47,8 @@ def in_panels(weights: Weights) -> Weights:
         owner: Any = matrix
         while isinstance(owner, np.ndarray):
             owner = owner.base
-        if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        # What was written to a private mapping would be lost.
+        if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") and not matrix.flags.writeable:
             owner.madvise(mmap.MADV_DONTNEED)
         return panels
 
