@@ -221,7 +221,7 @@ MUTANTS = [
     # Layers.
     Mutant(f"{CORE}/layers/linear.h", "sum[j] += column[j];", "sum[j] = column[j];", LAYERS),
     Mutant(f"{CORE}/layers/linear.h", "if (task.K == 0) memset", "if (task.K < 0) memset", LAYERS),
-    Mutant(f"{CORE}/layers/linear.h", "i < min(k + depth, task.K); ++i)", "i < min(k + depth, task.K - 1); ++i)", LAYERS),
+    Mutant(f"{CORE}/layers/linear.h", "min(k + depth, task.K); ++i", "min(k + depth, task.K - 1); ++i", LAYERS),
     Mutant(f"{CORE}/layers/linear.h", "first / 16, k), task.w.dtype", "first / 16, 0), task.w.dtype", LAYERS),
     Mutant(
         f"{CORE}/layers/layers.h",

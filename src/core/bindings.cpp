@@ -261,7 +261,8 @@ Linear linear_task(const In& x, const In& w, const std::optional<In>& b, bool wi
   t.x = view(x, "x", {}, {t.M, t.K});
   t.w_in_panels = w.ndim() == 3;
   t.w = t.w_in_panels ? panels_of_columns(w, "w", t.K, t.N) : view(w, "w", {}, {t.K, t.N});
-  if (t.w_in_panels && (wide || t.w.dtype == DType::f64)) throw std::invalid_argument("w: expected float32 or narrower");
+  if (t.w_in_panels && (wide || t.w.dtype == DType::f64))
+    throw std::invalid_argument("w: expected float32 or narrower");
   t.b = view(b, "b", {}, {t.N});
   t.y = view(y, "y", {}, {t.M, t.N});
   t.compute = computing_type(wide);

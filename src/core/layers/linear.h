@@ -15,9 +15,9 @@
 namespace headway {
 namespace {
 
-// Few rows wait for memory; from more on, packing w for all of them costs less than it saves. Processors without AVX-512
-// (measured: Zen 3) wait for arithmetic sooner. They also follow all sixteen of the columns that are read side by side,
-// and a prefetch then takes as long as a load.
+// Few rows wait for memory; from more on, packing w for all of them costs less than it saves. Processors without
+// AVX-512 (measured: Zen 3) wait for arithmetic sooner. They also follow all sixteen of the columns that are read side
+// by side, and a prefetch then takes as long as a load.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr int64_t kFewRows = 12;
 constexpr bool kPrefetchesColumns = false;
@@ -26,20 +26,18 @@ constexpr int64_t kFewRows = 24;
 constexpr bool kPrefetchesColumns = true;
 #endif
 constexpr int64_t kFewRowsOfPanels = 64; // where nothing is left to pack
-constexpr int64_t kSplitRows = 48;      // least rows of a unit of more, where there are more threads than units,
-constexpr int64_t kSplitColumns = 32;   // and columns
-constexpr int64_t kStepRows = 12;       // rows of x between which the next weights are packed
-constexpr int64_t kPrefetchRows = 16;   // how many rows before that they are prefetched
-constexpr int64_t kPanelColumns = 64;   // weights are packed so many columns at a time, 64 KB
-constexpr int64_t kFewColumns = 1024;   // most columns of a unit of few rows: a page of each row of w; for up to
-constexpr int64_t kFourRows = 4;        // so many rows four pages, and the accumulators still take 64 KB
-constexpr int64_t kPanelDepth = 64;     // of the inner axis, where few rows need panels: 16 KB
-constexpr int64_t kPartBytes = 2048;    // of each of 16 columns, prefetched while as much is multiplied
-constexpr int64_t kFewBytes = 32 << 10; // of w between two visits of an accumulator that waits in the cache
+constexpr int64_t kSplitRows = 48;       // least rows of a unit of more, where there are more threads than units,
+constexpr int64_t kSplitColumns = 32;    // and columns
+constexpr int64_t kStepRows = 12;        // rows of x between which the next weights are packed
+constexpr int64_t kPrefetchRows = 16;    // how many rows before that they are prefetched
+constexpr int64_t kPanelColumns = 64;    // weights are packed so many columns at a time, 64 KB
+constexpr int64_t kFewColumns = 1024;    // most columns of a unit of few rows: a page of each row of w; for up to
+constexpr int64_t kFourRows = 4;         // so many rows four pages, and the accumulators still take 64 KB
+constexpr int64_t kPanelDepth = 64;      // of the inner axis, where few rows need panels: 16 KB
+constexpr int64_t kPartBytes = 2048;     // of each of 16 columns, prefetched while as much is multiplied
+constexpr int64_t kFewBytes = 32 << 10;  // of w between two visits of an accumulator that waits in the cache
 
-inline bool has_few_rows(const Linear& task) {
-  return task.M <= (task.w_in_panels ? kFewRowsOfPanels : kFewRows);
-}
+inline bool has_few_rows(const Linear& task) { return task.M <= (task.w_in_panels ? kFewRowsOfPanels : kFewRows); }
 
 // Rows and columns of a unit of few rows: so that the threads end soonest. A thread that is late by chance keeps the
 // others waiting for a part of its last unit; but rows of w are read in stretches that are as long as they can be.

@@ -205,7 +205,7 @@ def resolve(params: SamplingParams | None, **options: Unpack[SamplingOptions]) -
 
 
 def _changed(settings: Settings, options: dict[str, Any]) -> Settings:
-    """Return the settings of params, or the defaults, with these options of stages: once for all calls that give them."""
+    """Return the settings of params, or the defaults, with these options of stages: one object for all such calls."""
     kinds = tuple(map(type, options.values()))
     if not _PLAIN.issuperset(kinds):
         return _together(settings, options)
