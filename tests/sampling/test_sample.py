@@ -870,3 +870,18 @@ def test_draws_are_independent_and_cost_no_scan_each() -> None:
             assert power(200_000, exact.ravel()[possible], other[possible]) > 0.999
             statistic, limit = chi_square(counts[possible], other[possible])
             assert statistic > limit
+
+
+def test_what_a_call_replaces_is_not_checked_with_the_rest() -> None:
+    params = hw.SamplingParams(uniform=0.5)
+    assert hw.sample([0.0, 1.0, 2.0], params, uniform=None, seed=3, xtc_probability=0.5) in range(3)
+    with pytest.raises(ValueError, match=r"^uniform: .*xtc_probability 0 or 1"):
+        hw.sample([0.0, 1.0, 2.0], params, xtc_probability=0.5)
+    with pytest.raises(ValueError, match=r"^uniform: .*xtc_probability 0 or 1"):  # the second call as the first
+        hw.sample([0.0, 1.0, 2.0], params, xtc_probability=0.5)
+
+
+def test_options_that_are_looked_up_are_told_apart_by_type() -> None:
+    assert hw.sample([0.0, 1.0, 2.0], top_k=1, seed=3) == hw.sample([0.0, 1.0, 2.0], top_k=1, seed=3)
+    with pytest.raises(TypeError, match=r"^top_k: "):
+        hw.sample([0.0, 1.0, 2.0], top_k=True, seed=3)

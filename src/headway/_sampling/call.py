@@ -20,7 +20,7 @@ from .dialects import Step, rules
 from .options import SamplingOptions, Settings
 from .params import SamplingParams
 from .rows import Array, broadcast, flat, in_row, known_ids, mask_bytes, per_token
-from .settings import BESIDE_STAGES, CHECKS, DEFAULT_SETTINGS, check_source, check_together, checked
+from .settings import BESIDE_STAGES, CHECKS, DEFAULT_SETTINGS, check_source, check_stages, checked
 from .stages import OFF, STAGES
 
 
@@ -200,7 +200,7 @@ def resolve(params: SamplingParams | None, **options: Unpack[SamplingOptions]) -
         settings = _changed(settings, given)
     if beside:
         settings = settings.beside(checked(beside))
-        check_source(settings)
+    check_source(settings)
     return settings
 
 
@@ -208,21 +208,21 @@ def _changed(settings: Settings, options: dict[str, Any]) -> Settings:
     """Return the settings of params, or the defaults, with these options of stages: one object for all such calls."""
     kinds = tuple(map(type, options.values()))
     if not _PLAIN.issuperset(kinds):
-        return _together(settings, options)
+        return _updated(settings, options)
     key = (*options.items(), kinds)  # by type as well: True equals 1, and is an error
     made = settings.made
     changed: Settings | None = made.get(key)
     if changed is None:
-        changed = _together(settings, options)
+        changed = _updated(settings, options)
         if len(made) >= _MOST_MADE:
             made.clear()
         made[key] = changed
     return changed
 
 
-def _together(settings: Settings, options: dict[str, Any]) -> Settings:
+def _updated(settings: Settings, options: dict[str, Any]) -> Settings:
     settings = settings.updated(checked(options, settings.dialect))
-    check_together(settings)
+    check_stages(settings)
     return settings
 
 

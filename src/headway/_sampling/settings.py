@@ -126,9 +126,8 @@ def check_source(settings: Settings) -> None:
             )
 
 
-def check_together(settings: Settings) -> None:
-    """Check what options say about each other."""
-    check_source(settings)
+def check_stages(settings: Settings) -> None:
+    """Check what the options of stages say about each other."""
     dialect = settings.dialect
     if dialect is None:
         return
@@ -199,7 +198,8 @@ class Params:
         """Check every option, and take arrays out of the caller's reach."""
         for name in CHECKS:
             object.__setattr__(self, name, frozen(getattr(self, name), name))
-        check_together(self._settings)
+        check_source(self._settings)
+        check_stages(self._settings)
 
     @classmethod
     def from_generation_config(cls: type[P], config: Any) -> P:

@@ -11,6 +11,7 @@ width, V vocabulary, H query heads, G key/value heads, D head size, I inner widt
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -49,7 +50,8 @@ def in_panels(weights: Weights) -> Weights:
             owner = owner.base
         # What was written to a private mapping would be lost.
         if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") and not matrix.flags.writeable:
-            owner.madvise(mmap.MADV_DONTNEED)
+            with suppress(OSError):  # of memory that is locked
+                owner.madvise(mmap.MADV_DONTNEED)
         return panels
 
     layers = (
