@@ -269,7 +269,9 @@ Linear linear_task(const In& x, const In& w, const std::optional<In>& b, bool wi
   return t;
 }
 void linear(const In& x, const In& w, const std::optional<In>& b, bool wide, bool fast, const Out& y) {
-  run(fast && !wide ? fast_kernels().linear : kernels().linear, linear_task(x, w, b, wide, y));
+  const Linear t = linear_task(x, w, b, wide, y);
+  if (fast && t.w_in_panels) throw std::invalid_argument("w: expected no panels beside fast");
+  run(fast && !wide ? fast_kernels().linear : kernels().linear, t);
 }
 
 void pack(const In& w, const Out& panels) {
@@ -278,7 +280,8 @@ void pack(const In& w, const Out& panels) {
   t.K = int64_t(w.shape(0)), t.N = int64_t(w.shape(1));
   t.w = view(w, "w", {}, {t.K, t.N});
   const View to = panels_of_columns(panels, "panels", t.K, t.N);
-  if (to.dtype != t.w.dtype) throw std::invalid_argument("panels: expected the type of w");
+  if (to.dtype != t.w.dtype || to.dtype == DType::boolean)
+    throw std::invalid_argument("panels: expected the type of w, a floating one");
   t.panels = to.data;
   run(kernels().pack, t);
 }

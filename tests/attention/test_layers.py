@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracles import DTYPES, LAYOUTS, UNIT, assert_close, laid_out, normal, same_bits, wide
 
 import headway as hw
-from headway import reference
+from headway import _native, reference
 
 SEEDS = st.integers(0, 2**32 - 1)
 SIZES = st.sampled_from([0, 1, 2, 3, 15, 16, 17, 31, 32, 33, 64, 65, 97, 130])
@@ -104,6 +104,18 @@ def test_linear_has_the_same_bits_on_every_way_through_the_weights(dtype: str) -
                     assert same_bits(hw.linear(x[:M], other), want[:M]), (K, N, M)
             for M in (1, 2, 3, 4, 5, 8, 24, 64, 65):
                 assert same_bits(cases.in_panels(x[:M], other), want[:M]), (K, N, M)
+
+
+def test_panels_that_no_kernel_takes_are_refused() -> None:
+    x, y, panels = np.zeros((30, 20), np.float32), np.zeros((30, 33), np.float32), np.zeros((3, 20, 16), np.float32)
+    for bad, float64, fast in ((panels, True, False), (panels, False, True), (panels[:2], False, False)):
+        with pytest.raises(ValueError, match=r"^w: "):
+            _native.linear(x, bad, None, float64, fast, y)
+    with pytest.raises(ValueError, match=r"^w: "):
+        _native.linear(x, np.zeros((3, 16, 20), np.float32).swapaxes(1, 2), None, False, False, y)
+    for w, into in ((np.zeros((20, 33), bool), np.zeros((3, 20, 16), bool)), (np.zeros((20, 33), np.float16), panels)):
+        with pytest.raises(ValueError, match=r"^panels: "):
+            _native.pack(w, into)
 
 
 def test_linear_lets_nan_reach_its_own_row_and_column_only() -> None:

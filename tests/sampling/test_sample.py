@@ -885,3 +885,23 @@ def test_options_that_are_looked_up_are_told_apart_by_type() -> None:
     assert hw.sample([0.0, 1.0, 2.0], top_k=1, seed=3) == hw.sample([0.0, 1.0, 2.0], top_k=1, seed=3)
     with pytest.raises(TypeError, match=r"^top_k: "):
         hw.sample([0.0, 1.0, 2.0], top_k=True, seed=3)
+    for value in (0.5, np.float64(0.5), np.float32(0.5)):
+        assert hw.sample([0.0, 1.0, 2.0], top_p=value, seed=3) == 2
+        assert hw.sample([0.0, 1.0, 2.0], top_p=0.999, seed=3, temperature=9) == hw.sample(
+            [0.0, 1.0, 2.0], seed=3, temperature=9
+        )
+
+
+def test_what_is_made_once_is_made_again_after_many_others() -> None:
+    want = [hw.sample([0.0, 1.0, 2.0], temperature=1 + i / 7, seed=i) for i in range(1200)]
+    assert want == [hw.sample([0.0, 1.0, 2.0], temperature=1 + i / 7, seed=i) for i in range(1200)]
+
+
+def test_params_with_rows_serve_logits_of_other_shapes() -> None:
+    params = hw.SamplingParams(top_k=np.array([1, 2, 3]), seed=3)
+    logits = np.tile(np.float32([0.0, 1.0, 2.0]), (4, 3, 1))
+    for chosen in (logits[0], logits, logits[:2], logits[0]):
+        rows = np.broadcast_to([1, 2, 3], chosen.shape[:-1])
+        assert np.array_equal(hw.sample(chosen, params), hw.sample(chosen, top_k=rows, seed=3))
+    with pytest.raises(ValueError, match=r"^top_k: "):
+        hw.sample(logits[0, :2], params)

@@ -15,9 +15,9 @@
 namespace headway {
 namespace {
 
-// Few rows wait for memory; from more on, packing w for all of them costs less than it saves. Processors without
-// AVX-512 (measured: Zen 3) wait for arithmetic sooner. They also follow all sixteen of the columns that are read side
-// by side, and a prefetch then takes as long as a load.
+// Few rows wait for memory; from more on, packing w for all of them costs less than it saves. Processors with AVX2
+// alone (measured: Zen 3) wait for arithmetic sooner. They also follow all sixteen of the columns that are read side by
+// side, and a prefetch then takes as long as a load.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr int64_t kFewRows = 12;
 constexpr bool kPrefetchesColumns = false;
@@ -25,7 +25,7 @@ constexpr bool kPrefetchesColumns = false;
 constexpr int64_t kFewRows = 24;
 constexpr bool kPrefetchesColumns = true;
 #endif
-constexpr int64_t kFewRowsOfPanels = 64; // where nothing is left to pack
+constexpr int64_t kFewRowsOfPanels = 64; // read in place; for more, panels are widened first, as others are packed
 constexpr int64_t kSplitRows = 48;       // least rows of a unit of more, where there are more threads than units,
 constexpr int64_t kSplitColumns = 32;    // and columns
 constexpr int64_t kStepRows = 12;        // rows of x between which the next weights are packed

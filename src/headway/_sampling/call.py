@@ -88,12 +88,11 @@ class Call(NamedTuple):
 
     def stages(self) -> _native.Stages:
         """Return the stages that do something, in order, with their values for each row."""
-        made = self.settings.made
-        stages: _native.Stages | None = made.get("stages")
-        if stages is None:
-            stages = native_stages(self.steps(), self.per_row("min_tokens_to_keep"))
-            if not any(value is not None and value.ndim for value in _numbers_of(self.settings)):
-                made["stages"] = stages  # one number for all rows, however many
+
+        def make() -> _native.Stages:
+            return native_stages(self.steps(), self.per_row("min_tokens_to_keep"))
+
+        stages: _native.Stages = self.settings.once(("stages", self.lead), make)
         return stages
 
     def steps(self) -> list[_Valued]:
@@ -210,13 +209,7 @@ def _changed(settings: Settings, options: dict[str, Any]) -> Settings:
     if not _PLAIN.issuperset(kinds):
         return _updated(settings, options)
     key = (*options.items(), kinds)  # by type as well: True equals 1, and is an error
-    made = settings.made
-    changed: Settings | None = made.get(key)
-    if changed is None:
-        changed = _updated(settings, options)
-        if len(made) >= _MOST_MADE:
-            made.clear()
-        made[key] = changed
+    changed: Settings = settings.once(key, lambda: _updated(settings, options))
     return changed
 
 
@@ -270,8 +263,8 @@ def random_source(settings: Settings, lead: tuple[int, ...], *draws: int) -> dic
     return {"seed": seed.reshape(-1), "stream": stream, "position": position}
 
 
-_PLAIN = frozenset({int, float, str, type(None)})  # types of options that can be looked up
-_MOST_MADE = 1000
+# Types of options that can be looked up.
+_PLAIN = frozenset({int, float, str, type(None), np.float64, np.float32, np.int64, np.int32})
 _NO_IDS = np.empty(0, np.int64)
 _ZERO = np.zeros(1, np.uint64)  # the first stream, or position
 # The numbers that stages take.

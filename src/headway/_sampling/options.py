@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypedDict
 
 from numpy.typing import ArrayLike
@@ -11,6 +11,8 @@ from .checks import Sparse
 from .rows import Array
 
 __all__ = ["SamplingOptions", "Settings"]
+
+_MOST_MADE = 1000
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -44,7 +46,7 @@ class Settings:
     """The options of one call once they are checked. Nobody changes them: calls share them.
 
     Numbers are arrays (), or of a shape that broadcasts to the rows. An option that is off is None. `vars` has the
-    options alone; `made` is what was made of them for one call, and serves the next.
+    options alone; `made` is what was made of them for one call, and serves the next, by key.
     """
 
     __slots__ = ("__dict__", "made")
@@ -89,6 +91,16 @@ class Settings:
         """Return settings that differ in these fields, none of which matters to what was made."""
         return Settings.of({**self.__dict__, **changes}, self.made)
 
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return what was made for this key the first time."""
+        made = self.made.get(key)
+        if made is None:
+            made = make()
+            if len(self.made) >= _MOST_MADE:
+                self.made.clear()
+            self.made[key] = made
+        return made
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy the options alone."""
-        return Settings.of, (vars(self),)
+        return Settings.of, ({**vars(self)},)

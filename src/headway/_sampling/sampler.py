@@ -834,7 +834,7 @@ class Sampler:
         changes: dict[str, Any] = {"position": position[group.rows]}
         if mask is not None:
             changes["allowed"] = self._both(group.settings.allowed, mask[group.rows])
-        run = ready(operand._replace(data=operand.data[group.rows]), group.settings.updated(changes), name)
+        run = ready(operand._replace(data=operand.data[group.rows]), group.settings.beside(changes), name)
         return run, run.source() | {"stream": group.streams}
 
     def _breaks(self, tokens: Array) -> Array:

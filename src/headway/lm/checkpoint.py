@@ -31,7 +31,7 @@ except ImportError as error:
     ) from error
 
 Floats = NDArray[np.float32]
-# A matrix as its file has it, mapped: float32, float16, or bfloat16 as bits in uint16; float64 is copied to float32.
+# A matrix as its file has it, mapped: float64, float32, float16, or bfloat16 as bits in uint16.
 Stored: TypeAlias = NDArray[Any]
 
 _NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -466,7 +466,7 @@ class _Tensors:
         return self._take(name, shape).as_stored(name)
 
     def vector(self, name: str, *shape: int) -> Floats:
-        return widened(self._take(name, shape).as_stored(name))
+        return np.require(widened(self._take(name, shape).as_stored(name)), requirements="A")
 
     def _take(self, name: str, shape: tuple[int, ...]) -> _Stored:
         if name not in self._stored:
@@ -500,9 +500,7 @@ class _Stored:
         if self.dtype not in _NUMPY_DTYPES:
             raise ValueError(f"{self.path}: tensor {name!r}: expected dtype F64, F32, F16 or BF16, got {self.dtype}")
         numbers: Stored = self.data.view(_NUMPY_DTYPES[self.dtype]).reshape(self.shape)
-        if self.dtype == "F64":
-            return numbers.astype(np.float32)
-        return numbers if numbers.flags.aligned and numbers.dtype.isnative else numbers.astype(numbers.dtype.name)
+        return numbers if numbers.dtype.isnative else numbers.astype(numbers.dtype.name)
 
 
 def widened(numbers: Stored) -> Floats:

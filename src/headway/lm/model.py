@@ -54,8 +54,9 @@ def load(path: str | PathLike[str] | None = None) -> Model:
             None: the shipped model, which writes in the manner of the King James Bible.
 
     Returns:
-        A `Model`. Its matrices are copied into memory once, in the type of the file, in the order that the kernels
-        read them in. The embeddings stay in their file, mapped, which must not change while the model is in use.
+        A `Model`. Its matrices are copied into memory once, in the type of the file (float64 as float32), in the order
+        that the kernels read them in. The embeddings stay in their file, mapped, which must not change while the model
+        is in use.
 
     Raises:
         FileNotFoundError: a folder or file that is not there.
@@ -79,7 +80,7 @@ class Model:
 
     Attributes:
         config: its shape.
-        weights: its tensors, mapped from their files.
+        weights: its tensors, mapped from their files. Matrices are computed with as they were at the start.
         tokenizer: of the tokenizers library.
 
     >>> from headway.lm import load

@@ -37,14 +37,16 @@ _alone = _check.one_at_a_time(
 def in_panels(weights: Weights) -> Weights:
     """Return weights whose matrices (in, out) are in panels of 16 columns, (panels, in, 16).
 
-    A product with one token waits for memory, which is read fastest in one stretch, on large pages, the 16 sums that
-    grow together side by side. The type is the file's; what was read of a mapped file makes room in memory again.
+    A product with one token waits for memory, which is read fastest in one stretch, the 16 sums that grow together side
+    by side. The type is the file's, but for float64, which becomes float32. Pages that were read of a mapped file are
+    released.
     """
 
     def packed(matrix: Stored) -> Stored:
         inner, outer = matrix.shape
-        panels = np.empty((-(-outer // 16), inner, 16), matrix.dtype)
-        _native.pack(matrix, panels)
+        kind = np.float32 if matrix.dtype == np.float64 else matrix.dtype
+        panels = np.empty((-(-outer // 16), inner, 16), kind)
+        _native.pack(np.require(matrix, kind, "A"), panels)
         owner: Any = matrix
         while isinstance(owner, np.ndarray):
             owner = owner.base
